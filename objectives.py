@@ -1,0 +1,147 @@
+"""Variational score matching objectives for VAEs (Wenliang, "On the failure of variational score matching for VAE models").
+
+N posterior samples, B data, D = dim x, Dz = dim z; an ensemble of S models puts S before B.
+
+    x [B, ...]    q = vae.encode(x)    z_n ~ q(z|x), [N, B, Dz]    g(z) = vae.decode(z), the mean of p(x|z)
+    a_n = grad_x log p(x|z_n) = -(x - g(z_n)) / gamma                         [N, B, D]
+    b_n = grad_x log q(z_n|x), z_n held fixed                                 [N, B, D]
+    c_n = grad_z log q(z_n|x) - grad_z log p(z_n) - grad_z log p(x|z_n)       [N, B, Dz]
+    lap = laplacian_x log p(x|z) = -D / gamma                                 [B]
+
+Every Fisher-type loss carries the factor 1/2, sums over D or Dz, averages over N and is returned per datum, [B], unreduced;
+lower is better. Every objective is a pure function objective(vae, x, q, z). Whether z carries a gradient (reparametrised) or
+not is the caller's choice, and so is which parameters require one: gradients are kept through b and c exactly where
+the parameters behind them require a gradient, so a frozen network costs no double backward.
+"""
+
+import math
+
+import torch
+from torch.autograd import grad
+
+
+def elbo(vae, x, q, z):
+    # Negative ELBO (Eq. 1): -E_q log p(x|z) + KL(q || p(z)), nats
+    a, _ = likelihood_score(vae, x, q, z)
+    gamma, D = vae.log_gamma.exp()[..., None], a.shape[-1]
+    neg_log_lik = gamma / 2 * dot(a, a) + D / 2 * (math.log(2 * math.pi) + gamma.log())  # [N, B]
+    return neg_log_lik.mean(0) + vae.kl(q).sum(-1)
+
+
+def fd(vae, x, q, z):
+    # The paper's benchmark (Prop. 3.1, Alg. 1): E_q 1/2 ||a||^2 + lap
+    a, lap = likelihood_score(vae, x, q, z)
+    return 1 / 2 * dot(a, a).mean(0) + lap
+
+
+def swersky(vae, x, q, z, estimator="plugin"):
+    # Swersky et al. 2011 (Eq. 13): E_q ||a||^2 + lap - 1/2 ||E_q a||^2
+    a, lap = likelihood_score(vae, x, q, z)
+    return dot(a, a).mean(0) + lap - 1 / 2 * squared_mean(a, x, q, estimator)
+
+
+def bao(vae, x, q, z, estimator="plugin"):
+    # Bao et al. 2020 (Eq. 15): 1/2 ||E_q a||^2 + E_q[a . b] + lap
+    a, lap = likelihood_score(vae, x, q, z)
+    b = posterior_score(vae, x, q, z)
+    return 1 / 2 * squared_mean(a, x, q, estimator) + mean_product(a, b, estimator) + lap
+
+
+def posterior_fd(vae, x, q, z):
+    # Fisher divergence from q(z|x) to the exact posterior (Eq. 6, first term): E_q 1/2 ||c||^2
+    c = latent_score_gap(vae, x, q, z)
+    return 1 / 2 * dot(c, c).mean(0)
+
+
+def fae(vae, x, q, z):
+    # Fisher autoencoder, Elkhalil et al. 2021 (Eq. 8): the joint FD, E_q[1/2 ||c||^2 + 1/2 ||b||^2 + 1/2 ||a||^2] + lap
+    b = posterior_score(vae, x, q, z)
+    return posterior_fd(vae, x, q, z) + 1 / 2 * dot(b, b).mean(0) + fd(vae, x, q, z)
+
+
+LEARN = {"elbo": elbo, "fd": fd, "swersky": swersky, "bao": bao, "fae": fae}
+INFER = {"kld": elbo, "fd": posterior_fd, "fd-repar": posterior_fd, "fae": fae}
+ESTIMATORS = ("plugin", "unbiased", "released")
+HAS_ESTIMATOR = ("swersky", "bao")
+
+LABELS = {"elbo": "ELBO", "fd": "F", "swersky": "S", "bao": "B"}
+
+
+def label(learn, infer):
+    """The paper's name of a pair, inference first: KLD-F, FD-S, FAE."""
+    return "FAE" if learn == "fae" else f"{infer.upper()}-{LABELS[learn]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- scores
+
+
+def dot(u, v):
+    return (u * v).sum(-1)
+
+
+def likelihood_score(vae, x, q, z):
+    """a_n [N, B, D] and lap [B] (broadcast), both in closed form: no autograd."""
+    gamma = vae.log_gamma.exp()[..., None]
+    x, g = x.flatten(len(q.batch_shape)), vae.decode(z).flatten(z.dim() - 1)
+    return (g - x) / gamma[..., None], -x.shape[-1] / gamma
+
+
+def posterior_score(vae, x, q, z):
+    """b_n [N, B, D]: N vector-Jacobian products through the encoder. Encodes again if x does not require a gradient.
+
+    A per-datum score only where the encoder treats data separately: not through batch norm in training mode.
+    """
+    with torch.enable_grad():
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()
+            q = vae.encode(x)
+        if vae.latent == "bernoulli":
+            outputs, score = (q.base_dist.logits,), (z - q.base_dist.probs,)
+        else:
+            outputs, u = (q.base_dist.loc, q.base_dist.scale), (z - q.base_dist.loc) / q.base_dist.scale
+            score = (u / q.base_dist.scale, (u**2 - 1) / q.base_dist.scale)  # d log q(z) / d mean, d std: [N, B, Dz]
+        keep = _requires_grad(vae.encoder, z)
+        b = [grad(outputs, x, score_n, create_graph=keep, retain_graph=True)[0] for score_n in zip(*score)]
+    return torch.stack(b).flatten(z.dim() - 1)
+
+
+def latent_score_gap(vae, x, q, z):
+    """c_n [N, B, Dz]: grad_z log q and grad_z log p(z) in closed form, grad_z log p(x|z) = -J_g(z)' a by the decoder's input gradient."""
+    if vae.latent != "gaussian":
+        raise ValueError(f"the posterior Fisher divergence needs continuous latents, not {vae.latent}")
+    with torch.enable_grad():
+        w = z if z.requires_grad else z.detach().requires_grad_()
+        g = vae.decode(w).flatten(z.dim() - 1)
+        a = (g - x.flatten(len(q.batch_shape))) / vae.log_gamma.exp()[..., None, None]
+        (minus_likelihood,) = grad(g, w, a, create_graph=_requires_grad(vae.decoder, z))
+    return -(z - q.base_dist.loc) / q.base_dist.scale**2 + z + minus_likelihood
+
+
+def _requires_grad(network, z):
+    return z.requires_grad or any(p.requires_grad for p in network.parameters())
+
+
+# ------------------------------------------------------------------------------- estimators of ||E_q a||^2 and E_q[a . b]
+
+
+def squared_mean(a, x, q, estimator):
+    """||E_q a||^2 per datum from a [N, B, D].
+
+    plugin: ||abar||^2, biased upwards by tr Var(a) / N. unbiased: less that bias; raises ValueError for N < 2.
+    released: on vector data the paper's code takes abar over the *minibatch*; on images it is plugin.
+    """
+    abar = a.mean(0)
+    if estimator == "unbiased":
+        if len(a) < 2:
+            raise ValueError("the unbiased estimator needs at least 2 posterior samples")
+        return dot(abar, abar) - a.var(0).sum(-1) / len(a)
+    if estimator == "released" and x.dim() == len(q.batch_shape) + 1:
+        abar = abar.mean(-2, keepdim=True).expand_as(abar)
+    return dot(abar, abar)
+
+
+def mean_product(a, b, estimator):
+    """E_q[a . b] per datum. released: abar . sum_n b_n, unbiased (E_q b = 0, n != m independent) but of far larger variance."""
+    if estimator == "released":
+        return dot(a.mean(0), b.sum(0))
+    return dot(a, b).mean(0)
