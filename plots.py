@@ -37,7 +37,100 @@ def save_figure(figure, save):
     figure.savefig(save, dpi=150)
 
 
-FIGURES = {}
+# ------------------------------------------------------------------------------------------------------------ image runs
+
+CURVES = {  # metric: axis label, scale
+    "negative_elbo": ("negative ELBO (nats)", "linear"),
+    "reconstruction_mse": ("reconstruction MSE", "log"),
+    "latent_mmd": ("latent MMD$^2$, cubic", "symlog"),
+    "posterior_fd": ("posterior FD", "log"),
+    "log_gamma": (r"$\log\,\gamma$", "linear"),
+    "active_units": ("active latents", "linear"),
+    "learn_loss": ("training loss of the decoder", "symlog"),
+    "learn_grad_norm": ("its gradient norm", "log"),
+}
+
+
+def training_curves(runs, save):
+    """Test metrics and the decoder's training loss against epochs, one line per run."""
+    loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    names = [name for name in CURVES if any(name in arrays for arrays in loaded)]
+    figure, axes = new_figure(-(-len(names) // 4), 4, size=(2.9, 2.3))
+    for ax, name in zip(axes.flat, names):
+        for arrays in loaded:
+            if name in arrays:
+                ax.plot(arrays["epoch"], arrays[name], marker=".", **line_style(arrays["config"]["label"]), label=run_label(arrays))
+        ax.set(xlabel="epoch", title=CURVES[name][0], yscale=CURVES[name][1])
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4))
+    save_figure(figure, save)
+
+
+def run_label(arrays):
+    status = "" if arrays.get("status", "ok") == "ok" else f" ({arrays['status']})"
+    return f"{arrays['config']['label']}, seed {arrays['config']['flags']['seed']}{status}"
+
+
+def samples(runs, save):
+    """Images decoded from the prior, one grid per run."""
+    grids(runs, save, lambda arrays: tile(arrays["samples"], 8))
+
+
+def reconstructions(runs, save):
+    """Noisy test inputs (rows one and three, ...) above their reconstructions, one grid per run."""
+    def pairs(arrays):
+        rows = [tile(arrays[name][i:i + 8], 8) for i in range(0, 32, 8) for name in ("inputs", "reconstructions")]
+        return np.concatenate(rows)
+
+    grids(runs, save, pairs)
+
+
+def grids(runs, save, make):
+    loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    columns = min(len(runs), 4)
+    figure, axes = new_figure(-(-len(runs) // columns), columns, size=(3.2, 3.4))
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, arrays in zip(axes.flat, loaded):
+        ax.imshow(make(arrays), vmin=0, vmax=255, cmap="gray", interpolation="nearest")
+        ax.set_title(run_label(arrays))
+    save_figure(figure, save)
+
+
+def tile(images, columns):
+    """uint8 [n, C, H, W] to one picture [rows H, columns W(, 3)]; rows that are not full stay black."""
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    page = np.zeros((rows * columns, channels, height, width), np.uint8)
+    page[:n] = images
+    page = page.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    return page.reshape(rows * height, columns * width, channels).squeeze(-1 if channels == 1 else ())
+
+
+def posterior_sd(runs, save):
+    """Histogram over the latent dimensions of the posterior's standard deviation, averaged over the test images (Figures 9, 10)."""
+    loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    figure, axes = new_figure()
+    for arrays in loaded:
+        sd = arrays["posterior_sd"][-1]
+        axes[0, 0].hist(np.clip(sd, 0, 1.2), bins=np.linspace(0, 1.2, 49), histtype="step", label=run_label(arrays),
+                        **line_style(arrays["config"]["label"]))
+    axes[0, 0].set(xlabel="posterior SD (clipped at 1.2)", ylabel="latent dimensions")
+    axes[0, 0].legend()
+    save_figure(figure, save)
+
+
+def draw_run(run):
+    """The PNGs of one finished image run, those that are not there yet. A diverged run has no pictures to show."""
+    arrays = load_arrays(Path(run) / "metrics.npz")
+    for name in ("training_curves", "samples", "reconstructions", "posterior_sd"):
+        save = Path(run) / f"{name}.png"
+        if not save.exists() and (name in FIGURES) and (name == "training_curves" or arrays.get(name) is not None):
+            FIGURES[name]([run], save)
+
+
+FIGURES = {figure.__name__: figure for figure in (training_curves, samples, reconstructions, posterior_sd)}
 
 
 def parse_args(argv=None):

@@ -8,6 +8,7 @@
 The same command again resumes a half run, skips a finished one, and refuses a folder made with other flags.
 """
 
+import argparse
 import errno
 import fcntl
 import io
@@ -45,6 +46,28 @@ def command_line(parse_args, main):
         print(f"{Path(sys.argv[0]).name}: error: out of GPU memory; a smaller --batch, --samples or --width needs less",
               file=sys.stderr)
         sys.exit(2)
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number(kind, low, exclusive, name):
+    def parse(text):
+        value = kind(text)
+        if value < low or (exclusive and value == low) or value != value:
+            raise argparse.ArgumentTypeError(f"{text} is not {name}")
+        return value
+
+    parse.__name__ = name
+    return parse
+
+
+count = number(int, 0, False, "a whole number of 0 or more")
+positive = number(int, 0, True, "a whole number of 1 or more")
+nonnegative = number(float, 0, False, "a number of 0 or more")
+positive_float = number(float, 0, True, "a number above 0")
 
 
 def pick_device(name):

@@ -1,0 +1,126 @@
+"""Metrics of a trained VAE. Model metrics return one number per datum, float64, in eval mode; means are the caller's.
+
+Units: nats for likelihoods and KL; the Fisher divergence carries the factor 1/2 and sums over dimensions; lower is better
+for all but log-likelihoods. Random numbers come from the generator given, never from the global one.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+from objectives import INFER, LEARN, dot, latent_score_gap, likelihood_score, posterior_score
+
+
+@contextmanager
+def evaluating(vae):
+    """Eval mode, no parameter gradients, deterministic float32 kernels without TF32; everything restored at the end."""
+    training, flags = vae.training, [p.requires_grad for p in vae.parameters()]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    vae.eval().requires_grad_(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False), torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        vae.train(training)
+        for p, flag in zip(vae.parameters(), flags):
+            p.requires_grad_(flag)
+
+
+def negative_elbo(vae, x, samples=5, generator=None):
+    """-E_q log p(x|z) by `samples` draws + KL(q || p(z)) in closed form, with the full Gaussian constant: [B], nats per datum."""
+    return _of_objective(LEARN["elbo"], vae, x, samples, generator)
+
+
+def posterior_fd(vae, x, samples=5, generator=None):
+    """E_q 1/2 ||grad_z log q(z|x) - grad_z log p(z|x)||^2, [B], summed over Dz; heavy-tailed: report the median too."""
+    return _of_objective(INFER["fd"], vae, x, samples, generator)
+
+
+def _of_objective(objective, vae, x, samples, generator):
+    with evaluating(vae):
+        q = vae.encode(x)
+        z = vae.sample(q, vae.noise(q, samples, generator), relaxed=False)
+        return objective(vae, x, q, z).double()
+
+
+def reconstruction_mse(vae, x, target=None):
+    """Mean over pixels of (target - g(E_q z))^2, [B]; the target is x itself unless another (clean) image is given."""
+    with evaluating(vae):
+        error = vae.decode(vae.encode(x).mean) - (x if target is None else target)
+        return error.flatten(1).double().pow(2).mean(1)
+
+
+def latent_mmd(z1, z2, scaled=False):
+    """MMD^2 between two samples [n, d], [m, d] with the cubic kernel (u.v + 1)^3 of the paper, or (u.v/d + 1)^3 if `scaled`.
+
+    The unbiased U-statistic, so it may be negative: its mean is zero for equal laws. A 0-d float64 tensor.
+    """
+    z1, z2 = z1.double(), z2.double()
+    scale = 1 / z1.shape[1] if scaled else 1.0
+    return _within(z1, scale) + _within(z2, scale) - 2 * _kernel_sum(z1, z2, scale) / (len(z1) * len(z2))
+
+
+def _within(u, scale):
+    diagonal = (dot(u, u) * scale + 1).pow(3).sum()
+    return (_kernel_sum(u, u, scale) - diagonal) / (len(u) * (len(u) - 1))
+
+
+def _kernel_sum(u, v, scale, block=2048):
+    return sum((rows @ v.T * scale + 1).pow(3).sum() for rows in u.split(block))
+
+
+def objective_terms(vae, x, q, z):
+    """The terms that all objectives are sums of, each [B]: with them every loss can be put together after the fact.
+
+    reconstruction -E log p(x|z), kl, half_a2 1/2 E||a||^2, half_abar2 1/2 ||E a||^2 (plug-in), a_dot_b E[a.b], half_b2 1/2 E||b||^2,
+    half_c2 1/2 E||c||^2 (the posterior FD; Gaussian latents only), laplacian.
+    """
+    a, lap = likelihood_score(vae, x, q, z)
+    b, abar, kl = posterior_score(vae, x, q, z), a.mean(0), vae.kl(q).sum(-1)
+    terms = {"reconstruction": LEARN["elbo"](vae, x, q, z) - kl, "kl": kl, "half_a2": dot(a, a).mean(0) / 2,
+             "half_abar2": dot(abar, abar) / 2, "a_dot_b": dot(a, b).mean(0), "half_b2": dot(b, b).mean(0) / 2,
+             "laplacian": lap.expand_as(kl)}
+    if vae.latent == "gaussian":
+        c = latent_score_gap(vae, x, q, z)
+        terms["half_c2"] = dot(c, c).mean(0) / 2
+    return terms
+
+
+def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
+    """Every metric of a run's row on uint8 test images [n, C, H, W], with fresh noise of the same seed at every call.
+
+    Returns CPU tensors. Scalars: negative_elbo, reconstruction_mse (noisy input, clean target), latent_mmd (the paper's kernel),
+    latent_mmd_scaled, posterior_fd, posterior_fd_median, the means of `objective_terms`, log_gamma, active_units (latents whose
+    posterior mean varies by more than 0.01 over the data: Burda et al. 2016). Per latent [Dz]: kl_per_dim, posterior_sd
+    (mean over data; of Bernoulli latents posterior_mean).
+    """
+    generator = torch.Generator(images.device).manual_seed(seed)
+    rows, latents = [], []
+    with evaluating(vae):
+        for clean in images.split(block):
+            clean = clean.float() / 255
+            x = clean + noise * torch.randn(clean.shape, generator=generator, device=clean.device)
+            q = vae.encode(x)
+            z = vae.sample(q, vae.noise(q, samples, generator), relaxed=False)
+            row = objective_terms(vae, x, q, z)
+            row["reconstruction_mse"] = reconstruction_mse(vae, x, clean)
+            rows.append(row)
+            latents.append({"z": z[0], "mean": q.mean, "sd": q.variance.sqrt(), "kl": vae.kl(q)})
+        rows, latents = _concatenate(rows), _concatenate(latents)
+        prior = vae.sample(vae.prior, vae.noise(vae.prior, len(images), generator), relaxed=False)
+    result = {name: value.mean() for name, value in rows.items()}
+    result["negative_elbo"] = (rows["reconstruction"] + rows["kl"]).mean()
+    if "half_c2" in rows:
+        result |= {"posterior_fd": rows["half_c2"].mean(), "posterior_fd_median": rows["half_c2"].median()}
+    result |= {"latent_mmd": latent_mmd(latents["z"], prior), "latent_mmd_scaled": latent_mmd(latents["z"], prior, scaled=True),
+               "kl_per_dim": latents["kl"].mean(0), "active_units": (latents["mean"].var(0) > 0.01).sum(),
+               "log_gamma": vae.log_gamma.detach().double()}
+    result["posterior_sd" if vae.latent == "gaussian" else "posterior_mean"] = \
+        latents["sd" if vae.latent == "gaussian" else "mean"].mean(0)
+    return {name: value.cpu() for name, value in result.items()}
+
+
+def _concatenate(rows):
+    return {name: torch.cat([row[name] for row in rows]).double() for name in rows[0]}

@@ -1,0 +1,142 @@
+"""Train one VAE on images with one pair of learning and inference objectives.
+
+The paper's run (a GPU; Table 1, KLD-F on MNIST):
+    python train_images.py --data mnist --net conv --learn fd --infer kld
+Seconds on a CPU, without any download once `glyphs` is drawn:
+    python train_images.py --data glyphs --limit 1000 --test-limit 200 --width 8 --samples 1 --inner-steps 1 --epochs 2 --eval-every 1
+
+The run is a folder under runs/images: config.json, checkpoint.pt, metrics.npz, PNGs. The same command again resumes it.
+"""
+
+import argparse
+
+import torch
+
+import plots
+from data import load_images
+from metrics import evaluate_images, evaluating
+from models import NORMS, WIDTH, build_vae
+from objectives import ESTIMATORS, HAS_ESTIMATOR, INFER, LEARN, label
+from runs import Formatter, Run, UserError, command_line, count, nonnegative, pick_device, positive, positive_float, run_name
+from training import EVALUATION, INIT, Trainer, seed_of, stack, train
+
+AXES = ("data", "net", "infer", "learn", "seed")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    flag = parser.add_argument_group("experiment").add_argument
+    flag("--data", default="mnist", metavar="NAME", help="mnist | fashion | celeba | glyphs | folder:PATH")
+    flag("--data-root", default="data", help="where the data sets are, or are downloaded to")
+    flag("--limit", type=count, default=0, help="train on the first so many images; 0: all")
+    flag("--test-limit", type=count, default=0, help="test on the first so many images; 0: all")
+    flag("--learn", choices=LEARN, default="fd", help="objective of the decoder")
+    flag("--infer", choices=INFER, default=None, help="objective of the encoder (default: kld; fae with --learn fae)")
+    flag("--estimator", choices=ESTIMATORS, default="plugin", help="how swersky and bao estimate squared expectations under q")
+    flag("--samples", type=positive, default=5, help="posterior samples per image, N")
+    flag("--noise", type=nonnegative, default=0.1, help="sd of the noise added to every minibatch, and to the test images")
+    flag("--seed", type=count, default=0, help="of weights, data order and noise")
+    flag = parser.add_argument_group("model").add_argument
+    flag("--net", choices=WIDTH, default="conv", help="mlp, DCGAN, or ResNet18")
+    flag("--width", type=positive, default=None, help="base channels of conv and resnet (default: 64), hidden units of mlp (default: 400)")
+    flag("--norm", choices=NORMS, default="batch", help="normalisation of conv and resnet; batch couples the data (see README)")
+    flag("--dim-z", type=positive, default=100, help="latent dimensions")
+    flag("--init-sd", type=positive_float, default=0.1, help="initial standard deviation of p(x|z)")
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (fae moves both on each)")
+    flag("--batch", type=positive, default=100, help="images per minibatch")
+    flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for both halves")
+    flag("--epochs", type=positive, default=1000, help="passes over the training images")
+    flag("--precision", choices=("float32", "tf32", "bf16"), default="float32",
+         help="of the networks alone: tf32 (GPU only) or bf16 for their convolutions and matrix products")
+    flag = parser.add_argument_group("output").add_argument
+    flag("--eval-every", type=positive, default=10, help="epochs between evaluations on the test images")
+    flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
+    flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
+    flag("--out", default=None, help="the run's folder (default: runs/images/ and the flags that matter)")
+    flag("--overwrite", action="store_true", help="redo a run that is there")
+    flag("--dry-run", action="store_true", help="say what would run, train nothing, write nothing")
+    args = parser.parse_args(argv)
+    args.infer = args.infer or ("fae" if args.learn == "fae" else "kld")
+    args.width = args.width or WIDTH[args.net]
+    if (args.learn == "fae") != (args.infer == "fae"):
+        parser.error("the Fisher autoencoder trains both halves by one loss: --learn fae goes with --infer fae and no other")
+    if args.estimator != "plugin" and args.learn not in HAS_ESTIMATOR:
+        parser.error(f"--estimator {args.estimator} has a meaning for --learn {' and '.join(HAS_ESTIMATOR)} only")
+    if args.estimator == "unbiased" and args.samples < 2:
+        parser.error("--estimator unbiased needs --samples of at least 2: it divides by N - 1")
+    if args.net == "mlp" and args.norm == "group":
+        parser.error("--norm group has no meaning for --net mlp, which has no normalisation layers")
+    args.out = args.out or f"runs/images/{run_name(args, AXES, vars(parser.parse_args([])) | {'width': WIDTH[args.net]})}"
+    return args
+
+
+def main(args):
+    device = pick_device(args.device)
+    set_precision(args.precision, device)
+    data = load_images(args.data, args.data_root, args.limit, args.test_limit)
+    if args.batch > len(data.train):
+        raise UserError(f"--batch {args.batch} is more than the {len(data.train)} training images")
+    torch.manual_seed(seed_of(args.seed, INIT))
+    vae = vae_of(vars(args), data.train.shape[1:]).to(device)
+    if args.dry_run:
+        describe(args, vae, data, device)
+        return
+    with Run(args.out, "train_images", vars(args), device, args.overwrite, label=label(args.learn, args.infer),
+             data=data.recipe) as run:
+        if not run.status:
+            fit(run, args, vae, data, device)
+        plots.draw_run(run.path)
+
+
+def fit(run, args, vae, data, device):
+    trainer = Trainer(vae, data.train.to(device), learn=args.learn, infer=args.infer, estimator=args.estimator,
+                      samples=args.samples, inner_steps=args.inner_steps, noise=args.noise, batch=args.batch, lr=args.lr,
+                      seed=args.seed, graph=not args.no_graph)
+    test = data.test.to(device)
+    status, history = train(run, trainer, args.epochs, args.eval_every,
+                            lambda: evaluate_images(vae, test, args.noise, seed=seed_of(args.seed, EVALUATION)))
+    run.save_metrics(**stack(history), **pictures(vae, test, args.noise, args.seed), status=status)
+    print(f"{run.path}: {status}, negative ELBO {history['negative_elbo'][-1]:.1f} nats after {history['epoch'][-1]} epochs")
+
+
+def vae_of(flags, image_shape):
+    """The model of a run, from its flags alone. Raises UserError for images that the network does not take."""
+    try:
+        return build_vae(flags["net"], tuple(image_shape), flags["dim_z"], flags["width"], flags["norm"], init_sd=flags["init_sd"],
+                         bf16=flags["precision"] == "bf16")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def pictures(vae, test, noise, seed, n=64):
+    """uint8 arrays for plots: `samples` from the prior, noisy `inputs` and their `reconstructions`, [n, C, H, W]."""
+    generator = torch.Generator(test.device).manual_seed(seed_of(seed, EVALUATION))
+    clean = test[:n].float() / 255
+    x = clean + noise * torch.randn(clean.shape, generator=generator, device=test.device)
+    with evaluating(vae):
+        z = vae.sample(vae.prior, vae.noise(vae.prior, n, generator), relaxed=False)
+        images = {"samples": vae.decode(z), "inputs": x, "reconstructions": vae.decode(vae.encode(x).mean)}
+    return {name: (image.nan_to_num().clamp(0, 1) * 255).round().byte().cpu().numpy() for name, image in images.items()}
+
+
+def set_precision(precision, device):
+    """float32 means no TF32: scores divide by gamma, and TF32's error would be divided with them."""
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is a mode of CUDA GPUs; use float32 or bf16 here")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+
+
+def describe(args, vae, data, device):
+    parameters = {half: sum(p.numel() for p in getattr(vae, half).parameters()) for half in ("encoder", "decoder")}
+    steps = len(data.train) // args.batch * args.epochs
+    decoder_steps = steps if args.learn == "fae" else steps // args.inner_steps
+    print(f"{label(args.learn, args.infer)} on {args.data}: {len(data.train)} training and {len(data.test)} test images of "
+          f"{tuple(data.train.shape[1:])}\n{args.net}: {parameters['encoder']:,} encoder and {parameters['decoder']:,} decoder parameters\n"
+          f"{steps:,} encoder and {decoder_steps:,} decoder updates on {device}\nwould write {args.out}")
+
+
+if __name__ == "__main__":
+    command_line(parse_args, main)
