@@ -4,6 +4,7 @@ Shapes: B data, Dz = dim z, N posterior samples; an ensemble of S small models p
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ class StackedMLP(nn.Module):
 
     def __init__(self, sizes, generators, weight_sd=0.1):
         super().__init__()
-        shapes = list(zip(sizes[:-1], sizes[1:]))
+        shapes = list(pairwise(sizes))
         draws = [[weight_sd * torch.randn(shape, generator=g) for shape in shapes] for g in generators]
         self.weights = nn.ParameterList(torch.stack(layer) for layer in zip(*draws))
         self.biases = nn.ParameterList(torch.zeros(len(generators), 1, n_out) for _, n_out in shapes)
@@ -118,7 +119,7 @@ NORMS = {
 def mlp(sizes):
     """Linear layers with ReLU between them."""
     layers = []
-    for n_in, n_out in zip(sizes[:-1], sizes[1:]):
+    for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

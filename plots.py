@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from runs import UserError, command_line, load_arrays
+from runs import command_line, load_arrays
 
 # One colour per objective in every figure: hue for the learning objective, dashes for FD inference.
 COLORS = {"ELBO": "black", "F": "tab:blue", "S": "tab:orange", "B": "tab:green", "FAE": "tab:red"}

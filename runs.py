@@ -56,7 +56,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def number(kind, low, exclusive, name):
     def parse(text):
         value = kind(text)
-        if value < low or (exclusive and value == low) or value != value:
+        if not (value > low if exclusive else value >= low):  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text} is not {name}")
         return value
 
@@ -141,7 +141,7 @@ def status_of(folder):
 def environment(device):
     """What the numbers may depend on beside the flags."""
     git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-                         capture_output=True, text=True) if shutil.which("git") else None
+                         check=False, capture_output=True, text=True) if shutil.which("git") else None
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown", "device": f"{device.type} ({gpu})"}
