@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
+from torchvision import datasets
 from tqdm import tqdm
 
 from runs import UserError, write_atomic
@@ -48,7 +49,6 @@ GLYPH_FONTS = [f"DejaVu{family}.ttf" for family in (
     "Serif", "Serif-Bold", "Serif-Italic", "Serif-BoldItalic")] + [
     "STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf", "STIXGeneralBolIta.ttf",
     "cmr10.ttf", "cmb10.ttf", "cmss10.ttf", "cmti10.ttf", "cmtt10.ttf"]
-GLYPH_COUNTS = {"train": 60_000, "test": 10_000}
 
 
 class ImageData(NamedTuple):
@@ -97,7 +97,7 @@ def load_idx(name, root):
             raise UserError(f"{path} holds images {list(images.shape)}, where its labels' file wants [{len(labels)}, 28, 28]")
     pad = ((0, 0), (2, 2), (2, 2))
     return ImageData(np.pad(train, pad)[:, None], np.pad(test, pad)[:, None], train_labels.astype(np.int64), test_labels.astype(np.int64),
-                     make_recipe(name, "idx", 32, 1, pad=2, split="official"))
+                     {"name": name, "source": "idx", "size": [1, 32, 32], "crop": None, "filter": None, "pad": 2, "split": "official"})
 
 
 def read_idx(path):
@@ -114,7 +114,6 @@ def read_idx(path):
 
 def download(dataset, root, folder):
     """Fetch the idx files through torchvision, quietly. Raises UserError where that fails, leaving no empty folder."""
-    from torchvision import datasets  # only here: everything else works without torchvision's compiled parts
     print(f"downloading {dataset} to {folder}", file=sys.stderr)
     made = [path for path in (folder, folder.parent, root) if not path.exists()]
     timeout = socket.getdefaulttimeout()
@@ -139,159 +138,149 @@ def load_celeba(root):
     if root.is_file() or next(root.glob("[0-9]" * 6 + ".*"), None):
         places.append(root)
     for place in filter(Path.exists, places):
-        names, stamp, read = open_pictures(place)
-        numbers = {name: int(Path(name).stem) for name in names if re.fullmatch(r"\d{6}", Path(name).stem)}
+        pictures = Pictures(place)
+        numbers = {int(Path(name).stem): name for name in pictures.names if re.fullmatch(r"\d{6}", Path(name).stem)}
         if numbers:
-            names = sorted(numbers, key=numbers.get)
-            train, test = ([name for name in names if numbers[name] in part] for part in (CELEBA_TRAIN, CELEBA_TEST))
+            train, test = ([numbers[i] for i in sorted(numbers) if i in part] for part in (CELEBA_TRAIN, CELEBA_TEST))
             if not train or not test:
-                raise UserError(f"{place} holds {len(train)} training images (numbers 1-162770) and {len(test)} test images "
-                                "(182638-202599) of CelebA; it needs some of both")
-            split = "official, by file number: train 1-162770, test 182638-202599"
-            return convert(place, train, test, stamp, read, make_recipe("celeba", place.name, 64, 3, split=split))
-    raise UserError(f"no CelebA in {root}: put the 202,599 pictures (or some) at {root}/celeba/img_align_celeba/NNNNNN.jpg, "
-                    f"or the official {root}/celeba/img_align_celeba.zip, or name that folder or zip with --data-root")
+                raise UserError(f"{place} holds {len(train)} training images of CelebA (000001-162770) and {len(test)} test images "
+                                "(182638-202599); some of both are needed")
+            return pictures.convert("celeba", train, test, 64, "official, by file number: train 1-162770, test 182638-202599")
+    raise UserError(f"no CelebA in {root}: put its 202,599 pictures, or some, at {root}/celeba/img_align_celeba/NNNNNN.jpg, "
+                    f"or the official zip at {root}/celeba/img_align_celeba.zip, or name that folder or zip as the data root")
 
 
 def load_folder(path):
     if not path.exists():
         raise UserError(f"{path} does not exist; folder:PATH wants a folder, or a zip, of pictures ({', '.join(PICTURES)})")
-    names, stamp, read = open_pictures(path)
+    pictures = Pictures(path)
+    names = pictures.names
     if len(names) < 2:
         raise UserError(f"{path} holds {len(names)} pictures ({', '.join(PICTURES)}); a training and a test set need two or more")
-    size = 64 if min(read_picture(read, path, names[0]).size) >= 64 else 32
+    size = 64 if min(pictures.open(names[0]).size) >= 64 else 32
     train, test = [name for i, name in enumerate(names) if i % 10], names[::10]
-    split = "by sorted path: every 10th, from the first, to the test set"
-    return convert(path, train, test, stamp, read, make_recipe("folder", path.resolve().name, size, 3, split=split))
+    return pictures.convert("folder", train, test, size, "every 10th of the sorted paths, from the first, is a test image")
 
 
-def open_pictures(source):
-    """Sorted names of the pictures in a folder (and the folders below) or a zip, what tells whether they change, and name -> bytes."""
-    def is_picture(name):
-        return name.lower().endswith(PICTURES) and not Path(name).name.startswith(".")
+class Pictures:
+    """The pictures of a folder (and of those below it) or of a zip: sorted `names`, and a `stamp` that changes when they do."""
 
-    if source.is_dir():
-        files = {path.relative_to(source).as_posix(): path.stat() for path in source.rglob("*") if is_picture(path.name)}
-        stamp = [len(files), sum(file.st_size for file in files.values()), max((file.st_mtime_ns for file in files.values()), default=0)]
-        return sorted(files), stamp, lambda name: (source / name).read_bytes()
-    try:
-        archive = zipfile.ZipFile(source)
-    except DAMAGE as error:
-        raise UserError(f"{source} is not a whole zip file ({error}); a failed download leaves such a file") from error
-    names = sorted(filter(is_picture, archive.namelist()))
-    return names, [len(names), source.stat().st_size, source.stat().st_mtime_ns], archive.read
+    def __init__(self, source):
+        self.source = source.resolve()
+        if source.is_dir():
+            files = {path.relative_to(source).as_posix(): path.stat() for path in source.rglob("*")}
+            self._read = lambda name: (source / name).read_bytes()
+        else:
+            try:
+                archive = zipfile.ZipFile(source)
+            except DAMAGE as error:
+                raise UserError(f"{source} is not a whole zip file ({error}); a download cut short leaves such a file") from error
+            files = dict.fromkeys(archive.namelist(), source.stat())
+            self._read = archive.read
+        self.names = sorted(name for name in files if name.lower().endswith(PICTURES) and not Path(name).name.startswith("."))
+        stats = [files[name] for name in self.names]
+        self.stamp = [len(stats), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
 
+    def open(self, name):
+        """A picture as RGB, upright. Raises UserError for a damaged one."""
+        try:
+            return ImageOps.exif_transpose(Image.open(io.BytesIO(self._read(name)))).convert("RGB")
+        except DAMAGE as error:
+            raise UserError(f"{self.source}/{name} is damaged ({error})") from error
 
-def read_picture(read, source, name):
-    """The picture as RGB, upright. Raises UserError for a damaged one."""
-    try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(read(name)))).convert("RGB")
-    except DAMAGE as error:
-        raise UserError(f"{source}/{name} is damaged ({error})") from error
+    def convert(self, data, train, test, size, split):
+        """The named pictures, resized and cropped: from the cache, or into it."""
+        names = train + test
+        recipe = {"name": data, "source": self.source.name, "size": [3, size, size], "crop": f"short side to {size}, centre {size}x{size}",
+                  "filter": "bilinear, antialiased (Pillow)", "pad": 0, "split": split}
+
+        def rows():
+            with ThreadPool() as pool:  # Pillow decodes and resizes outside the interpreter's lock
+                yield from tqdm(pool.imap(lambda name: resize_and_crop(self.open(name), size), names, chunksize=16),
+                                f"converting {self.source.name}", len(names), unit="image", disable=None)
+
+        name = f"{self.source.name}-{zlib.crc32(str(self.source).encode()):08x}.npy"
+        images = cached(cache_folder(self.source.parent) / name, dict(recipe, stamp=self.stamp), (len(names), 3, size, size), rows)
+        return ImageData(images[:len(train)], images[len(train):], None, None, recipe)
 
 
 def resize_and_crop(picture, size):
-    """Short side to `size` (Pillow's bilinear filter, antialiased), then the central square: uint8 [3, size, size].
-
-    To the bit what torchvision's Resize(size) and CenterCrop(size) make of a PIL image.
-    """
+    """Short side to `size`, then the central square, as torchvision's Resize and CenterCrop do to the bit: uint8 [3, size, size]."""
     short = min(picture.size)
-    width, height = (size if side == short else int(size * side / short) for side in picture.size)
+    width, height = (int(size * side / short) for side in picture.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     resized = picture.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
-def convert(source, train, test, stamp, read, recipe):
-    """All pictures of the split, from the cache or into it."""
-    size, names = recipe["size"][-1], train + test
-
-    def pictures():
-        with ThreadPool() as pool:
-            yield from tqdm(pool.imap(lambda name: resize_and_crop(read_picture(read, source, name), size), names, chunksize=16),
-                            f"converting {source.name}", len(names), unit="image", disable=None)
-
-    images = cached(source, dict(recipe, stamp=stamp, counts=[len(train), len(test)]), (len(names), *recipe["size"]), pictures)
-    return ImageData(images[:len(train)], images[len(train):], None, None, recipe)
-
-
-def make_recipe(name, source, size, channels, pad=0, split=None):
-    resized = {"crop": f"short side to {size}, centre {size}x{size}", "filter": "bilinear, antialiased (Pillow)"} if channels == 3 else {}
-    return {"name": name, "source": source, "size": [channels, size, size], "crop": None, "filter": None, **resized, "pad": pad,
-            "split": split}
-
-
 # ---- a cache of uint8 arrays ----
 
-def cached(source, recipe, shape, rows):
-    """The array of `rows()`, memory-mapped; made where none with this recipe lies in the cache, whole or not at all.
+def cache_folder(beside=None):
+    """$VSM_CACHE where set, else `beside` where it can be written, else ./cache."""
+    if "VSM_CACHE" in os.environ:
+        return Path(os.environ["VSM_CACHE"])
+    return beside if beside and os.access(beside, os.W_OK) else Path("cache")
 
-    One process makes it, others wait for it. Raises UserError where it cannot be written.
+
+def cached(path, recipe, shape, rows):
+    """The array at `path`, memory-mapped; made from the arrays that `rows()` yields where none of this recipe is there.
+
+    Whole or not at all: a temporary name, then a rename. One process makes it, others wait. Raises UserError where it cannot be written.
     """
-    path = cache_path(source)
     if (images := read_cache(path, recipe, shape)) is not None:
         return images
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if (images := read_cache(path, recipe, shape)) is not None:
-                return images
-            path.with_suffix(".json").unlink(missing_ok=True)
-            with open(temporary, "wb") as file:  # not through a memory map: a full disk would be SIGBUS there
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                file.writelines(row.tobytes() for row in rows())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            write_atomic(path.with_suffix(".json"), json.dumps(recipe, indent=1).encode())
+            if read_cache(path, recipe, shape) is None:
+                print(f"making {path}, once", file=sys.stderr)
+                write_cache(path, recipe, shape, rows())
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); name a folder with room in the environment variable VSM_CACHE") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}); the environment variable VSM_CACHE may name another folder") from error
     return np.load(path, mmap_mode="r")
 
 
 def read_cache(path, recipe, shape):
-    """The cached array, or None: absent, of another recipe, or damaged."""
+    """The cached array, or None where it is absent, of another recipe, or damaged."""
     try:
-        images = np.load(path, mmap_mode="r") if json.loads(path.with_suffix(".json").read_text()) == recipe else None
+        images = np.load(path, mmap_mode="r")
+        return images if json.loads(path.with_suffix(".json").read_text()) == recipe and images.shape == shape else None
     except (OSError, ValueError, EOFError):
         return None
-    return images if images is not None and images.shape == shape and images.dtype == np.uint8 else None
 
 
-def cache_path(source):
-    """Beside the data; in $VSM_CACHE where set, in ./cache where the data are read-only or drawn here (`source` None)."""
-    name = "glyphs" if source is None else f"{source.resolve().name}-{zlib.crc32(str(source.resolve()).encode()):08x}"
-    if "VSM_CACHE" in os.environ:
-        return Path(os.environ["VSM_CACHE"]) / f"{name}.npy"
-    if source is not None:
-        beside = source.resolve().parent / f"{name}.npy"
-        if os.access(beside.parent, os.W_OK) or beside.exists():
-            return beside
-        print(f"{beside.parent} is read-only: its pictures, converted, are kept in ./cache (or $VSM_CACHE)", file=sys.stderr)
-    return Path("cache") / f"{name}.npy"
+def write_cache(path, recipe, shape, rows):
+    path.with_suffix(".json").unlink(missing_ok=True)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:  # written, not memory-mapped: there a full disk would be a SIGBUS
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            file.writelines(row.tobytes() for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_atomic(path.with_suffix(".json"), json.dumps(recipe, indent=1).encode())
 
 
 # ---- glyphs: MNIST's shape without MNIST ----
 
 def load_glyphs():
-    recipe = make_recipe("glyphs", f"the ten digits of {len(GLYPH_FONTS)} fonts of matplotlib, affine jitter, seed 0", 32, 1, pad=2,
-                         split="independent draws of one law")
-    total = sum(GLYPH_COUNTS.values())
-    images = cached(None, dict(recipe, fonts=GLYPH_FONTS, version=1), (total, 1, 32, 32), lambda: draw_glyphs(total, progress=True))
-    labels = np.arange(total) % 10
-    train = GLYPH_COUNTS["train"]
-    return ImageData(images[:train], images[train:], labels[:train], labels[train:], recipe)
+    recipe = {"name": "glyphs", "source": f"digits of {len(GLYPH_FONTS)} fonts, affine jitter, seed 0", "size": [1, 32, 32],
+              "crop": None, "filter": None, "pad": 2, "split": "60,000 + 10,000 independent draws"}
+    images = cached(cache_folder() / "glyphs.npy", dict(recipe, fonts=GLYPH_FONTS), (70_000, 1, 32, 32),
+                    lambda: tqdm(draw_glyphs(70_000), "drawing glyphs", 140, disable=None))
+    labels = np.arange(70_000) % 10
+    return ImageData(images[:60_000], images[60_000:], labels[:60_000], labels[60_000:], recipe)
 
 
-def draw_glyphs(count, seed=0, batch=500, progress=False):
+def draw_glyphs(count, seed=0, batch=500):
     """Yields `count` digits in batches, uint8 [<= batch, 1, 32, 32]; image i shows i % 10 and does not depend on `count`."""
     atlas = glyph_atlas()
     u = torch.rand(count, 7, generator=torch.Generator().manual_seed(seed))
-    for start in tqdm(range(0, count, batch), "drawing glyphs", disable=None if progress else True):
+    for start in range(0, count, batch):
         draw = u[start:start + batch]
         font, digit = (draw[:, 0] * len(atlas)).long(), torch.arange(start, start + len(draw)) % 10
         angle, shear, sx, sy, dx, dy = (2 * draw[:, 1:] - 1).T  # in [-1, 1]
