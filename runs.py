@@ -233,5 +233,6 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError, ... by how the file is damaged
-        raise UserError(f"the checkpoint {path} is damaged ({str(error).splitlines()[0][:80]}) and is kept as it is; "
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:80]
+        raise UserError(f"the checkpoint {path} is damaged ({reason}) and is kept as it is; "
                         "move it away or use --overwrite to start the run again") from error

@@ -1,0 +1,321 @@
+"""Every objective against closed forms on a linear VAE, the propositions, finite differences, and the estimators' laws."""
+
+import math
+
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from torch import nn
+
+from models import VAE, build_ensemble, build_vae
+from objectives import INFER, LEARN, label, latent_score_gap, likelihood_score, posterior_score
+
+D, DZ = 4, 3
+
+
+class LinearEncoder(nn.Module):
+    """mean = A x + c, log std the same for every x."""
+
+    def __init__(self, A, c, std):
+        super().__init__()
+        self.A, self.c, self.log_std = nn.Parameter(A), nn.Parameter(c), nn.Parameter(std.log())
+
+    def forward(self, x):
+        mean = x @ self.A.T + self.c
+        return torch.cat([mean, self.log_std.expand_as(mean)], -1)
+
+
+def linear_vae(W, b, A, c, std, gamma):
+    decoder = nn.Linear(W.shape[1], W.shape[0])
+    decoder.weight.data, decoder.bias.data = W, b
+    vae = VAE(LinearEncoder(A, c, std), decoder, W.shape[1], init_sd=math.sqrt(gamma)).double()
+    vae.log_gamma.data = torch.tensor(math.log(gamma), dtype=torch.float64)
+    return vae
+
+
+@pytest.fixture
+def linear():
+    g = torch.Generator().manual_seed(0)
+    W, A = torch.randn(D, DZ, generator=g).double() * 0.6, torch.randn(DZ, D, generator=g).double() * 0.4
+    b, c, std = torch.randn(D, generator=g).double() * 0.3, torch.randn(DZ, generator=g).double() * 0.3, torch.tensor([0.4, 0.7, 1.1]).double()
+    x = torch.randn(5, D, generator=g).double()
+    return linear_vae(W, b, A, c, std, gamma=0.5), W, b, A, c, std, 0.5, x
+
+
+def draw(vae, x, n, seed=1):
+    torch.manual_seed(seed)
+    q = vae.encode(x)
+    return q, q.sample((n,))
+
+
+def assert_within(samples, exact, errors=4.0):
+    """Independent estimates [R, B] agree with `exact` [B] within so many standard errors, which are small themselves."""
+    mean, error = samples.mean(0), samples.std(0) / math.sqrt(len(samples))
+    assert ((mean - exact).abs() <= errors * error + 1e-12).all(), (mean, exact, error)
+    assert (error < 0.05 * (1 + exact.abs())).all(), error
+
+
+def closed_forms(linear):
+    vae, W, b, A, c, std, gamma, x = linear
+    S, mean = std.square().diag(), x @ A.T + c
+    r = x - mean @ W.T - b
+    r2, V = r.square().sum(-1), torch.trace(W @ S @ W.T)
+    M = -S.inverse() + torch.eye(DZ) + W.T @ W / gamma
+    b2 = torch.trace(A.T @ S.inverse() @ A)
+    kl = (std.square().sum() + mean.square().sum(-1) - DZ - 2 * std.log().sum()) / 2
+    posterior = (torch.trace(M @ S @ M.T) + (mean - r @ W / gamma).square().sum(-1)) / 2
+    fd = (r2 + V) / (2 * gamma**2) - D / gamma
+    return {
+        "elbo": D / 2 * math.log(2 * math.pi * gamma) + (r2 + V) / (2 * gamma) + kl,
+        "fd": fd,
+        "swersky": (r2 / 2 + V) / gamma**2 - D / gamma,
+        "bao": r2 / (2 * gamma**2) + torch.trace(W @ A) / gamma - D / gamma,
+        "fae": posterior + b2 / 2 + fd,
+        "posterior": posterior,
+    }
+
+
+@pytest.mark.parametrize("name", ["elbo", "fd", "swersky", "bao", "fae"])
+def test_learning_objectives_equal_their_closed_forms(linear, name):
+    vae, x = linear[0].requires_grad_(False), linear[-1]
+    options = {"estimator": "unbiased"} if name in ("swersky", "bao") else {}  # plugin is biased by tr Var(a) / 2N: another test
+    n = 20 if name in ("bao", "fae") else 200
+    losses = torch.stack([LEARN[name](vae, x, *draw(vae, x, n, seed), **options) for seed in range(400)])
+    assert losses.shape == (400, 5)
+    assert_within(losses, closed_forms(linear)[name])
+
+
+def test_posterior_fisher_divergence_equals_its_closed_form(linear):
+    vae, x = linear[0].requires_grad_(False), linear[-1]
+    assert_within(torch.stack([INFER["fd"](vae, x, *draw(vae, x, 200, seed)) for seed in range(400)]), closed_forms(linear)["posterior"])
+
+
+@pytest.mark.parametrize("name, factor", [("swersky", -1 / 2), ("bao", 1 / 2)])
+def test_plugin_bias_is_the_variance_of_the_mean(linear, name, factor):
+    vae, W, _, _, _, std, gamma, x = linear
+    n, variance = 2, torch.trace(W @ std.square().diag() @ W.T) / gamma**2
+    losses = torch.stack([LEARN[name](vae, x, *draw(vae, x, n, seed)).detach() for seed in range(4000)])
+    assert_within(losses, closed_forms(linear)[name] + factor * variance / n)
+
+
+def exact_posterior(W, b, gamma):
+    """The linear VAE whose q is p(z|x); diagonal because W has orthogonal columns."""
+    precision = torch.eye(W.shape[1]) + W.T @ W / gamma
+    A = precision.inverse() @ W.T / gamma
+    return linear_vae(W, b, A, -A @ b, precision.inverse().diagonal().sqrt(), gamma)
+
+
+def test_fisher_identity_with_the_exact_posterior():
+    g = torch.Generator().manual_seed(0)
+    W = torch.linalg.qr(torch.randn(D, DZ, generator=g).double())[0] * torch.tensor([0.5, 1.0, 2.0])
+    b, gamma, x = torch.randn(D, generator=g).double(), 0.5, torch.randn(3, D, generator=g).double()
+    vae = exact_posterior(W, b, gamma).requires_grad_(False)
+    P = (W @ W.T + gamma * torch.eye(D)).inverse()
+    score = -(x - b) @ P
+    score_matching = score.square().sum(-1) / 2 - torch.trace(P)
+    variance = torch.trace(W @ vae.encode(x).base_dist.scale[0].square().diag() @ W.T) / gamma**2
+
+    q, z = draw(vae, x, 100_000)
+    a = likelihood_score(vae, x, q, z)[0]
+    assert torch.allclose(a.mean(0), score, atol=0.02)
+    assert latent_score_gap(vae, x, q, z).abs().max() < 1e-10  # the posterior FD is zero sample by sample
+    for name, exact in (("swersky", score_matching), ("bao", score_matching), ("fd", score_matching - variance / 2)):
+        options = {} if name == "fd" else {"estimator": "unbiased"}
+        losses = torch.stack([LEARN[name](vae, x, *draw(vae, x, 20, seed), **options) for seed in range(500)])
+        assert_within(losses, exact)
+
+
+def test_fae_is_the_joint_fisher_divergence_up_to_the_data_score(linear):
+    """E_data fae + 1/2 E||grad log pd||^2 = 1/2 tr[(Pp - Pq) Sq (Pp - Pq)], all joints zero-mean Gaussians."""
+    _, W, _, A, _, std, gamma, _ = linear
+    g = torch.Generator().manual_seed(3)
+    root = torch.randn(D, D, generator=g).double() * 0.5 + torch.eye(D)
+    S, Sx, zero = std.square().diag(), root @ root.T, torch.zeros(1).double()
+    vae = linear_vae(W, zero.expand(D), A, zero.expand(DZ), std, gamma).requires_grad_(False)
+    Pp = torch.cat([torch.cat([torch.eye(D) / gamma, -W / gamma], 1), torch.cat([-W.T / gamma, torch.eye(DZ) + W.T @ W / gamma], 1)])
+    Sq = torch.cat([torch.cat([Sx, Sx @ A.T], 1), torch.cat([A @ Sx, A @ Sx @ A.T + S], 1)])
+    gap = Pp - Sq.inverse()
+    joint = torch.trace(gap @ Sq @ gap) / 2 - torch.trace(Sx.inverse()) / 2
+    losses = []
+    for seed in range(300):
+        torch.manual_seed(seed)
+        x = torch.randn(500, D).double() @ root.T
+        losses.append(LEARN["fae"](vae, x, *draw(vae, x, 2, seed)).mean())
+    assert_within(torch.stack(losses)[:, None], joint)
+
+
+@pytest.mark.parametrize("name", ["elbo", "fd", "swersky", "bao"])
+def test_propositions_optimal_gamma_and_autoencoding_loss(name):
+    """Props. 3.1, 4.1, 4.2 on an MLP: the minimum over gamma of the Monte Carlo loss is the autoencoding loss."""
+    torch.manual_seed(0)
+    vae = build_vae("mlp", (2,), 2, width=20, std="softplus").double().requires_grad_(False)
+    x, n = torch.randn(300, 2).double(), 400
+    x.requires_grad_()
+    q, z = draw(vae, x, n)
+    g = vae.decode(z)
+    mean, V = g.mean(0), g.var(0).sum(-1)
+    r = (x - mean).square().sum(-1) - V / n  # unbiased for ||x - E g||^2
+
+    def loss(log_gamma):
+        vae.log_gamma.fill_(log_gamma)
+        options = {"estimator": "unbiased"} if name in ("swersky", "bao") else {}
+        return LEARN[name](vae, x, q, z, **options).mean().item()
+
+    found = minimize_scalar(loss, bounds=(-4, 4), method="bounded", options={"xatol": 1e-6})
+    r, V, gamma = r.mean().item(), V.mean().item(), math.exp(found.x)
+    if name == "elbo":
+        assert gamma == pytest.approx((r + V) / 2, rel=1e-3)
+        assert found.fun - vae.kl(q).sum(-1).mean().item() == pytest.approx(math.log(2 * math.pi * (r + V) / 2) + 1, rel=1e-3)
+        return
+    if name == "fd":
+        numerator, second_moment = 2, r + V
+    elif name == "swersky":
+        numerator, second_moment = 2, r + 2 * V
+    else:
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda v, u: vae.decoder(_reparametrise(vae, v, u)), 0), (0, 0))
+        u = (z - q.base_dist.loc) / q.base_dist.scale
+        divergence = torch.stack([jacobian(x.detach(), u[i].detach()).diagonal(dim1=1, dim2=2).sum(-1) for i in range(n)])
+        numerator, second_moment = 2 - divergence.mean().item(), r
+    tolerance = 0.03 if name == "bao" else 1e-3  # bao's E[a.b] and E div are two Monte Carlo estimates of one number
+    assert gamma == pytest.approx(second_moment / numerator, rel=tolerance)
+    assert found.fun == pytest.approx(-(numerator**2) / (2 * second_moment), rel=2 * tolerance)
+
+
+def _reparametrise(vae, x, u):
+    mean, std = vae.encoder(x[None]).chunk(2, -1)
+    return mean[0] + vae.positive(std[0]) * u
+
+
+@pytest.mark.parametrize("name, half", [(name, half) for name in [*LEARN, "posterior"] for half in ("theta", "phi")])
+def test_gradients_agree_with_finite_differences(name, half):
+    """d loss / d theta and d loss / d phi at fixed z, along a random direction."""
+    torch.manual_seed(0)
+    vae = build_vae("mlp", (D,), DZ, width=8).double()
+    for layer in vae.modules():  # smooth, so that finite differences are exact
+        for child, module in layer.named_children():
+            if isinstance(module, nn.ReLU):
+                setattr(layer, child, nn.Tanh())
+    params = list(vae.encoder.parameters()) if half == "phi" else [*vae.decoder.parameters(), vae.log_gamma]
+    x, z = torch.randn(6, D).double(), torch.randn(3, 6, DZ).double()
+    x.requires_grad_()
+    objective = INFER["fd"] if name == "posterior" else LEARN[name]
+
+    def loss():
+        return objective(vae, x, vae.encode(x), z).sum()
+
+    gradients = torch.autograd.grad(loss(), params, allow_unused=True)
+    directions = [torch.randn_like(p) for p in params]
+    expected = sum((g * d).sum() for g, d in zip(gradients, directions) if g is not None)
+    if half == "phi" and name in ("fd", "swersky"):
+        assert all(g is None for g in gradients)  # phi enters through z alone
+        return
+    step, values = 1e-5, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(params, directions):
+                p += sign * step * d
+        values.append(loss().item())
+        with torch.no_grad():
+            for p, d in zip(params, directions):
+                p -= sign * step * d
+    assert expected.item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
+
+
+@pytest.mark.parametrize("repar", [False, True])
+def test_posterior_fd_gradient_with_and_without_reparametrisation(linear, repar):
+    """1/2 E||c||^2 on the linear VAE: the reparametrised phi-gradient is the closed form's; without, S in E_q is held fixed."""
+    vae, W, b, _, _, _, gamma, x = linear
+    vae.requires_grad_(False)
+    vae.encoder.requires_grad_(True)
+    q = vae.encode(x)
+    torch.manual_seed(0)
+    z = vae.sample(q, vae.noise(q, 200_000))
+    loss = INFER["fd"](vae, x, q, z if repar else z.detach()).mean()
+    found = torch.autograd.grad(loss, vae.encoder.log_std)[0]
+
+    log_std = vae.encoder.log_std.detach().clone().requires_grad_()
+    S, fixed = (2 * log_std).exp().diag(), (2 * log_std).exp().detach().diag()
+    mean = vae.encoder(x)[:, :DZ].detach()
+    M = -S.inverse() + torch.eye(DZ) + W.T @ W / gamma
+    gap = mean - (x - mean @ W.T - b) @ W / gamma
+    exact = (torch.trace(M @ (S if repar else fixed) @ M.T) + gap.square().sum(-1).mean()) / 2
+    assert torch.allclose(found, torch.autograd.grad(exact, log_std)[0], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", list(LEARN))
+def test_a_datum_does_not_see_the_others(name):
+    torch.manual_seed(0)
+    vae = build_vae("conv", (1, 32, 32), 4, width=4, norm="none")
+    x = torch.rand(3, 1, 32, 32)
+    other = x.clone()
+    other[1:] = torch.rand(2, 1, 32, 32)
+    z = torch.randn(2, 3, 4)
+    for objective in (LEARN[name], INFER["fd"]):
+        first, second = objective(vae, x, vae.encode(x), z)[0], objective(vae, other, vae.encode(other), z)[0]
+        assert first.item() == pytest.approx(second.item(), rel=1e-5)
+
+
+def test_batch_norm_couples_the_scores_in_training_mode():
+    torch.manual_seed(0)
+    vae = build_vae("conv", (1, 32, 32), 4, width=4, norm="batch")
+    x, z = torch.rand(4, 1, 32, 32), torch.randn(2, 4, 4)
+    other = torch.cat([x[:1], torch.rand(3, 1, 32, 32)])
+    values = [INFER["fd"](vae, data, vae.encode(data), z)[0].item() for data in (x, other)]
+    assert values[0] != pytest.approx(values[1], rel=1e-3)
+    vae.eval()
+    values = [INFER["fd"](vae, data, vae.encode(data), z)[0].item() for data in (x, other)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_released_estimator_on_images_has_the_same_mean_and_more_variance(linear):
+    """On images mean_n a_n.b_n becomes abar . sum_n b_n. Images of one row, so that the closed forms hold."""
+    vae, x, n = linear[0].requires_grad_(False), linear[-1], 4
+    image_vae = VAE(nn.Sequential(nn.Flatten(), vae.encoder), nn.Sequential(vae.decoder, nn.Unflatten(-1, (1, 1, D))), DZ)
+    image_vae.log_gamma = vae.log_gamma
+    image_vae.double().requires_grad_(False)
+    images = x.view(-1, 1, 1, D)
+    plugin, released = (torch.stack([LEARN["bao"](image_vae, images, *draw(image_vae, images, n, seed), estimator=estimator)
+                                     for seed in range(1500)]) for estimator in ("plugin", "released"))
+    difference = released - plugin
+    assert (difference.mean(0).abs() < 4 * difference.std(0) / math.sqrt(1500)).all()
+    assert released.var(0).mean() > 2 * plugin.var(0).mean()
+
+
+def test_released_estimator_on_vectors_averages_over_the_minibatch(linear):
+    vae, x = linear[0], linear[-1]
+    q, z = draw(vae, x, 1)
+    a = likelihood_score(vae, x, q, z)[0]
+    over_batch = a[0].mean(0).square().sum() / 2
+    for name, rest in (("swersky", a[0].square().sum(-1) - D / 0.5 - over_batch),
+                       ("bao", over_batch + (a[0] * posterior_score(vae, x, q, z)[0]).sum(-1) - D / 0.5)):
+        assert torch.allclose(LEARN[name](vae, x, q, z, estimator="released"), rest)
+
+
+def test_an_ensemble_member_equals_the_model_alone():
+    seeds, x = [3, 1, 4], torch.randn(3, 6, 2)
+    ensemble, z = build_ensemble(2, 2, 16, seeds), torch.randn(2, 3, 6, 2)
+    for i, seed in enumerate(seeds):
+        alone = build_ensemble(2, 2, 16, [seed])
+        for objective in (*LEARN.values(), INFER["fd"]):
+            together = objective(ensemble, x, ensemble.encode(x), z)
+            assert together.shape == (3, 6)
+            assert torch.allclose(together[i], objective(alone, x[i:i + 1], alone.encode(x[i:i + 1]), z[:, i:i + 1])[0], rtol=1e-4)
+
+
+def test_frozen_networks_cost_no_double_backward():
+    vae = build_vae("mlp", (2,), 2, width=8)
+    x, z = torch.randn(4, 2).requires_grad_(), torch.randn(3, 4, 2)
+    assert posterior_score(vae, x, vae.encode(x), z).requires_grad
+    vae.encoder.requires_grad_(False)
+    assert not posterior_score(vae, x, vae.encode(x), z).requires_grad
+    vae.decoder.requires_grad_(False)
+    vae.log_gamma.requires_grad_(False)
+    assert not latent_score_gap(vae, x.detach(), vae.encode(x.detach()), z).requires_grad
+
+
+def test_unbiased_needs_two_samples_and_names_are_the_papers():
+    vae = build_vae("mlp", (2,), 2, width=8)
+    x = torch.randn(4, 2)
+    with pytest.raises(ValueError, match="at least 2"):
+        LEARN["swersky"](vae, x, vae.encode(x), torch.randn(1, 4, 2), estimator="unbiased")
+    assert [label("fd", "kld"), label("elbo", "kld"), label("bao", "fd"), label("fae", "fae")] == ["KLD-F", "KLD-ELBO", "FD-B", "FAE"]

@@ -1,0 +1,243 @@
+"""The image script as its user meets it: runs that resume bit by bit, flags that all matter, mistakes answered in one sentence."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_images
+from runs import load_arrays, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data", "mnist", "--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "2", "--inner-steps", "2",
+         "--eval-every", "1", "--lr", "1e-3", "--device", "cpu"]
+TIMES = ("seconds", "peak_memory")  # the only arrays that may differ between two equal runs
+
+
+def train(digits, out, *argv):
+    train_images.main(train_images.parse_args([*SMALL, "--data-root", str(digits), "--out", str(out), *map(str, argv)]))
+    return load_arrays(out / "metrics.npz")
+
+
+def assert_equal_runs(first, second, equal=True):
+    arrays = [load_arrays(run / "metrics.npz") for run in (first, second)]
+    tensors = [load_checkpoint(run / "checkpoint.pt")["trainer"]["tensors"] for run in (first, second)]
+    same_arrays = all(np.array_equal(arrays[0][name], arrays[1][name], equal_nan=arrays[0][name].dtype.kind == "f")
+                      for name in arrays[0] if name not in (*TIMES, "config"))
+    same_weights = all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert arrays[0].keys() == arrays[1].keys()
+    assert (same_arrays, same_weights) == (equal, equal)
+
+
+def test_a_run_leaves_its_documented_files_and_arrays(digits, tmp_path):
+    arrays = train(digits, tmp_path / "run")
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        ".lock", "config.json", "checkpoint.pt", "metrics.npz", "training_curves.png", "samples.png", "reconstructions.png",
+        "posterior_sd.png"}
+    assert arrays["status"] == "ok"
+    assert arrays["epoch"].tolist() == [0, 1, 2]
+    assert arrays["negative_elbo"][-1] < arrays["negative_elbo"][0]
+    assert arrays["posterior_sd"].shape == arrays["kl_per_dim"].shape == (3, 3)
+    assert arrays["samples"].shape == (64, 1, 32, 32) and arrays["samples"].dtype == np.uint8
+    assert np.allclose(arrays["negative_elbo"], arrays["reconstruction"] + arrays["kl"])
+    assert np.isnan(arrays["learn_loss"][0]) and np.isfinite(arrays["learn_loss"][1:]).all()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["flags"]["width"] == 4 and config["label"] == "KLD-F" and config["data"]["counts"] == {"train": 300, "test": 60}
+
+
+def test_same_seed_equal_other_seed_different_and_evaluation_changes_nothing(digits, tmp_path):
+    for name, argv in {"a": [], "b": [], "other": ["--seed", 1], "rarely": ["--eval-every", 2]}.items():
+        train(digits, tmp_path / name, *argv)
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+    assert_equal_runs(tmp_path / "a", tmp_path / "other", equal=False)
+    weights = [load_checkpoint(tmp_path / name / "checkpoint.pt")["trainer"]["tensors"] for name in ("a", "rarely")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name != "sums")
+
+
+@pytest.mark.parametrize("learn", ["bao", "fae"])
+def test_resumed_equals_undisturbed_in_process(digits, tmp_path, monkeypatch, learn):
+    """Stopped in the middle of an epoch, after a checkpoint at an arbitrary step."""
+    import training
+    monkeypatch.setattr(training, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)  # a checkpoint at every step
+    train(digits, tmp_path / "whole", "--learn", learn)
+    run_step, calls = training.Trainer.run_step, []
+
+    def stop_at_nine(trainer):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        run_step(trainer)
+
+    monkeypatch.setattr(training.Trainer, "run_step", stop_at_nine)
+    with pytest.raises(KeyboardInterrupt):
+        train(digits, tmp_path / "halved", "--learn", learn)
+    assert "status" not in load_arrays(tmp_path / "halved" / "metrics.npz")
+    train(digits, tmp_path / "halved", "--learn", learn)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "halved")
+
+
+def test_killed_and_started_again_equals_undisturbed(digits, tmp_path):
+    command = [sys.executable, str(ROOT / "train_images.py"), *SMALL, "--data-root", str(digits), "--epochs", "12"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for out, kills in ((tmp_path / "whole", 0), (tmp_path / "killed", 2)):
+        for kill in range(kills):
+            process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+            begun = time.monotonic()
+            while not (out / "checkpoint.pt").exists() and time.monotonic() < begun + 60:
+                time.sleep(0.02)
+            time.sleep(0.5 + 3 * kill)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        done = subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, text=True, env=environment)
+        assert "ok, negative ELBO" in done.stdout or "finished before" in done.stdout
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_finished_runs_are_skipped_and_overwrite_redoes(digits, tmp_path, capsys):
+    train(digits, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.npz").stat().st_mtime_ns
+    capsys.readouterr()
+    train(digits, tmp_path / "run")
+    assert "finished before (ok)" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.npz").stat().st_mtime_ns == before
+    train(digits, tmp_path / "run", "--overwrite", "--epochs", 1)
+    assert load_arrays(tmp_path / "run" / "metrics.npz")["epoch"].tolist() == [0, 1]
+
+
+BEHAVIOUR = {  # a non-default value of each flag changes the weights of a two-epoch run
+    "--limit": 200, "--learn": "elbo", "--infer": "fd", "--samples": 3, "--noise": 0.2, "--seed": 5, "--net": "mlp", "--width": 5,
+    "--norm": "none", "--dim-z": 4, "--init-sd": 0.2, "--inner-steps": 1, "--batch": 30, "--lr": 1e-2, "--epochs": 3,
+    "--precision": "bf16"}
+
+
+def test_every_flag_changes_config_and_behaviour(digits, tmp_path):
+    train(digits, tmp_path / "base")
+    base, base_config = (load_checkpoint(tmp_path / "base" / "checkpoint.pt")["trainer"]["tensors"],
+                         json.loads((tmp_path / "base" / "config.json").read_text())["flags"])
+    for flag, value in BEHAVIOUR.items():
+        out = tmp_path / flag.strip("-")
+        train(digits, out, flag, value)
+        tensors = load_checkpoint(out / "checkpoint.pt")["trainer"]["tensors"]
+        same = tensors.keys() == base.keys() and all(torch.equal(tensors[name], base[name]) for name in base)
+        assert not same, flag
+        assert json.loads((out / "config.json").read_text())["flags"][flag[2:].replace("-", "_")] == value != base_config[flag[2:].replace("-", "_")]
+    for estimator in ("unbiased", "released"):
+        train(digits, tmp_path / estimator, "--learn", "bao", "--estimator", estimator)
+    train(digits, tmp_path / "plugin", "--learn", "bao")
+    gammas = {name: load_arrays(tmp_path / name / "metrics.npz")["log_gamma"][-1] for name in ("plugin", "unbiased", "released")}
+    assert len(set(gammas.values())) == 3
+    fewer = train(digits, tmp_path / "fewer", "--test-limit", 30)
+    assert fewer["negative_elbo"][-1] != load_arrays(tmp_path / "base" / "metrics.npz")["negative_elbo"][-1]
+
+
+@pytest.mark.parametrize("learn", ["elbo", "fd", "swersky", "bao", "fae"])
+def test_every_pair_ends_ok_or_diverged(digits, tmp_path, learn):
+    for infer in ("fae",) if learn == "fae" else ("kld", "fd", "fd-repar"):
+        status = str(train(digits, tmp_path / infer, "--learn", learn, "--infer", infer, "--epochs", 1)["status"])
+        assert status == "ok" or status.startswith("diverged@")
+
+
+def test_divergence_is_a_result(digits, tmp_path, capsys):
+    arrays = train(digits, tmp_path / "run", "--learn", "elbo", "--lr", 1e3)
+    assert str(arrays["status"]).startswith("diverged@")
+    assert 0 <= int(str(arrays["status"]).split("@")[1]) < 12
+    assert (tmp_path / "run" / "training_curves.png").exists()
+    train(digits, tmp_path / "run", "--learn", "elbo", "--lr", 1e3)
+    assert "finished before (diverged@" in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(digits, tmp_path, capsys):
+    train_images.main(train_images.parse_args([*SMALL, "--data-root", str(digits), "--out", str(tmp_path / "run"), "--dry-run"]))
+    assert not (tmp_path / "run").exists()
+    assert "12 encoder and 6 decoder updates" in capsys.readouterr().out
+
+
+def test_default_folders_of_a_sweep_never_collide():
+    names = {train_images.parse_args(argv.split()).out for argv in (
+        "", "--seed 1", "--learn elbo", "--infer fd", "--samples 1", "--learn bao --estimator released", "--net resnet", "--norm group")}
+    assert len(names) == 8
+    assert "runs/images/mnist-conv-kld-fd-seed0" in names
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--data", "nothing"], "unknown data 'nothing'"),
+    (["--data", "folder:/no/such/place"], "/no/such/place does not exist"),
+    (["--learn", "fae", "--infer", "kld"], "--learn fae goes with --infer fae"),
+    (["--infer", "fae"], "--learn fae goes with --infer fae"),
+    (["--learn", "swersky", "--estimator", "unbiased", "--samples", "1"], "at least 2"),
+    (["--estimator", "released"], "has a meaning for --learn swersky and bao"),
+    (["--samples", "0"], "0 is not a whole number of 1 or more"),
+    (["--lr", "nan"], "nan is not a number above 0"),
+    (["--batch", "301"], "more than the 300 training images"),
+    (["--precision", "tf32"], "GPU"),
+    (["--learn", "sliced"], "invalid choice"),
+])
+def test_bad_flags_get_one_sentence(digits, tmp_path, fails, argv, words):
+    out = tmp_path / "run"
+    assert words in fails(train_images, *SMALL, "--data-root", digits, "--out", out, *argv)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(digits, fails):
+    assert "finds no CUDA GPU" in fails(train_images, *SMALL, "--data-root", digits, "--device", "cuda")
+
+
+def test_a_folder_of_another_run_is_refused_and_names_the_flags(digits, tmp_path, fails):
+    train(digits, tmp_path / "run")
+    before = load_arrays(tmp_path / "run" / "metrics.npz")
+    message = fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "run", "--lr", "0.5", "--seed", "3")
+    assert "lr was 0.001, is now 0.5" in message and "seed was 0, is now 3" in message
+    assert np.array_equal(before["negative_elbo"], load_arrays(tmp_path / "run" / "metrics.npz")["negative_elbo"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("all of it")
+    for argv in ([], ["--overwrite"]):
+        assert "not a run folder" in fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "mine", *argv)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("keep", [0, 100, 5000])
+def test_a_truncated_checkpoint_is_named_and_kept(digits, tmp_path, fails, keep):
+    train(digits, tmp_path / "run")
+    (tmp_path / "run" / "metrics.npz").unlink()
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
+    message = fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "run")
+    assert f"{checkpoint} is damaged" in message and "--overwrite" in message
+    assert checkpoint.stat().st_size == keep
+
+
+def test_a_second_process_on_one_folder_leaves(digits, tmp_path, fails):
+    from runs import Run
+    with Run(tmp_path / "run", "train_images", {}, torch.device("cpu")):
+        assert "another process is at work" in fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "run")
+
+
+def test_an_unwritable_output_folder(digits, tmp_path, fails):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to the output folder" in fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "file" / "run")
+
+
+def test_a_disk_that_fills_loses_nothing(digits, tmp_path, fails):
+    train(digits, tmp_path / "run")
+    arrays, config = (tmp_path / "run" / "metrics.npz").read_bytes(), (tmp_path / "run" / "config.json").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(config) + 4000, limits[1]))  # no larger file can be written
+    try:
+        message = fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot write" in message and "kept" in message
+    assert not list((tmp_path / "new").glob("*.tmp")) and not list((tmp_path / "new").glob(".*.tmp"))
+    assert (tmp_path / "run" / "metrics.npz").read_bytes() == arrays
+    train(digits, tmp_path / "new")
+    assert_equal_runs(tmp_path / "run", tmp_path / "new")
