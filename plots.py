@@ -7,15 +7,17 @@ A figure is a function figure(runs, save): a list of run folders in, a PNG out.
 import argparse
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
-from runs import command_line, load_arrays
+from runs import NOT_IDENTITY, command_line, load_arrays
 
 # One colour per objective in every figure: hue for the learning objective, dashes for FD inference.
 COLORS = {"ELBO": "black", "F": "tab:blue", "S": "tab:orange", "B": "tab:green", "FAE": "tab:red"}
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False, "savefig.dpi": 150}
+matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
 
 
 def line_style(label):
@@ -46,30 +48,42 @@ CURVES = {  # metric: axis label, scale
     "posterior_fd": ("posterior FD", "log"),
     "log_gamma": (r"$\log\,\gamma$", "linear"),
     "active_units": ("active latents", "linear"),
-    "learn_loss": ("training loss of the decoder", "symlog"),
+    "learn_loss": ("decoder's training loss", "symlog"),
     "learn_grad_norm": ("its gradient norm", "log"),
 }
 
 
-def training_curves(runs, save):
-    """Test metrics and the decoder's training loss against epochs, one line per run."""
+def load_runs(runs):
+    """The arrays of each run, and for each a label: the objective, then the flags in which these runs differ."""
     loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    flags = [arrays["config"]["flags"] for arrays in loaded]
+    differ = [key for key in flags[0] if key not in (*NOT_IDENTITY, "learn", "infer") and len({str(f.get(key)) for f in flags}) > 1]
+    labels = []
+    for arrays, own in zip(loaded, flags):
+        status = str(arrays.get("status", "unfinished"))
+        labels.append(", ".join([arrays["config"]["label"], *(f"{key.replace('_', '-')} {own.get(key)}" for key in differ),
+                                 *([status] if status != "ok" else [])]))
+    return loaded, labels
+
+
+def training_curves(runs, save):
+    """Test metrics and the decoder's training loss against epochs, one line per run; the ELBO from the first trained epoch on."""
+    loaded, labels = load_runs(runs)
     names = [name for name in CURVES if any(name in arrays for arrays in loaded)]
     figure, axes = new_figure(-(-len(names) // 4), 4, size=(2.9, 2.3))
     for ax, name in zip(axes.flat, names):
-        for arrays in loaded:
+        for arrays, label in zip(loaded, labels):
             if name in arrays:
-                ax.plot(arrays["epoch"], arrays[name], marker=".", **line_style(arrays["config"]["label"]), label=run_label(arrays))
-        ax.set(xlabel="epoch", title=CURVES[name][0], yscale=CURVES[name][1])
+                trained = arrays["epoch"] > (0 if name == "negative_elbo" else -1)
+                ax.plot(arrays["epoch"][trained], arrays[name][trained], marker=".", label=label,
+                        **line_style(arrays["config"]["label"]))
+        ax.set(xlabel="epoch", title=CURVES[name][0])
+        ax.set_yscale(CURVES[name][1], **({"linthresh": 100} if CURVES[name][1] == "symlog" else {}))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     for ax in axes.flat[len(names):]:
         ax.set_axis_off()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4))
     save_figure(figure, save)
-
-
-def run_label(arrays):
-    status = "" if arrays.get("status", "ok") == "ok" else f" ({arrays['status']})"
-    return f"{arrays['config']['label']}, seed {arrays['config']['flags']['seed']}{status}"
 
 
 def samples(runs, save):
@@ -87,14 +101,14 @@ def reconstructions(runs, save):
 
 
 def grids(runs, save, make):
-    loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    loaded, labels = load_runs(runs)
     columns = min(len(runs), 4)
     figure, axes = new_figure(-(-len(runs) // columns), columns, size=(3.2, 3.4))
     for ax in axes.flat:
         ax.set_axis_off()
-    for ax, arrays in zip(axes.flat, loaded):
+    for ax, arrays, label in zip(axes.flat, loaded, labels):
         ax.imshow(make(arrays), vmin=0, vmax=255, cmap="gray", interpolation="nearest")
-        ax.set_title(run_label(arrays))
+        ax.set_title(label)
     save_figure(figure, save)
 
 
@@ -110,11 +124,11 @@ def tile(images, columns):
 
 def posterior_sd(runs, save):
     """Histogram over the latent dimensions of the posterior's standard deviation, averaged over the test images (Figures 9, 10)."""
-    loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    loaded, labels = load_runs(runs)
     figure, axes = new_figure()
-    for arrays in loaded:
+    for arrays, label in zip(loaded, labels):
         sd = arrays["posterior_sd"][-1]
-        axes[0, 0].hist(np.clip(sd, 0, 1.2), bins=np.linspace(0, 1.2, 49), histtype="step", label=run_label(arrays),
+        axes[0, 0].hist(np.clip(sd, 0, 1.2), bins=np.linspace(0, 1.2, 49), histtype="step", label=label,
                         **line_style(arrays["config"]["label"]))
     axes[0, 0].set(xlabel="posterior SD (clipped at 1.2)", ylabel="latent dimensions")
     axes[0, 0].legend()
