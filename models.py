@@ -68,6 +68,8 @@ class VAE(nn.Module):
 
     def kl(self, q):
         """KL(q(z|x) || p(z)) per latent dimension in closed form, [..., B, Dz], nats."""
+        if self.latent == "bernoulli":
+            return math.log(2) - q.base_dist.entropy()  # no masks, which a CUDA graph cannot capture
         return kl_divergence(q.base_dist, self.prior.base_dist)
 
     def _run(self, net, v):

@@ -41,6 +41,8 @@ def parse_args(argv=None):
     flag("--width", type=positive, default=None, help="base channels of conv and resnet (default: 64), hidden units of mlp (default: 400)")
     flag("--norm", choices=NORMS, default="batch", help="normalisation of conv and resnet; batch couples the data (see README)")
     flag("--dim-z", type=positive, default=100, help="latent dimensions")
+    flag("--latent", choices=("gaussian", "bernoulli"), default="gaussian", help="prior and posterior; bernoulli: 0/1 latents, prior 1/2")
+    flag("--temperature", type=positive_float, default=0.5, help="of the Gumbel-softmax relaxation of Bernoulli latents")
     flag("--init-sd", type=positive_float, default=0.1, help="initial standard deviation of p(x|z)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (fae moves both on each)")
@@ -65,6 +67,10 @@ def parse_args(argv=None):
         parser.error(f"--estimator {args.estimator} has a meaning for --learn {' and '.join(HAS_ESTIMATOR)} only")
     if args.estimator == "unbiased" and args.samples < 2:
         parser.error("--estimator unbiased needs --samples of at least 2: it divides by N - 1")
+    if args.latent == "bernoulli" and args.infer != "kld":
+        parser.error(f"--infer {args.infer} takes gradients in z, and Bernoulli latents have none; --latent bernoulli goes with --infer kld")
+    if args.latent == "gaussian" and args.temperature != parser.get_default("temperature"):
+        parser.error("--temperature has a meaning for --latent bernoulli only")
     if args.net == "mlp" and args.norm == "group":
         parser.error("--norm group has no meaning for --net mlp, which has no normalisation layers")
     args.out = args.out or f"runs/images/{run_name(args, AXES, vars(parser.parse_args([])) | {'width': WIDTH[args.net]})}"
@@ -103,8 +109,8 @@ def fit(run, args, vae, data, device):
 def vae_of(flags, image_shape):
     """The model of a run, from its flags alone. Raises UserError for images that the network does not take."""
     try:
-        return build_vae(flags["net"], tuple(image_shape), flags["dim_z"], flags["width"], flags["norm"], init_sd=flags["init_sd"],
-                         bf16=flags["precision"] == "bf16")
+        return build_vae(flags["net"], tuple(image_shape), flags["dim_z"], flags["width"], flags["norm"], flags["latent"],
+                         temperature=flags["temperature"], init_sd=flags["init_sd"], bf16=flags["precision"] == "bf16")
     except ValueError as error:
         raise UserError(str(error)) from error
 
