@@ -57,7 +57,7 @@ class Trainer:
     def __init__(self, vae, images, *, learn, infer, estimator, samples, inner_steps, noise, batch, lr, seed, graph=True):
         if len(images) < batch:
             raise UserError(f"{len(images)} training images are fewer than one minibatch of {batch}; use a smaller --batch")
-        self.vae, self.images, self.device = vae, images, images.device
+        self.vae, self.images, self.device = vae.to(memory_format=torch.channels_last), images, images.device
         self.learn, self.infer, self.estimator = learn, infer, estimator
         self.samples, self.inner_steps, self.noise, self.batch, self.seed = samples, inner_steps, noise, batch, seed
         self.graph, self.graphs = graph and self.device.type == "cuda", {}
