@@ -1,8 +1,5 @@
 """The images that the experiments train on, as uint8 tensors [n, C, H, W].
 
-    data = load_images("mnist", root="data", limit=10_000)
-    data.train, data.test, data.train_labels, data.test_labels, data.recipe
-
     ROOT/MNIST/raw, ROOT/FashionMNIST/raw    train-images-idx3-ubyte[.gz] and its three sisters; padded with zeros to 32x32
     ROOT/celeba/img_align_celeba[.zip]       NNNNNN.jpg as released; ROOT may also be that folder or zip
     folder:PATH                              any images, PATH a folder or a zip
@@ -14,10 +11,8 @@ Pictures are converted once, to an array beside the data: in $VSM_CACHE where se
 import contextlib
 import fcntl
 import gzip
-import http.client
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -45,12 +40,12 @@ IDX_FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST"}
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CELEBA_TRAIN, CELEBA_TEST = range(1, 162771), range(182638, 202600)  # by file number; between them lies the validation set
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
+DAMAGE = (OSError, EOFError, IndexError, SyntaxError, ValueError, struct.error, zlib.error, zipfile.BadZipFile,
+          Image.DecompressionBombError)  # what readers raise, by how the file is damaged
 
 GLYPH_FONTS = [
-    *(f"DejaVu{family}" for family in ("Sans", "Sans-Bold", "Sans-Oblique", "Sans-BoldOblique",
-                                       "SansMono", "SansMono-Bold", "SansMono-Oblique", "SansMono-BoldOblique",
-                                       "Serif", "Serif-Bold", "Serif-Italic", "Serif-BoldItalic")),
+    *(f"DejaVu{family}{style}" for family in ("Sans", "SansMono") for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
     "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"]
 
 
@@ -93,8 +88,8 @@ def load_idx(name, root):
         paths = download(IDX_FOLDERS[name], paths[0].parent)
     train, train_labels, test, test_labels = (read_idx(path) for path in paths)
     for images, labels, path in ((train, train_labels, paths[0]), (test, test_labels, paths[2])):
-        if images.shape != (len(labels), 28, 28):
-            raise UserError(f"{path} holds images {list(images.shape)}, where its labels' file wants [{len(labels)}, 28, 28]")
+        if images.shape != (*labels.shape, 28, 28):
+            raise UserError(f"{path} holds images {images.shape}, where its file of labels wants {(*labels.shape, 28, 28)}")
     recipe = {"name": name, "source": "idx", "size": [1, 32, 32], "crop": None, "filter": None, "pad": 2, "split": "official"}
     train, test = (np.pad(images, ((0, 0), (2, 2), (2, 2)))[:, None] for images in (train, test))
     return ImageData(train, test, train_labels.astype(np.int64), test_labels.astype(np.int64), recipe)
@@ -103,29 +98,26 @@ def load_idx(name, root):
 def read_idx(path):
     """A uint8 idx file, plain or .gz, as an array. Raises UserError for a damaged one."""
     try:
-        raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
-        zeros, kind, ndim = struct.unpack(">HBB", raw[:4])
-        if (zeros, kind) != (0, 8):
-            raise ValueError("not an idx file of bytes")
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        ndim = raw[3]
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(struct.unpack(f">{ndim}I", raw[4:4 + 4 * ndim]))
     except DAMAGE as error:
         raise UserError(f"{path} is damaged ({error}); delete it to download it again, or copy it anew") from error
 
 
 def download(dataset, folder):
-    """The paths of the idx files in `folder`, fetched quietly through torchvision where missing. Raises UserError where that fails."""
+    """The idx files' paths in `folder`, those missing fetched quietly through torchvision. Raises UserError where that fails."""
     print(f"downloading {dataset} to {folder}", file=sys.stderr)
     socket.setdefaulttimeout(10)
     try:
-        quiet = io.StringIO()
-        with tempfile.TemporaryDirectory() as there, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        with tempfile.TemporaryDirectory() as there, contextlib.redirect_stderr(io.StringIO()):
             fetched = Path(getattr(datasets, dataset)(there, download=True).raw_folder)
             folder.mkdir(parents=True, exist_ok=True)
             for file in IDX_FILES:
                 if not (folder / file).exists():
                     shutil.copy(fetched / file, folder / file)
-    except (RuntimeError, http.client.HTTPException, *DAMAGE) as error:
-        raise UserError(f"{folder} lacks files and {dataset} cannot be downloaded ({str(error).strip().splitlines()[-1]}); "
+    except (RuntimeError, *DAMAGE) as error:
+        raise UserError(f"{folder} lacks files and {dataset} cannot be downloaded ({str(error).strip().rpartition(chr(10))[2]}); "
                         f"put {', '.join(IDX_FILES)} there, plain or .gz, or name another data root") from error
     finally:
         socket.setdefaulttimeout(None)
@@ -142,15 +134,15 @@ def load_celeba(root):
         train, test = ([numbers[i] for i in sorted(numbers) if i in part] for part in (CELEBA_TRAIN, CELEBA_TEST))
         if train and test:
             return pictures.convert("celeba", train, test, 64, "official, by file number: train 1-162770, test 182638-202599")
-    raise UserError(f"no CelebA in {root}: put its 202,599 pictures (or some of the training numbers 1-162770 and some of the test "
-                    f"numbers 182638-202599) at {root}/celeba/img_align_celeba/NNNNNN.jpg, or the official zip at "
-                    f"{root}/celeba/img_align_celeba.zip, or name that folder or zip as the data root")
+    raise UserError(f"no CelebA in {root}: put its pictures (of the training set, 1-162770, and the test set, 182638-202599) at "
+                    f"{root}/celeba/img_align_celeba/NNNNNN.jpg or, zipped, at {root}/celeba/img_align_celeba.zip, "
+                    "or name that folder or zip as the data root")
 
 
 def load_folder(path):
-    pictures = Pictures(path) if path.exists() else None
-    if not pictures or len(pictures.names) < 2:
-        raise UserError(f"{path} holds fewer than two pictures ({' '.join(EXTENSIONS)}); folder:PATH wants a folder or a zip of them")
+    pictures = Pictures(path)
+    if len(pictures.names) < 2:
+        raise UserError(f"{path} holds fewer than two pictures ({' '.join(EXTENSIONS)}); a training and a test set want more")
     train, test = [name for i, name in enumerate(pictures.names) if i % 10], pictures.names[::10]
     size = 64 if min(pictures.open(test[0]).size) >= 64 else 32
     return pictures.convert("folder", train, test, size, "every 10th of the sorted paths, from the first, is a test image")
@@ -164,7 +156,7 @@ class Pictures:
         try:
             archive = None if source.is_dir() else zipfile.ZipFile(source)
         except DAMAGE as error:
-            raise UserError(f"{source} is not a whole zip file ({error}); a download cut short leaves such a file") from error
+            raise UserError(f"{source} is neither a folder of pictures nor a whole zip of them ({error})") from error
         self.read = archive.read if archive else lambda name: (source / name).read_bytes()
         names = archive.namelist() if archive else [path.relative_to(source).as_posix() for path in source.rglob("*")]
         self.names = sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith("."))
@@ -198,12 +190,12 @@ def resize_and_crop(picture, size):
     short = min(picture.size)
     width, height = (int(size * side / short) for side in picture.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = picture.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+    crop = picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    return np.asarray(crop).transpose(2, 0, 1)
 
 
 def cache_path(source):
-    """Beside `source` (None: drawn here) where its folder is writable by its mode, not only to root; else $VSM_CACHE or ./cache."""
+    """Where the array of `source` (None: drawn here) is kept; root, too, leaves a folder alone whose mode says read-only."""
     if source and "VSM_CACHE" not in os.environ and os.access(source.parent, os.W_OK) and source.parent.stat().st_mode & 0o222:
         return source.with_name(f"{source.name}.converted.npy")
     name = f"{source.name}-{zlib.crc32(str(source).encode()):08x}" if source else "glyphs"
@@ -263,26 +255,22 @@ def load_glyphs():
 
 def draw_glyphs(count, seed=0, batch=500):
     """Yields `count` digits in batches, uint8 [<= batch, 1, 32, 32]; image i shows i % 10 and does not depend on `count`."""
-    atlas = glyph_atlas()
-    u = torch.rand(count, 7, generator=torch.Generator().manual_seed(seed))
-    for start in tqdm(range(0, count, batch), "drawing glyphs", disable=None):
-        draw = u[start:start + batch]
-        font, digit = (draw[:, 0] * len(atlas)).long(), torch.arange(start, start + len(draw)) % 10
-        angle, shear, *zoom, dx, dy = ((2 * draw[:, 1:] - 1) * torch.tensor([math.radians(10), 0.15, 0.15, 0.15, 1.5 / 14, 1.5 / 14])).T
+    atlas, u = glyph_atlas(), torch.rand(count, 7, generator=torch.Generator().manual_seed(seed))
+    for i in tqdm(torch.arange(count).split(batch), "drawing glyphs", disable=None):
+        font, digit = (u[i, 0] * len(atlas)).long(), i % 10
+        angle, shear, *zoom, dx, dy = ((2 * u[i, 1:] - 1) * torch.tensor([0.17, 0.15, 0.15, 0.15, 0.1, 0.1])).T
         (sx, sy), cos, sin = (1.1 + z for z in zoom), angle.cos(), angle.sin()
         affine = torch.stack([cos * sx, (shear * cos - sin) * sy, dx, sin * sx, (shear * sin + cos) * sy, dy], -1)
-        grid = F.affine_grid(affine.view(-1, 2, 3), (len(draw), 1, 84, 84), align_corners=False)
+        grid = F.affine_grid(affine.view(-1, 2, 3), (len(i), 1, 84, 84), align_corners=False)
         images = F.avg_pool2d(F.grid_sample(atlas[font, digit], grid, align_corners=False), 3)  # 3x3 samples a pixel
         yield F.pad((images * 255).round(), (2, 2, 2, 2)).to(torch.uint8).numpy()
 
 
 def glyph_atlas():
-    """Every digit of every font, centred, digit height 60 of 84 pixels: float [fonts, 10, 1, 84, 84] in [0, 1]."""
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    """Every digit of every font, centred, digits about 60 of 84 pixels high: float [fonts, 10, 1, 84, 84] in [0, 1]."""
     atlas = np.zeros((len(GLYPH_FONTS), 10, 1, 84, 84), np.float32)
     for i, name in enumerate(GLYPH_FONTS):
-        _, top, _, bottom = ImageFont.truetype(folder / f"{name}.ttf", 100).getbbox("0")
-        font = ImageFont.truetype(folder / f"{name}.ttf", 100 * 60 / (bottom - top))
+        font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"), 86)
         for digit in range(10):
             left, top, right, bottom = font.getbbox(str(digit))
             canvas = Image.new("L", (84, 84))
