@@ -246,8 +246,8 @@ def write_cache(path, recipe, shape, rows):
 
 
 def load_glyphs():  # whoever changes the drawing raises the version, or old caches stay in use
-    recipe = {"name": "glyphs", "source": f"digits of {len(GLYPH_FONTS)} fonts, affine jitter (version 2), seed 0", "size": [1, 32, 32],
-              "crop": None, "filter": None, "pad": 2, "split": "60,000 + 10,000 independent draws"}
+    recipe = {"name": "glyphs", "source": f"digits of {len(GLYPH_FONTS)} fonts, affine jitter (version 2), seed 0",
+              "size": [1, 32, 32], "crop": None, "filter": None, "pad": 2, "split": "60,000 + 10,000 independent draws"}
     images = cached(cache_path(None), dict(recipe, fonts=GLYPH_FONTS), (70_000, 1, 32, 32), lambda: draw_glyphs(70_000))
     labels = np.arange(70_000) % 10
     return ImageData(images[:60_000], images[60_000:], labels[:60_000], labels[60_000:], recipe)
