@@ -38,7 +38,10 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """q(z|x), batch [..., B], event [Dz]."""
-        h = self._run(self.encoder, x)
+        return self.posterior(self._run(self.encoder, x))
+
+    def posterior(self, h):
+        """q(z|x) of the encoder's output h."""
         if self.latent == "bernoulli":
             return Independent(Bernoulli(logits=h, validate_args=False), 1, validate_args=False)
         mean, std = h.chunk(2, dim=-1)
