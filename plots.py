@@ -135,6 +135,22 @@ def posterior_sd(runs, save):
     save_figure(figure, save)
 
 
+# ------------------------------------------------------------------------------------------------------------- 2-D runs
+
+
+def synthetic_samples(runs, save):
+    """Samples of every run's median member over the data, one panel per run."""
+    loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    columns = min(len(runs), 5)
+    figure, axes = new_figure(-(-len(runs) // columns), columns, size=(2.4, 2.5))
+    for ax, arrays in zip(axes.flat, loaded):
+        nll = arrays["nll"]
+        member = np.argsort(nll)[np.isfinite(nll).sum() // 2]
+        ax.plot(*arrays["test_data"].T, ".", ms=1.5)
+        ax.plot(*arrays["model_samples"][member].T, ".", ms=1.5)
+    save_figure(figure, save)
+
+
 def draw_run(run):
     """The PNGs of one finished image run, those that are not there yet. A diverged run has no pictures to show."""
     arrays = load_arrays(Path(run) / "metrics.npz")
@@ -144,7 +160,7 @@ def draw_run(run):
             FIGURES[name]([run], save)
 
 
-FIGURES = {figure.__name__: figure for figure in (training_curves, samples, reconstructions, posterior_sd)}
+FIGURES = {figure.__name__: figure for figure in (training_curves, samples, reconstructions, posterior_sd, synthetic_samples)}
 
 
 def parse_args(argv=None):
