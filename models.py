@@ -38,7 +38,10 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """q(z|x), batch [..., B], event [Dz]."""
-        h = self._run(self.encoder, x)
+        return self.posterior(self._run(self.encoder, x))
+
+    def posterior(self, h):
+        """q(z|x) of the encoder's output h."""
         if self.latent == "bernoulli":
             return Independent(Bernoulli(logits=h, validate_args=False), 1, validate_args=False)
         mean, std = h.chunk(2, dim=-1)
@@ -101,14 +104,14 @@ class StackedMLP(nn.Module):
         shapes = list(pairwise(sizes))
         draws = [[weight_sd * torch.randn(shape, generator=g) for shape in shapes] for g in generators]
         self.weights = nn.ParameterList(torch.stack(layer) for layer in zip(*draws))
-        self.biases = nn.ParameterList(torch.zeros(len(generators), 1, n_out) for _, n_out in shapes)
+        self.biases = nn.ParameterList(torch.zeros(len(generators), n_out, 1) for _, n_out in shapes)
 
     def forward(self, v):
-        lead = v.shape[:-3]
-        v = v.flatten(0, -4).transpose(0, 1).flatten(1, 2) if lead else v  # [S, N B, in]
+        *lead, S, B, _ = v.shape
+        h = v.reshape(-1, S, B, v.shape[-1]).permute(1, 3, 0, 2).flatten(2)  # [S, in, N B]: matmuls are fastest with the data last
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            v = torch.baddbmm(bias, v.relu() if i else v, weight)
-        return v.unflatten(1, (lead.numel(), -1)).transpose(0, 1).unflatten(0, lead) if lead else v
+            h = torch.baddbmm(bias, weight.mT, h.relu_() if i else h)
+        return h.unflatten(2, (-1, B)).permute(2, 0, 3, 1).reshape(*lead, S, B, h.shape[1])
 
 
 NORMS = {

@@ -5,6 +5,7 @@ A figure is a function figure(runs, save): a list of run folders in, a PNG out.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from runs import NOT_IDENTITY, command_line, load_arrays
+from runs import NOT_IDENTITY, UserError, command_line, load_arrays
 
 # One colour per objective in every figure: hue for the learning objective, dashes for FD inference.
 COLORS = {"ELBO": "black", "F": "tab:blue", "S": "tab:orange", "B": "tab:green", "FAE": "tab:red"}
@@ -144,7 +145,124 @@ def draw_run(run):
             FIGURES[name]([run], save)
 
 
-FIGURES = {figure.__name__: figure for figure in (training_curves, samples, reconstructions, posterior_sd)}
+# -------------------------------------------------------------------------------------------------------------- 2-D runs
+
+
+SWEEP_AXES = ("data", "learn", "infer", "estimator", "samples", "inner_steps", "inner_lr", "bilevel_steps", "seed", "seeds", *NOT_IDENTITY)
+
+
+def synthetic_samples(runs, save):
+    """Samples of the member with the median NLL of every run (colour) over the test data (grey), one panel per run."""
+    loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    columns = min(len(runs), 5)
+    figure, axes = new_figure(-(-len(runs) // columns), columns, size=(2.3, 2.7))
+    for ax in axes.flat[len(runs):]:
+        ax.set_axis_off()
+    for ax, arrays in zip(axes.flat, loaded):
+        data, nll, flags = arrays["test_data"], arrays["nll"], arrays["config"]["flags"]
+        alive = np.isfinite(nll).sum()
+        ax.scatter(*data.T, s=2, c="0.7", lw=0)
+        if alive:
+            member = np.argsort(nll)[(alive - 1) // 2]
+            ax.scatter(*arrays["model_samples"][member].T, s=2, color=line_style(arrays["config"]["label"])["color"], lw=0)
+        result = f"NLL {np.nanmedian(nll):.2f}" if alive else "diverged"
+        ax.set_title(f"{objective_name(arrays)}\nK = {flags['inner_steps']}, J = {flags['bilevel_steps']}: {result}", fontsize=8)
+        low, high = np.quantile(data, [0.002, 0.998], axis=0)
+        margin = 0.3 * (high - low).max()
+        ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), aspect="equal")
+        ax.tick_params(labelsize=7)
+    save_figure(figure, save)
+
+
+def objective_name(arrays):
+    """The pair as the paper names it, and what the paper does not vary: KLD-B released, N = 5."""
+    flags = arrays["config"]["flags"]
+    return (arrays["config"]["label"] + (f" {flags['estimator']}" if flags["estimator"] != "plugin" else "")
+            + (f", N = {flags['samples']}" if flags["samples"] > 1 else ""))
+
+
+def synthetic(runs, save):
+    """NLL and Fisher divergence against K, a line per objective, a panel per J, two rows per data set (Figures 3, 6, 7).
+
+    Mean +- s.e. over the members that did not diverge; the legend counts the others. Dashed: the released estimator; open squares: FD
+    inference; triangles: above the panel; grey: the data's entropy. Where the data's score is unknown, the score-matching loss stands for
+    the divergence. Runs at the same point of the sweep are pooled. Raises UserError for runs that differ elsewhere.
+    """
+    points = sweep_points(runs)
+    datas, steps, inner = (sorted({point[key] for point in points}) for key in ("data", "J", "K"))
+    names = sorted({point["name"] for point in points}, key=lambda name: (list(COLORS).index(objective_of(name)), name))
+    figure, axes = new_figure(2 * len(datas), len(steps), size=(2.7, 2.2), sharex=True, sharey="row")
+    for row, (data, metric) in zip(axes, itertools.product(datas, ("nll", "divergence"))):
+        here = [point for point in points if point["data"] == data]
+        top = upper_limit([point[metric][0] for point in here])
+        for ax, J in zip(row, steps):
+            for name in names:
+                line = sorted((point["K"], *point[metric]) for point in here if (point["J"], point["name"]) == (J, name))
+                if line:
+                    K, mean, error = np.array(line).T
+                    ax.errorbar(K, mean, error, capsize=2, **sweep_style(name))
+                    ax.plot(K[mean > top], np.full((mean > top).sum(), top), "^", color=sweep_style(name)["color"], clip_on=False)
+            if metric == "nll":
+                ax.set_title(f"{data}, J = {J}")
+                ax.axhline(here[0]["entropy"], color="0.7", lw=1, zorder=0)
+            ax.set(xscale="log", xticks=inner, xticklabels=inner, ylim=(None, top))
+            ax.minorticks_off()
+        row[0].set_ylabel("NLL (nats)" if metric == "nll" else here[0]["divergence_name"])
+    for ax in axes[-1]:
+        ax.set_xlabel("encoder updates per decoder update, K")
+    for name in names:
+        ended = np.concatenate([point["diverged"] for point in points if point["name"] == name])
+        axes[0, 0].plot([], [], **sweep_style(name), label=f"{name} ({ended.sum()} of {len(ended)} diverged)" if ended.any() else name)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    save_figure(figure, save)
+
+
+def sweep_points(runs):
+    """One dict per data, J, name and K, with (mean, standard error) of each metric over the members of all runs there."""
+    loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    fixed = [{key: value for key, value in arrays["config"]["flags"].items() if key not in SWEEP_AXES} for arrays in loaded]
+    differ = sorted(key for key in fixed[0] if any(flags.get(key) != fixed[0][key] for flags in fixed))
+    if differ:
+        raise UserError(f"the runs differ in {', '.join(differ)}; draw runs that differ in nothing but the objective, data, K, J and seeds")
+    groups = {}
+    for arrays in loaded:
+        flags = arrays["config"]["flags"]
+        groups.setdefault((flags["data"], flags["bilevel_steps"], objective_name(arrays), flags["inner_steps"]), []).append(arrays)
+    points = []
+    for (data, J, name, K), group in groups.items():
+        divergence = "fisher_divergence" if "fisher_divergence" in group[0] else "sm_loss"
+        points.append({"data": data, "J": J, "name": name, "K": K, "entropy": float(group[0].get("data_entropy", np.nan)),
+                       "diverged": np.concatenate([arrays["diverged_at"] >= 0 for arrays in group]),
+                       "nll": mean_and_error(np.concatenate([arrays["nll"] for arrays in group])),
+                       "divergence": mean_and_error(np.concatenate([arrays[divergence] for arrays in group])),
+                       "divergence_name": divergence.replace("_", " ").replace("sm loss", "score-matching loss")})
+    return points
+
+
+def mean_and_error(values):
+    """Mean and standard error of the finite values; NaN where there are too few."""
+    values = values[np.isfinite(values)]
+    return (values.mean() if len(values) else np.nan, values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0)
+
+
+def upper_limit(means):
+    """Where to cut an axis: above three in five of the means by three times their height over the lowest, or above all if that is lower."""
+    means = np.array(means)[np.isfinite(means)]
+    low = means.min()
+    return min(low + 1.1 * (means.max() - low), low + 3 * (np.quantile(means, 0.6) - low)) + 1e-3 * abs(low)
+
+
+def objective_of(name):
+    return name.replace(",", " ").split()[0].split("-")[-1]
+
+
+def sweep_style(name):
+    fisher_inference = name.startswith("FD-")
+    return {"color": COLORS[objective_of(name)], "linestyle": "--" if "released" in name else ":" if "unbiased" in name else "-",
+            "marker": "s" if fisher_inference else "o", "markerfacecolor": "white" if fisher_inference else None, "ms": 4, "lw": 1.2}
+
+
+FIGURES = {figure.__name__: figure for figure in (training_curves, samples, reconstructions, posterior_sd, synthetic, synthetic_samples)}
 
 
 def parse_args(argv=None):

@@ -16,9 +16,9 @@ import plots
 from data import load_images
 from metrics import evaluate_images, evaluating
 from models import NORMS, WIDTH, build_vae
-from objectives import ESTIMATORS, HAS_ESTIMATOR, INFER, LEARN, label
+from objectives import ESTIMATORS, INFER, LEARN, label
 from runs import Formatter, Run, UserError, command_line, count, nonnegative, pick_device, positive, positive_float, run_name
-from training import EVALUATION, INIT, Trainer, seed_of, stack, train
+from training import EVALUATION, INIT, Trainer, resolve_pair, seed_of, stack, train
 
 AXES = ("data", "net", "infer", "learn", "seed")
 
@@ -59,14 +59,8 @@ def parse_args(argv=None):
     flag("--overwrite", action="store_true", help="redo a run that is there")
     flag("--dry-run", action="store_true", help="say what would run, train nothing, write nothing")
     args = parser.parse_args(argv)
-    args.infer = args.infer or ("fae" if args.learn == "fae" else "kld")
+    resolve_pair(parser, args)
     args.width = args.width or WIDTH[args.net]
-    if (args.learn == "fae") != (args.infer == "fae"):
-        parser.error("the Fisher autoencoder trains both halves by one loss: --learn fae goes with --infer fae and no other")
-    if args.estimator != "plugin" and args.learn not in HAS_ESTIMATOR:
-        parser.error(f"--estimator {args.estimator} has a meaning for --learn {' and '.join(HAS_ESTIMATOR)} only")
-    if args.estimator == "unbiased" and args.samples < 2:
-        parser.error("--estimator unbiased needs --samples of at least 2: it divides by N - 1")
     if args.latent == "bernoulli" and args.infer != "kld":
         parser.error(f"--infer {args.infer} takes gradients in z, and Bernoulli latents have none; --latent bernoulli goes with --infer kld")
     if args.latent == "gaussian" and args.temperature != parser.get_default("temperature"):

@@ -24,6 +24,17 @@ def seed_of(*key):
 INIT, ORDER, NOISE, EVALUATION = range(4)  # streams of randomness: evaluating more often changes no weight
 
 
+def resolve_pair(parser, args):
+    """Fill in --infer; end with a sentence for a pair or an estimator that has no meaning."""
+    args.infer = args.infer or ("fae" if args.learn == "fae" else "kld")
+    if (args.learn == "fae") != (args.infer == "fae"):
+        parser.error("the Fisher autoencoder trains both halves by one loss: --learn fae goes with --infer fae and no other")
+    if args.estimator != "plugin" and args.learn not in HAS_ESTIMATOR:
+        parser.error(f"--estimator {args.estimator} has a meaning for --learn {' and '.join(HAS_ESTIMATOR)} only")
+    if args.estimator == "unbiased" and args.samples < 2:
+        parser.error("--estimator unbiased needs --samples of at least 2: it divides by N - 1")
+
+
 def infer_loss(vae, x, infer, noise):
     """The loss of phi per datum [B], from standard noise [N, B, Dz]. KLD reparametrises z; FD takes it as a constant (3.3.2)."""
     q = vae.encode(x)
@@ -125,7 +136,7 @@ class Trainer:
             self.update(with_decoder)
             return
         if with_decoder not in self.graphs:
-            self.graphs[with_decoder] = self.capture(with_decoder)
+            self.graphs[with_decoder] = capture(lambda: self.update(with_decoder), self.state(), [self.generator])
         self.graphs[with_decoder].replay()
 
     def begin_epoch(self, epoch):
@@ -133,34 +144,11 @@ class Trainer:
         self.order.copy_(order)
         self.cursor.copy_(torch.arange(self.batch))
 
-    def capture(self, with_decoder):
-        """The update as a CUDA graph. The warm-up that capture needs is undone, so the run equals an eager one."""
-        before, generator_state = [t.clone() for t in self.state().values()], self.generator.get_state()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.cursor.copy_(torch.arange(self.batch, device=self.device))
-                self.update(with_decoder)
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor, value in zip(self.state().values(), before):
-            tensor.copy_(value)
-        self.generator.set_state(generator_state)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            self.update(with_decoder)
-        return graph
-
     @torch.no_grad()
     def state(self):
         """Every tensor that a step changes, by name. Loading copies into these, so captured graphs stay valid."""
-        state = {f"vae.{name}": tensor.detach() for name, tensor in self.vae.state_dict(keep_vars=True).items()}
-        for half, optimiser in zip(("phi", "theta"), self.optimisers):
-            for i, moments in enumerate(optimiser.state.values()):
-                state |= {f"adam.{half}.{i}.{name}": tensor for name, tensor in moments.items()}
-        return state | {"order": self.order, "cursor": self.cursor, "clock": self.clock, "sums": self.sums,
-                        "diverged_at": self.diverged_at}
+        return state_of(self.vae, *self.optimisers) | {"order": self.order, "cursor": self.cursor, "clock": self.clock,
+                                                       "sums": self.sums, "diverged_at": self.diverged_at}
 
     def save(self):
         return {"step": self.step, "generator": self.generator.get_state(), "tensors": {k: v.cpu() for k, v in self.state().items()}}
@@ -170,6 +158,11 @@ class Trainer:
         self.generator.set_state(saved["generator"].cpu())
         for name, tensor in self.state().items():
             tensor.copy_(saved["tensors"][name])
+
+    def progress(self, rate):
+        infer, learn = (self.sums[:, 0] / self.sums[:, 2]).tolist()
+        return {"infer": f"{infer:.4g}", "learn": f"{learn:.4g}", "gamma": f"{self.vae.log_gamma.exp().item():.2e}",
+                "images/s": f"{rate * self.batch:.0f}"}
 
     def averages(self):
         """Means since the last call: the two training losses (nats or Fisher divergence) and the two gradient norms."""
@@ -187,6 +180,35 @@ def adam(params, lr):
         optimiser.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
     return optimiser
+
+
+def state_of(vae, *optimisers):
+    """The tensors of a model and of its optimisers' moments, by name, in place."""
+    state = {f"vae.{name}": tensor.detach() for name, tensor in vae.state_dict(keep_vars=True).items()}
+    for i, optimiser in enumerate(optimisers):
+        for j, moments in enumerate(optimiser.state.values()):
+            state |= {f"adam.{i}.{j}.{name}": tensor for name, tensor in moments.items()}
+    return state
+
+
+def capture(update, state, generators=()):
+    """update() as a CUDA graph. The calls that warm it up are undone, so that a replayed run equals an eager one."""
+    before, drawn = [tensor.clone() for tensor in state.values()], [generator.get_state() for generator in generators]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            update()
+            for tensor, value in zip(state.values(), before):
+                tensor.copy_(value)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    for generator, value in zip(generators, drawn):
+        generator.set_state(value)
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        update()
+    return graph
 
 
 def train(run, trainer, epochs, eval_every, evaluate):
@@ -224,9 +246,9 @@ def train(run, trainer, epochs, eval_every, evaluate):
                 continue
             # Only from here on does the host wait for the device.
             last_look = time.monotonic()
-            if trainer.diverged_at < trainer.clock:
-                return f"diverged@{trainer.diverged_at.item()}", history
-            bar.set_postfix(progress(trainer, bar), refresh=False)
+            if (trainer.diverged_at < trainer.clock).all():
+                return f"diverged@{trainer.diverged_at.max().item()}", history
+            bar.set_postfix(trainer.progress(bar.format_dict["rate"] or 0), refresh=False)
             if evaluates:
                 record()
             elif last_look - last_save > CHECKPOINT_SECONDS:
@@ -235,13 +257,6 @@ def train(run, trainer, epochs, eval_every, evaluate):
                 continue
             last_save = time.monotonic()
     return "ok", history
-
-
-def progress(trainer, bar):
-    loss = (trainer.sums[:, 0] / trainer.sums[:, 2]).tolist()
-    rate = bar.format_dict["rate"] or 0
-    return {"infer": f"{loss[0]:.4g}", "learn": f"{loss[1]:.4g}", "gamma": f"{trainer.vae.log_gamma.exp().item():.2e}",
-            "images/s": f"{rate * trainer.batch:.0f}"}
 
 
 def stack(history):

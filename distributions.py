@@ -1,0 +1,127 @@
+"""2-D data: sparse, mixture, banana, ring, spiral. Each is a map of standard normals, so that one block of noise serves an ensemble.
+
+log_prob and score hold where the density is known in closed form: mixture, banana, ring.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+
+class Law:
+    """x = transform(u), u ~ N(0, I) of `dim_noise` dimensions. Subclasses give `transform` and, where known, `log_prob` and `entropy`."""
+
+    dim_noise = 2
+    log_prob = None  # [..., 2] -> [...], nats
+    entropy = None  # nats
+
+    def transform(self, u):
+        """[..., dim_noise] -> [..., 2]."""
+        raise NotImplementedError
+
+    def sample(self, n, generator=None):
+        """[n, 2], on the generator's device."""
+        device = generator.device if generator is not None else None
+        return self.transform(torch.randn(n, self.dim_noise, generator=generator, device=device))
+
+    def score(self, x):
+        """grad_x log p(x), [..., 2]. Raises ValueError where the density is not known."""
+        if self.log_prob is None:
+            raise ValueError(f"the density of {type(self).__name__.lower()} is not known in closed form")
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.log_prob(x).sum(), x)[0]
+
+
+class Sparse(Law):
+    """x = A' (sign(u) u^2) + 0.01 e, A = [[1, .3], [-.3, 1]] / 10; u, e ~ N(0, I)."""
+
+    dim_noise = 4
+
+    def transform(self, u):
+        A = torch.tensor([[1, 0.3], [-0.3, 1]], dtype=u.dtype, device=u.device) / 10
+        u, e = u.split(2, dim=-1)
+        return (u.abs() * u) @ A + 0.01 * e
+
+
+class Mixture(Law):
+    """An equal mixture of N((.5, .5), .04 I) and N((-.5, -.5), .04 I)."""
+
+    dim_noise = 3
+    centre, sd = 0.5, 0.2
+
+    def transform(self, u):
+        return self.centre * torch.where(u[..., 2:] > 0, 1.0, -1.0) + self.sd * u[..., :2]
+
+    def log_prob(self, x):
+        logits = torch.stack([-((x - c) ** 2).sum(-1) for c in (self.centre, -self.centre)]) / (2 * self.sd**2)
+        return logits.logsumexp(0) - math.log(2) - math.log(2 * math.pi * self.sd**2)
+
+    @property
+    def entropy(self):
+        """log 2 + the entropy of one component - E log(1 + odds of the other one); along the line of the centres, t ~ N(mean, sd^2)."""
+        mean = math.sqrt(2) * self.centre
+        overlap = gaussian_mean(lambda t: np.log1p(np.exp(-2 * mean * t / self.sd**2)), mean, self.sd)
+        return math.log(2) + math.log(2 * math.pi * math.e * self.sd**2) - overlap
+
+
+class Banana(Law):
+    """x1 = .5 u1, x2 = x1^2 - .25 + .1 u2."""
+
+    sd = (0.5, 0.1)
+
+    def transform(self, u):
+        x1 = self.sd[0] * u[..., 0]
+        return torch.stack([x1, x1**2 - self.sd[0] ** 2 + self.sd[1] * u[..., 1]], dim=-1)
+
+    def log_prob(self, x):
+        u1, u2 = x[..., 0] / self.sd[0], (x[..., 1] - x[..., 0] ** 2 + self.sd[0] ** 2) / self.sd[1]
+        return -(u1**2 + u2**2) / 2 - math.log(2 * math.pi * self.sd[0] * self.sd[1])
+
+    @property
+    def entropy(self):
+        """The map from u preserves volume but for the factor sd1 sd2."""
+        return math.log(2 * math.pi * math.e * self.sd[0] * self.sd[1])
+
+
+class Ring(Law):
+    """A uniform direction and the radius N(.7, .07^2)."""
+
+    dim_noise = 3
+    radius, sd = 0.7, 0.07
+
+    def transform(self, u):
+        direction = torch.nn.functional.normalize(u[..., :2], dim=-1)
+        return direction * (self.radius + self.sd * u[..., 2:])
+
+    def log_prob(self, x):
+        r = x.norm(dim=-1)
+        return -(((r - self.radius) / self.sd) ** 2) / 2 - r.log() - math.log((2 * math.pi) ** 1.5 * self.sd)
+
+    @property
+    def entropy(self):
+        """The entropy of the radius + E log(2 pi r)."""
+        log_circumference = gaussian_mean(lambda r: np.log(2 * math.pi * r), self.radius, self.sd)
+        return math.log(2 * math.pi * math.e) / 2 + math.log(self.sd) + log_circumference
+
+
+class Spiral(Law):
+    """Angle 3 pi sqrt(t), t uniform: a turn and a half outwards from the origin to radius 1, noise sd .04."""
+
+    dim_noise = 3
+
+    def transform(self, u):
+        t = torch.special.ndtr(u[..., 2:]).sqrt()
+        angle = 3 * math.pi * t
+        return t * torch.cat([angle.cos(), angle.sin()], dim=-1) + 0.04 * u[..., :2]
+
+
+def gaussian_mean(f, mean, sd):
+    """E f(t), t ~ N(mean, sd^2), by the trapezoidal rule over eight standard deviations on both sides."""
+    u = np.linspace(-8, 8, 4001)
+    weights = np.exp(-(u**2) / 2)
+    return float(weights @ f(mean + sd * u) / weights.sum())
+
+
+LAWS = {"sparse": Sparse(), "mixture": Mixture(), "banana": Banana(), "ring": Ring(), "spiral": Spiral()}

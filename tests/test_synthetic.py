@@ -1,0 +1,291 @@
+"""2-D ensembles: members equal their seeds alone, bi-level gradients equal finite differences, runs resume bit by bit."""
+
+import copy
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import grad
+
+import plots
+import train_synthetic
+from models import build_ensemble
+from objectives import HAS_ESTIMATOR, LEARN
+from runs import command_line, load_arrays, load_checkpoint
+from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
+from training import infer_loss
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+SMALL = ["--seeds", "2", "--batch", "20", "--hidden", "6", "--inner-steps", "2", "--epochs", "2", "--steps-per-epoch", "4", "--eval-every",
+         "1", "--test-size", "50", "--importance-samples", "300", "--device", "cpu"]
+TIMES = ("seconds", "peak_memory")
+
+
+def arguments(*argv):
+    return train_synthetic.parse_args([*SMALL, *map(str, argv)])
+
+
+def trainer(*argv, steps=0):
+    made = EnsembleTrainer(arguments(*argv), CPU)
+    for _ in range(steps):
+        made.run_step()
+    return made
+
+
+def train(out, *argv):
+    train_synthetic.main(arguments("--out", out, *argv))
+    return load_arrays(out / "metrics.npz")
+
+
+# ------------------------------------------------------------------------------------------------------------ ensembles
+
+
+@pytest.mark.parametrize("argv", [["--learn", "elbo"], ["--learn", "bao", "--estimator", "unbiased", "--samples", 3, "--infer", "fd"],
+                                  ["--learn", "swersky", "--bilevel-steps", 2], ["--learn", "fae", "--data", "spiral"]])
+def test_a_member_equals_its_seed_alone(argv):
+    together, alone = trainer("--seeds", 4, "--seed", 7, *argv, steps=15), trainer("--seeds", 1, "--seed", 9, *argv, steps=15)
+    for mine, theirs in zip(together.vae.parameters(), alone.vae.parameters()):
+        assert torch.allclose(mine[2], theirs[0], rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(together.vae.log_gamma[1], together.vae.log_gamma[2], rtol=1e-7)
+    assert torch.allclose(together.averages()["learn_loss"][2], alone.averages()["learn_loss"][0], rtol=1e-4)
+
+
+def test_one_members_nan_neither_stops_nor_touches_the_others():
+    healthy, ill = trainer("--seeds", 3, steps=2), trainer("--seeds", 3, steps=2)
+    ill.vae.log_gamma.data[1] = torch.nan
+    for _ in range(3):
+        healthy.run_step()
+        ill.run_step()
+    assert (ill.diverged_at < ill.clock).tolist() == [False, True, False] and ill.diverged_at[1] == 2
+    for mine, theirs in zip(ill.vae.parameters(), healthy.vae.parameters()):
+        assert torch.equal(mine[[0, 2]], theirs[[0, 2]])
+
+
+def test_divergence_is_a_result(tmp_path):
+    arrays = train(tmp_path / "some", "--seeds", 3, "--learn", "elbo", "--infer", "fd", "--inner-lr", 0.5)
+    assert arrays["status"] == "ok" or (arrays["diverged_at"] >= 0).all()
+    arrays = train(tmp_path / "all", "--learn", "elbo", "--inner-lr", 1e6)
+    assert str(arrays["status"]) == f"diverged@{arrays['diverged_at'].max()}"
+    assert [str(status) for status in arrays["member_status"]] == [f"diverged@{step}" for step in arrays["diverged_at"]]
+    assert np.isnan(arrays["nll"]).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- bi-level
+
+
+def small_ensemble():
+    torch.manual_seed(0)
+    vae = build_ensemble(2, 2, 5, [0, 1]).double()
+    for p in vae.parameters():
+        p.data += 0.4 * torch.randn_like(p)
+    vae.log_gamma.data.fill_(0.2)
+    return vae, torch.randn(2, 6, 2).double(), torch.randn(3, 3, 2, 6, 2).double()  # x [S, B, 2], noise [J + 1, N, S, B, Dz]
+
+
+def plainly(vae, x, noise, learn, infer, lr):
+    """The learning loss after ordinary encoder steps: a number, and nothing kept."""
+    vae = copy.deepcopy(vae)
+    phi = list(vae.encoder.parameters())
+    for eps in noise[:-1]:
+        for p, gradient in zip(phi, grad(infer_loss(vae, x.clone(), infer, lambda q, eps=eps: eps).mean(-1).sum(), phi)):
+            p.data -= lr * gradient
+    x = x.clone().requires_grad_()
+    q = vae.encode(x)
+    return LEARN[learn](vae, x, q, vae.sample(q, noise[-1])).mean(-1).sum().item()
+
+
+@pytest.mark.parametrize("J", [1, 2])
+@pytest.mark.parametrize("infer", ["kld", "fd", "fd-repar", "fae"])
+@pytest.mark.parametrize("learn", ["bao", "swersky", "elbo"])
+def test_the_gradient_through_phi_equals_finite_differences_of_the_whole_procedure(learn, infer, J):
+    vae, x, noise = small_ensemble()
+    noise, lr, theta = noise[-J - 1:], 0.03, [*vae.decoder.parameters(), vae.log_gamma]
+    phi = dict(vae.encoder.named_parameters())
+    for eps in noise[:-1]:
+        phi = kept_step(vae, phi, x, infer, eps, lr)
+    loss = bilevel_loss(vae, phi, x, learn, noise[-1]).mean(-1).sum()
+    assert abs(loss.item() - plainly(vae, x, noise, learn, infer, lr)) < 1e-9 * abs(loss.item())
+
+    direction = [torch.randn_like(p) for p in theta]
+    slope = sum((g * d).sum() for g, d in zip(grad(loss, theta), direction)).item()
+    h, values = 1e-6, []
+    for sign in (1, -1):
+        moved = copy.deepcopy(vae)
+        for p, d in zip([*moved.decoder.parameters(), moved.log_gamma], direction):
+            p.data += sign * h * d
+        values.append(plainly(moved, x, noise, learn, infer, lr))
+    assert abs(slope - (values[0] - values[1]) / (2 * h)) < 1e-5 * abs(slope)
+
+
+@pytest.mark.parametrize("infer", ["kld", "fd"])
+def test_phi_depends_on_theta_after_one_kept_step_and_not_before(infer):
+    vae, x, noise = small_ensemble()
+    phi = dict(vae.encoder.named_parameters())
+    kept = kept_step(vae, phi, x, infer, noise[0], 0.03)
+    for before, after in zip(phi.values(), kept.values()):
+        assert before.is_leaf and any(g.abs().max() > 0 for g in grad(after.sum(), list(vae.decoder.parameters()), retain_graph=True))
+
+
+def test_without_kept_steps_nothing_of_theta_reaches_phi():
+    """The decoder's gradient is the partial one, at fixed q and z."""
+    made = trainer("--learn", "bao", "--infer", "kld", steps=1)
+    theta = [p.detach().clone() for p in made.theta]
+    made.adam.step = lambda: None  # look at the gradient, leave theta where it is
+    made.run_step()
+    vae, x = made.vae, made.law.transform(made.data_noise).requires_grad_()
+    q = vae.encode(x)
+    vae.requires_grad_(True)
+    loss = LEARN["bao"](vae, x, q, vae.sample(q, made.z_noise[-1]).detach()).mean(-1).sum()
+    for p, before, gradient in zip(made.theta, theta, grad(loss, made.theta)):
+        assert torch.equal(p, before) and torch.allclose(p.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert all(p.is_leaf and p.grad is None for p in made.phi)
+
+
+def test_unrolling_keeps_no_graph_from_one_update_to_the_next():
+    made, counts = trainer("--learn", "bao", "--infer", "fd", "--bilevel-steps", 3), []
+    for _ in range(4):
+        made.run_step()
+        gc.collect()
+        counts.append(sum(torch.is_tensor(thing) for thing in gc.get_objects()))
+    assert counts[1] == counts[-1]
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def assert_equal_runs(first, second):
+    arrays = [load_arrays(run / "metrics.npz") for run in (first, second)]
+    tensors = [load_checkpoint(run / "checkpoint.pt")["trainer"]["tensors"] for run in (first, second)]
+    assert arrays[0].keys() == arrays[1].keys()
+    for name in arrays[0].keys() - {*TIMES, "config"}:
+        assert np.array_equal(arrays[0][name], arrays[1][name], equal_nan=arrays[0][name].dtype.kind == "f"), name
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_a_run_leaves_its_documented_files_and_arrays(tmp_path):
+    arrays = train(tmp_path / "run")
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {".lock", "config.json", "checkpoint.pt", "metrics.npz", "samples.png"}
+    shapes = {name: value.shape for name, value in arrays.items() if name != "config"}
+    members = ("nll", "nll_se", "nll_posterior", "nll_posterior_se", "sm_loss", "sm_loss_se", "fisher_divergence", "fisher_divergence_se",
+               "diverged_at", "member_status")
+    history = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss")
+    assert shapes == {**dict.fromkeys(members, (2,)), **dict.fromkeys(history, (3, 2)), "posterior_sd": (3, 2, 2), "ess": (2, 3),
+                      "model_samples": (2, 2000, 2), "test_data": (50, 2), "data_entropy": (), "epoch": (3,), "seconds": (3,),
+                      "peak_memory": (3,), "status": ()}
+    assert arrays["config"]["label"] == "KLD-F" and arrays["epoch"].tolist() == [0, 1, 2] and arrays["status"] == "ok"
+    assert (arrays["nll"] > arrays["data_entropy"]).all() and (arrays["fisher_divergence"] > 0).all()
+    assert (arrays["negative_elbo"][-1] > arrays["nll"] - 0.5).all()
+    assert "fisher_divergence" not in train(tmp_path / "sparse", "--data", "sparse")
+
+
+def test_killed_and_started_again_equals_undisturbed(tmp_path):
+    argv = ["--epochs", 60, "--learn", "bao", "--infer", "fd", "--bilevel-steps", 1]
+    command = [sys.executable, ROOT / "train_synthetic.py", *SMALL, *argv, "--out", tmp_path / "killed"]
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    process, begun = subprocess.Popen([*map(str, command)], **options), time.monotonic()
+    while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < begun + 60:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    step = load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["trainer"]["step"]
+    assert step < 240 and "2 of 2 members alive" in subprocess.run([*map(str, command)], check=True, **options).stdout
+    train(tmp_path / "whole", *argv)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_resumed_in_the_middle_of_an_epoch_equals_undisturbed(tmp_path, monkeypatch):
+    import training
+    monkeypatch.setattr(training, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    train(tmp_path / "whole")
+    run_step, calls = EnsembleTrainer.run_step, []
+
+    def stop_at_seven(self):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        run_step(self)
+
+    monkeypatch.setattr(EnsembleTrainer, "run_step", stop_at_seven)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "halved")
+    assert load_checkpoint(tmp_path / "halved" / "checkpoint.pt")["trainer"]["step"] == 6
+    train(tmp_path / "halved")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "halved")
+
+
+BEHAVIOUR = {  # a non-default value of each flag changes the weights of a run
+    "--data": "ring", "--learn": "elbo", "--infer": "fd", "--samples": 3, "--seeds": 3, "--seed": 4, "--hidden": 7, "--init-sd": 0.2,
+    "--inner-steps": 3, "--bilevel-steps": 1, "--batch": 30, "--lr": 1e-3, "--inner-lr": 1e-3, "--steps-per-epoch": 5, "--epochs": 3}
+
+
+def test_every_flag_changes_config_and_behaviour(tmp_path):
+    def weights(out):
+        return load_checkpoint(out / "checkpoint.pt")["trainer"]["tensors"]
+
+    base = train(tmp_path / "base")
+    for flag, value in BEHAVIOUR.items():
+        out = tmp_path / flag.strip("-")
+        train(out, flag, value)
+        mine, theirs = weights(out), weights(tmp_path / "base")
+        assert any(mine[name].shape != theirs[name].shape or not torch.equal(mine[name], theirs[name]) for name in theirs), flag
+        assert json.loads((out / "config.json").read_text())["flags"][flag[2:].replace("-", "_")] == value
+    for flag, value in (("--test-size", 40), ("--importance-samples", 200)):
+        assert (train(tmp_path / flag.strip("-"), flag, value)["nll"] != base["nll"]).all(), flag
+    assert len(train(tmp_path / "eval-every", "--eval-every", 2)["epoch"]) == 2
+    losses = [train(tmp_path / f"{learn}-{estimator}", "--learn", learn, "--estimator", estimator, "--samples", 2)["learn_loss"][-1, 0]
+              for learn in HAS_ESTIMATOR for estimator in ("plugin", "unbiased", "released")]
+    assert len(set(losses)) == 6
+
+
+def test_default_folders_of_a_sweep_never_collide():
+    words = ("", "--seed 1", "--seeds 3", "--learn elbo", "--infer fd", "--inner-steps 1", "--bilevel-steps 5", "--hidden 100",
+             "--learn bao --estimator released", "--inner-lr 0.1", "--data ring")
+    names = {train_synthetic.parse_args(argv.split()).out for argv in words}
+    assert len(names) == len(words) and "runs/synthetic/mixture-kld-fd-5-0-seed0" in names
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    train_synthetic.main(arguments("--out", tmp_path / "run", "--dry-run"))
+    assert not (tmp_path / "run").exists() and "8 decoder updates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--inner-steps", 0], "0 is not a whole number of 1 or more"),
+    (["--bilevel-steps", -1], "-1 is not a whole number of 0 or more"),
+    (["--seeds", 0], "0 is not a whole number of 1 or more"),
+    (["--data", "moons"], "invalid choice: 'moons'"),
+    (["--learn", "swersky", "--estimator", "unbiased"], "at least 2"),
+    (["--estimator", "released"], "has a meaning for --learn swersky and bao only"),
+    (["--learn", "fae", "--infer", "fd"], "--learn fae goes with --infer fae"),
+    (["--inner-lr", "nan"], "nan is not a number above 0"),
+    (["--inner-lr", 0], "0 is not a number above 0"),
+])
+def test_bad_flags_get_one_sentence(tmp_path, fails, argv, words):
+    assert words in fails(train_synthetic, *SMALL, "--out", tmp_path / "run", *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_figures_are_redrawn_from_the_arrays(tmp_path, fails):
+    runs = []
+    for argv in (["--learn", "elbo"], ["--learn", "bao"], ["--learn", "bao", "--estimator", "released"], ["--bilevel-steps", "1"]):
+        for K in (1, 2):
+            runs.append(tmp_path / f"run{len(runs)}")
+            train(runs[-1], *argv, "--inner-steps", K)
+    for figure in ("synthetic", "synthetic_samples"):
+        for run in runs:
+            (run / "samples.png").unlink(missing_ok=True)
+        save = tmp_path / f"{figure}.png"
+        command_line(lambda: plots.parse_args([figure, *map(str, runs), "--save", str(save)]), plots.main)
+        assert save.stat().st_size > 10_000
+    assert "does not exist" in fails(plots, "synthetic", tmp_path / "nowhere")
