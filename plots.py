@@ -227,7 +227,7 @@ def posterior_panels(arrays, size=(2.2, 2.2)):
         for i, ax in enumerate(row):
             panels[l, i, p] = ax
     for ax, title in zip(axes[0], objectives):
-        ax.set_title(title)
+        ax.set_title(f"{title}\n", fontsize=10)  # the second line is for note_counts
     for ax in axes[-1]:
         ax.set_xlabel("$z_1$")
     return figure, panels
@@ -243,33 +243,34 @@ def filled_contours(ax, arrays, l):
 def toy_trajectories(runs, save):
     """Figure 2: the way of q's location from every start over the exact posterior, coloured by the direction of the start.
 
-    Black dots are ends; an orange cross is an end in low density, and orange rings are the starts that it caught.
+    Black dots are ends; an orange cross is an end in low density, and orange rings are the starts that it caught. Of a dense grid
+    of starts every m-th is drawn, at most 10 by 10; the counts are of all.
     """
     arrays = load_arrays(Path(runs[0]) / "metrics.npz")
-    extent = 1.12 * arrays["config"]["flags"]["extent"]
-    starts, trajectory = arrays["starts"], arrays["trajectory"][:, 0]  # [2, K], [F, 2, L, I, P, K]
+    extent, side = 1.12 * arrays["config"]["flags"]["extent"], arrays["config"]["flags"]["grid"]
+    drawn = np.arange(side**2).reshape(side, side)[::-(-side // 10), ::-(-side // 10)].ravel()
+    starts, trajectory = arrays["starts"][:, drawn], arrays["trajectory"][:, 0][..., drawn]  # [2, K], [F, 2, L, I, P, K]
     hue = np.arctan2(starts[1], starts[0]) / (2 * np.pi) % 1
     colors = hsv_to_rgb(np.stack((hue, np.full_like(hue, 0.8), np.full_like(hue, 0.75)), -1))
     figure, panels = posterior_panels(arrays)
     for (l, i, p), ax in panels.items():
         filled_contours(ax, arrays, l)
-        way, caught, diverged = trajectory[:, :, l, i, p], arrays["caught"][l, i, p], arrays["diverged"][l, i, p]
+        way, caught, diverged = trajectory[:, :, l, i, p], arrays["caught"][l, i, p, drawn], arrays["diverged"][l, i, p, drawn]
         for k, color in enumerate(colors):
             ax.plot(*way[:, :, k].T, color=color, lw=0.8, alpha=0.9)
         ax.scatter(*starts, c=colors, s=6, zorder=3)
         ax.scatter(*starts[:, caught], s=22, facecolors="none", edgecolors=CAUGHT, linewidths=1.4, zorder=4)
-        ends = arrays["location"][:, l, i, p]
+        ends = arrays["location"][:, l, i, p, drawn]
         ax.scatter(*ends[:, ~caught & ~diverged], c="black", s=9, zorder=5)
         ax.scatter(*ends[:, caught], c=CAUGHT, marker="X", s=45, edgecolors="black", linewidths=0.5, zorder=6)
         ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
-        note_counts(ax, caught, diverged)
+        note_counts(ax, arrays["caught"][l, i, p], arrays["diverged"][l, i, p])
     save_figure(figure, save)
 
 
 def note_counts(ax, caught, diverged):
     counts = [f"{caught.sum()} of {len(caught)} caught"] * bool(caught.any()) + [f"{diverged.sum()} diverged"] * bool(diverged.any())
-    ax.text(0.03, 0.97, ", ".join(counts), transform=ax.transAxes, va="top", fontsize=7.5, zorder=7,
-            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1})
+    ax.set_title(", ".join(counts), loc="left", fontsize=7.5)
 
 
 def toy_basins(runs, save):

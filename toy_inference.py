@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
 import plots
@@ -538,7 +539,8 @@ def autograd_gradients(mean, sd, target_mean, target_sd):
 
     mean, sd = (value.clone().requires_grad_() for value in torch.broadcast_tensors(mean, sd))
     z = mean[..., None] + sd[..., None] * e
-    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, sd), torch.distributions.Normal(target_mean, target_sd))
+    target_mean, target_sd = mean.new_tensor(target_mean), mean.new_tensor(target_sd)
+    kl = kl_divergence(Normal(mean, sd), Normal(target_mean, target_sd))
     losses = {"kld": kl, "fd": fisher(z), "biased": fisher(z.detach())}
     return {name: torch.autograd.grad(loss.sum(), (mean, sd), retain_graph=True) for name, loss in losses.items()}
 
