@@ -248,7 +248,9 @@ def toy_trajectories(runs, save):
     """
     arrays = load_arrays(Path(runs[0]) / "metrics.npz")
     extent, side = 1.12 * arrays["config"]["flags"]["extent"], arrays["config"]["flags"]["grid"]
-    drawn = np.arange(side**2).reshape(side, side)[::-(-side // 10), ::-(-side // 10)].ravel()
+    every = -(-side // 10)
+    some = slice((side - 1) % every // 2, None, every)
+    drawn = np.arange(side**2).reshape(side, side)[some, some].ravel()
     starts, trajectory = arrays["starts"][:, drawn], arrays["trajectory"][:, 0][..., drawn]  # [2, K], [F, 2, L, I, P, K]
     hue = np.arctan2(starts[1], starts[0]) / (2 * np.pi) % 1
     colors = hsv_to_rgb(np.stack((hue, np.full_like(hue, 0.8), np.full_like(hue, 0.75)), -1))
