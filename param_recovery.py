@@ -1,13 +1,13 @@
 """Does a joint divergence recover the parameter that made the data, when q has the wrong variance? (Figure 1)
 
-    python param_recovery.py                          # the paper's figure, by closed forms: 2 s
-    python param_recovery.py --stochastic             # and the same minima from samples and Adam, as a check: 2 min on one core
-    python param_recovery.py --stochastic --iterations 100 --batch 100 --out /tmp/recovery     # a look: 10 s
+    python param_recovery.py                                               # the paper's figure, by closed forms: 4 s
+    python param_recovery.py --stochastic                                  # and the same minima from samples and Adam: 1 min
+    python param_recovery.py --stochastic --iterations 200 --batch 100     # the same, not converged: 8 s
 
 Model: p(z) = N(0, 1), p_w(x|z) = N(w z, gamma), data from p_{w*}, v = gamma + w*^2. Encoder: q(z|x) = N(phi x, s2), its variance
 alpha times the exact one, s2 = alpha gamma / (gamma + w^2). (w, phi) and (-w, -phi) are the same model: w >= 0 here.
 
-Rules, how w and phi are found (`--alphas` and the figures use these names):
+Rules, how w and phi are found (the names in the table, the arrays and the figures):
 
     JKLD, JFD        the minimum over w and phi of the joint Kullback-Leibler and Fisher divergence, s2 moving with w (Figure 1).
                      Up to constants of the data they are E[elbo] and E[fae] of objectives.py
