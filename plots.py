@@ -165,7 +165,7 @@ def param_recovery(runs, save):
         left.plot(arrays["checked_w_star"], sampled.T, "o", color="tab:blue", ms=3.5, mfc="white",
                   label=["from samples"] + [None] * (len(sampled) - 1))
     left.set(xlabel="true $w^*$", ylabel="recovered $w$", title=rf"recovery, $\gamma = {flags['gamma']:g}$")
-    left.legend(loc="upper left")
+    left.legend(loc="upper left", fontsize=8)
     for ax, name, w, phi, kld, fd in zip(joints, ("JKLD", "JFD"), *(arrays[f"example_{key}"] for key in ("w", "phi", "jkld", "jfd"))):
         gamma, v = flags["gamma"], flags["gamma"] + flags["w_star"] ** 2
         p = np.array([[gamma + w**2, w], [w, 1]])
@@ -344,7 +344,7 @@ def toy_gradients(runs, save):
     right.axvline(target_sd, color="0.8", lw=1, zorder=0)
     right.set_xscale("log", base=2)
     right.set(xlabel="sd of $q$", title="gradient / KLD's gradient", yscale="log")
-    right.legend()
+    right.legend(loc="lower left", fontsize=7)
     save_figure(figure, save)
 
 
