@@ -5,12 +5,14 @@ A figure is a function figure(runs, save): a list of run folders in, a PNG out.
 """
 
 import argparse
-import itertools
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
 from runs import NOT_IDENTITY, UserError, command_line, load_arrays
@@ -192,7 +194,7 @@ def synthetic(runs, save):
     datas, steps, inner = (sorted({point[key] for point in points}) for key in ("data", "J", "K"))
     names = sorted({point["name"] for point in points}, key=lambda name: (list(COLORS).index(objective_of(name)), name))
     figure, axes = new_figure(2 * len(datas), len(steps), size=(2.7, 2.2), sharex=True, sharey="row")
-    for row, (data, metric) in zip(axes, itertools.product(datas, ("nll", "divergence"))):
+    for row, (data, metric) in zip(axes, product(datas, ("nll", "divergence"))):
         here = [point for point in points if point["data"] == data]
         top = upper_limit([point[metric][0] for point in here])
         for ax, J in zip(row, steps):
@@ -261,8 +263,210 @@ def sweep_style(name):
     return {"color": COLORS[objective_of(name)], "linestyle": "--" if "released" in name else ":" if "unbiased" in name else "-",
             "marker": "s" if fisher_inference else "o", "markerfacecolor": "white" if fisher_inference else None, "ms": 4, "lw": 1.2}
 
+# --------------------------------------------------------------------------------------------- parameter recovery (Figure 1)
 
-FIGURES = {figure.__name__: figure for figure in (training_curves, samples, reconstructions, posterior_sd, synthetic, synthetic_samples)}
+
+def param_recovery(runs, save):
+    """Figure 1: recovered w against w*, several alpha; p and q at the minima of JKLD and JFD, ellipses at 1, 2 and 3 sd."""
+    arrays = load_arrays(Path(runs[0]) / "metrics.npz")
+    flags, rule = arrays["config"]["flags"], list(arrays["rule"])
+    figure, axes = new_figure(1, 3, size=(3.2, 2.9))
+    left, *joints = axes[0]
+    w_star, jkld, jfd = arrays["w_star"], arrays["w"][rule.index("JKLD")], arrays["w"][rule.index("JFD")]
+    left.plot(w_star, jkld.T, color=COLORS["ELBO"], lw=3, alpha=0.35, label=["JKLD, every $\\alpha$"] + [None] * (len(jkld) - 1))
+    for alpha, w, dash in zip(arrays["alpha"], jfd, cycle(("-", ":", "--", "-."))):
+        left.plot(w_star, w, color=COLORS["FAE"], linestyle=dash, label=rf"JFD, $\alpha = {alpha:g}$")
+    if "sampled_w" in arrays:
+        sampled = arrays["sampled_w"][[rule.index("JKLD"), rule.index("JFD")]].reshape(-1, len(arrays["checked_w_star"]))
+        left.plot(arrays["checked_w_star"], sampled.T, "o", color="tab:blue", ms=3.5, mfc="white",
+                  label=["from samples"] + [None] * (len(sampled) - 1))
+    left.set(xlabel="true $w^*$", ylabel="recovered $w$", title=rf"recovery, $\gamma = {flags['gamma']:g}$")
+    left.legend(loc="upper left", fontsize=8)
+    for ax, name, w, phi, kld, fd in zip(joints, ("JKLD", "JFD"), *(arrays[f"example_{key}"] for key in ("w", "phi", "jkld", "jfd"))):
+        gamma, v = flags["gamma"], flags["gamma"] + flags["w_star"] ** 2
+        p = np.array([[gamma + w**2, w], [w, 1]])
+        q = np.array([[v, phi * v], [phi * v, phi**2 * v + flags["alpha"] * gamma / (gamma + w**2)]])
+        ellipses(ax, p, color="0.3", label="$p_w(x, z)$")
+        ellipses(ax, q, color="tab:purple", linestyle="--", label=r"$q_\phi(x, z)$")
+        ax.set(xlabel="$x$", ylabel="$z$", title=f"minimum of {name}: $w = {w:.3f}$\n(JKLD {kld:.2f}, JFD {fd:.2f})")
+    joints[0].legend(loc="upper left")
+    joints[0].text(0.98, 0.02, rf"$w^* = {flags['w_star']:g}$, $\alpha = {flags['alpha']:g}$", transform=joints[0].transAxes, ha="right")
+    joints[1].sharex(joints[0])
+    joints[1].sharey(joints[0])
+    save_figure(figure, save)
+
+
+def ellipses(ax, covariance, label, **style):
+    """A zero-mean Gaussian's contours at 1, 2 and 3 sd."""
+    angle = np.linspace(0, 2 * np.pi, 200)
+    x, z = np.linalg.cholesky(covariance) @ (np.cos(angle), np.sin(angle))
+    for sd in (1, 2, 3):
+        ax.plot(sd * x, sd * z, lw=1.2, label=label if sd == 1 else None, **style)
+
+
+def recovery_rules(runs, save):
+    """Recovered w against alpha at one w*, for every learning objective: q held fixed, and q following w."""
+    arrays = load_arrays(Path(runs[0]) / "metrics.npz")
+    rule, w_star = list(arrays["rule"]), arrays["config"]["flags"]["w_star"]
+    figure, axes = new_figure(1, 2, size=(3.6, 2.9), sharey=True)
+    panels = {"held": "$q$ held fixed while $w$ moves (Algorithm 1)", "following": "$q$ follows $w$ (bi-level)"}
+    for ax, (how, title) in zip(axes[0], panels.items()):
+        ax.axhline(w_star, color="0.8", lw=4)
+        for name in ("ELBO", "F", "S", "B", "FAE"):
+            key = "JFD" if name == "FAE" else "JKLD" if f"{how} {name}" not in rule else f"{how} {name}"
+            same = (how, name) in (("held", "F"), ("following", "B"))  # the same curve as ELBO's, so dashed over it
+            ax.plot(arrays["sweep_alpha"], arrays["sweep_w"][rule.index(key)], color=COLORS[name], lw=1.6,
+                    linestyle="--" if same else "-", label=name)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel=r"$\alpha$: variance of $q$ / exact", title=title, ylim=(-0.1, 3 * w_star))
+    axes[0, 0].set_ylabel("recovered $w$")
+    axes[0, 0].text(arrays["sweep_alpha"][-1], w_star, "$w^*$", va="bottom", ha="right", color="0.5")
+    axes[0, 1].legend()
+    save_figure(figure, save)
+
+
+# ---------------------------------------------------------------------------------------- toy posteriors (Figures 2 and 5)
+
+OBJECTIVE_TITLES = {"fd-repar": "FD, repar", "fd": "FD, no repar", "kld": "KLD, repar"}
+OPTIMISER_TITLES = {"sgd": "SGD", "adam": "Adam"}
+GOOD, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), "tab:orange", "0.6"  # ends at a best fit (by sign), in low density, nowhere
+
+
+def posterior_panels(arrays, size=(2.2, 2.2)):
+    """A row per likelihood and optimiser, a column per objective, all over the exact posterior: the figure, and its axes by (l, i, p)."""
+    likelihoods, objectives = arrays["config"]["flags"]["likelihoods"], list(OBJECTIVE_TITLES.values())
+    rows = list(product(enumerate(likelihoods), enumerate(OPTIMISER_TITLES.values())))
+    figure, axes = new_figure(len(rows), len(objectives), size=size, sharex=True, sharey=True)
+    panels = {}
+    for row, ((l, likelihood), (p, optimiser)) in zip(axes, rows):
+        row[0].set_ylabel(f"{likelihood}, {optimiser}\n$z_2$")
+        for i, ax in enumerate(row):
+            panels[l, i, p] = ax
+    for ax, title in zip(axes[0], objectives):
+        ax.set_title(f"{title}\n", fontsize=10)  # the second line is for note_counts
+    for ax in axes[-1]:
+        ax.set_xlabel("$z_1$")
+    return figure, panels
+
+
+def filled_contours(ax, arrays, l):
+    """The exact posterior's log density, down to 8 nats below its mode."""
+    log_posterior = arrays["log_posterior"][l]
+    levels = log_posterior.max() - np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])
+    ax.contourf(arrays["axis"], arrays["axis"], log_posterior.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 8)
+
+
+def toy_trajectories(runs, save):
+    """Figure 2: the way of q's location from every start over the exact posterior, coloured by the direction of the start.
+
+    Black dots are ends; an orange cross is an end in low density, and orange rings are the starts that it caught. Of a dense grid
+    of starts every m-th is drawn, at most 10 by 10; the counts are of all.
+    """
+    arrays = load_arrays(Path(runs[0]) / "metrics.npz")
+    extent, side = 1.12 * arrays["config"]["flags"]["extent"], arrays["config"]["flags"]["grid"]
+    every = -(-side // 10)
+    some = slice((side - 1) % every // 2, None, every)
+    drawn = np.arange(side**2).reshape(side, side)[some, some].ravel()
+    starts, trajectory = arrays["starts"][:, drawn], arrays["trajectory"][:, 0][..., drawn]  # [2, K], [F, 2, L, I, P, K]
+    hue = np.arctan2(starts[1], starts[0]) / (2 * np.pi) % 1
+    colors = hsv_to_rgb(np.stack((hue, np.full_like(hue, 0.8), np.full_like(hue, 0.75)), -1))
+    figure, panels = posterior_panels(arrays)
+    for (l, i, p), ax in panels.items():
+        filled_contours(ax, arrays, l)
+        way, caught, diverged = trajectory[:, :, l, i, p], arrays["caught"][l, i, p, drawn], arrays["diverged"][l, i, p, drawn]
+        for k, color in enumerate(colors):
+            ax.plot(*way[:, :, k].T, color=color, lw=0.8, alpha=0.9)
+        ax.scatter(*starts, c=colors, s=6, zorder=3)
+        ax.scatter(*starts[:, caught], s=22, facecolors="none", edgecolors=CAUGHT, linewidths=1.4, zorder=4)
+        ends = arrays["location"][:, l, i, p, drawn]
+        ax.scatter(*ends[:, ~caught & ~diverged], c="black", s=9, zorder=5)
+        ax.scatter(*ends[:, caught], c=CAUGHT, marker="X", s=45, edgecolors="black", linewidths=0.5, zorder=6)
+        ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
+        note_counts(ax, arrays["caught"][l, i, p], arrays["diverged"][l, i, p])
+    save_figure(figure, save)
+
+
+def note_counts(ax, caught, diverged):
+    counts = [f"{caught.sum()} of {len(caught)} caught"] * bool(caught.any()) + [f"{diverged.sum()} diverged"] * bool(diverged.any())
+    ax.set_title(", ".join(counts), loc="left", fontsize=7.5)
+
+
+def toy_basins(runs, save):
+    """Which start ends where: one cell per start, coloured by its end, over contours of the exact posterior."""
+    arrays = load_arrays(Path(runs[0]) / "metrics.npz")
+    flags = arrays["config"]["flags"]
+    side, extent = flags["grid"], flags["extent"]
+    half = extent / max(side - 1, 1)  # of a cell
+    cmap = ListedColormap([*GOOD, CAUGHT, LOST])
+    figure, panels = posterior_panels(arrays)
+    for (l, i, p), ax in panels.items():
+        caught, diverged = arrays["caught"][l, i, p], arrays["diverged"][l, i, p]
+        negative = arrays["location"][:, l, i, p].sum(0) < 0
+        kind = np.where(diverged, 3, np.where(caught, 2, negative)).reshape(side, side)
+        ax.imshow(kind.T, origin="lower", extent=2 * (-extent - half, extent + half), cmap=cmap, vmin=-0.5, vmax=3.5,
+                  interpolation="nearest")
+        log_posterior = arrays["log_posterior"][l]
+        ax.contour(arrays["axis"], arrays["axis"], log_posterior.T, log_posterior.max() - np.array([6, 3, 1]), colors="white",
+                   linewidths=0.8, linestyles="solid")
+        ax.set(xlim=(-extent - half, extent + half), ylim=(-extent - half, extent + half))
+        note_counts(ax, caught, diverged)
+    names = "ends where $z_1 + z_2 > 0$", "where $z_1 + z_2 < 0$", "caught in low density", "diverged"
+    figure.legend([Patch(color=color) for color in cmap.colors], names, loc="outside lower center", ncols=4)
+    save_figure(figure, save)
+
+
+def toy_mixtures(runs, save):
+    """Figure 5: every fitted mixture (lines, with its components' means) over the exact posterior; right, the mass of z1 + z2 > 0."""
+    arrays = load_arrays(Path(runs[0]) / "metrics.npz")
+    likelihoods, repeats = arrays["config"]["flags"]["likelihoods"], arrays["kl"].shape[1]
+    columns = min(repeats, 5)
+    rows = -(-repeats // columns)
+    figure, axes = new_figure(rows * len(likelihoods), columns, size=(1.9, 1.95), sharex=True, sharey=True)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for l, likelihood in enumerate(likelihoods):
+        for r, ax in zip(range(repeats), axes[l * rows:(l + 1) * rows].flat):
+            ax.set_axis_on()
+            filled_contours(ax, arrays, l)
+            log_q = arrays["log_q"][l, r]
+            ax.contour(arrays["axis"], arrays["axis"], log_q.T, log_q.max() - np.array([4.5, 2, 0.4]), colors="tab:blue", linewidths=1,
+                       linestyles="solid")
+            ax.scatter(*arrays["mean"][:, l, r], s=120 * arrays["weight"][l, r], c="tab:red", alpha=0.6, linewidths=0, zorder=3)
+            ax.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal",
+                   title=f"KL {arrays['kl'][l, r]:.2f}, right {100 * arrays['right_mass'][l, r]:.0f} %")
+        axes[l * rows, 0].set_ylabel(f"{likelihood}\nexact: right {100 * arrays['exact_right_mass'][l]:.0f} %")
+    save_figure(figure, save)
+
+
+def toy_gradients(runs, save):
+    """A.5.1: descent by KLD, FD and FD with z held fixed between two Gaussians; right, the FD gradients as multiples of KLD's."""
+    arrays = load_arrays(Path(runs[0]) / "metrics.npz")
+    target_sd = arrays["config"]["flags"]["target_sd"]
+    mean, sd, gradient = arrays["mean"], arrays["sd"], arrays["gradient"]  # [M], [S], [3, 2, M, S]
+    figure, axes = new_figure(1, 4, size=(2.7, 2.7))
+    titles, colors = ("KLD", "FD", "FD, $z$ held fixed (biased)"), ("black", "tab:red", "tab:blue")
+    for ax, title, color, (d_mean, d_sd) in zip(axes[0], titles, colors, gradient):
+        ax.streamplot(mean, np.log2(sd), -d_mean.T, -(d_sd / (sd * np.log(2))).T, color=color, linewidth=0.8, arrowsize=0.8, density=0.9)
+        ax.plot(0, np.log2(target_sd), "*", color="gold", mec="black", ms=10, zorder=3)
+        ax.set(xlabel="mean of $q$", title=title, xlim=(mean[0], mean[-1]), ylim=(np.log2(sd[0]), np.log2(sd[-1])))
+    axes[0, 0].set_ylabel(r"$\log_2$ sd of $q$")
+    right = axes[0, 3]
+    for title, color, field in zip(("FD", "biased"), colors[1:], gradient[1:]):
+        for by, name, dash in ((0, "mean", "-"), (1, "sd", "--")):
+            ratio = np.divide(field[by, -1], gradient[0, by, -1], where=gradient[0, by, -1] != 0, out=np.full_like(sd, np.nan))
+            known = np.isfinite(ratio)  # not where both are zero
+            right.plot(sd[known], ratio[known], dash, color=color, label=f"{title}, by {name}")
+    right.axhline(1, color="0.8", lw=1, zorder=0)
+    right.axvline(target_sd, color="0.8", lw=1, zorder=0)
+    right.set_xscale("log", base=2)
+    right.set(xlabel="sd of $q$", title="gradient / KLD's gradient", yscale="log")
+    right.legend(loc="lower left", fontsize=7)
+    save_figure(figure, save)
+
+
+FIGURES = {figure.__name__: figure for figure in (
+    training_curves, samples, reconstructions, posterior_sd, synthetic, synthetic_samples, param_recovery,
+    recovery_rules, toy_trajectories, toy_basins, toy_mixtures, toy_gradients)}
 
 
 def parse_args(argv=None):

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -56,7 +57,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def number(kind, low, exclusive, name):
     def parse(text):
         value = kind(text)
-        if not (value > low if exclusive else value >= low):  # also refuses nan
+        if not (low < value < math.inf if exclusive else low <= value < math.inf):  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text} is not {name}")
         return value
 
@@ -81,9 +82,12 @@ def pick_device(name):
 
 def run_name(args, axes, defaults):
     """The folder's name: the sweep's axes, then every other flag that differs from its default, so that sweeps never collide."""
-    extra = [f"{key.replace('_', '-')}{value}" for key, value in vars(args).items()
+    def text(value):
+        return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    extra = [f"{key.replace('_', '-')}{text(value)}" for key, value in vars(args).items()
              if key not in axes and key not in NOT_IDENTITY and value != defaults[key]]
-    return "-".join([str(getattr(args, key)) for key in axes if key != "seed"] + extra
+    return "-".join([text(getattr(args, key)) for key in axes if key != "seed"] + extra
                     + ([f"seed{args.seed}"] if "seed" in axes else [])).replace("/", "_").replace(":", "_")
 
 

@@ -1,0 +1,168 @@
+"""Figure 1: the closed forms are the divergences, the minima are the minima, and objectives.py finds the same."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import param_recovery
+import plots
+from models import EnsembleVAE
+from objectives import LEARN
+from param_recovery import CHECKED, RULES, MismatchedEncoder, Scale, joint_fd, joint_kld, minimise, posterior_variance, recover
+from runs import load_arrays
+
+POINTS = [(0.7, 0.2, 0.5, 1.3, 1.1), (1.5, 0.6, 2.0, 0.7, 0.4), (0.0, -0.3, 0.9, 1.0, 2.0)]  # w, phi, alpha, gamma, w*
+
+
+def joints(w, phi, alpha, gamma, w_star):
+    """Covariances of p(x, z) and q(x, z)."""
+    v = gamma + w_star**2
+    return (np.array([[gamma + w**2, w], [w, 1]]),
+            np.array([[v, phi * v], [phi * v, phi**2 * v + posterior_variance(w, alpha, gamma)]]))
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_closed_forms_are_the_divergences_between_two_gaussians(point):
+    p, q = joints(*point)
+    gap = np.linalg.inv(p) - np.linalg.inv(q)
+    assert joint_fd(*point) == pytest.approx(np.trace(gap @ q @ gap) / 2, rel=1e-10)
+    kl = (np.trace(np.linalg.solve(p, q)) - 2 + np.log(np.linalg.det(p) / np.linalg.det(q))) / 2
+    assert joint_kld(*point) == pytest.approx(kl, rel=1e-10)
+
+
+def test_the_recovered_w_are_those_of_the_design():
+    expected = {0.5: [0.000, 0.503, 0.821, 1.040, 1.352], 2.0: [0.000, 0.483, 0.756, 0.970, 1.296], 1.0: [0.5, 1, 1.5, 2, 3]}
+    for alpha, w in expected.items():
+        assert np.abs(recover("JFD", alpha, 1.0, CHECKED)[0] - w).max() < 6e-4
+        assert np.abs(recover("JKLD", alpha, 1.0, CHECKED)[0] - CHECKED).max() < 1e-6
+
+
+def test_joint_fd_collapses_below_a_threshold():
+    # the second derivative of the profile at w = 0 vanishes where 3 v^2 - 3 v - 2 = 0, for alpha = 1/2, gamma = 1, v = 1 + w*^2
+    threshold = math.sqrt((3 + math.sqrt(33)) / 6 - 1)
+    below, above = recover("JFD", 0.5, 1.0, np.array([threshold - 0.003, threshold + 0.003]))[0]
+    assert below < 1e-3
+    assert above > 0.03
+
+
+def test_no_point_of_a_dense_grid_is_lower_than_the_minimum():
+    w, phi = np.meshgrid(np.linspace(0, 6, 601), np.linspace(-2, 2, 401))
+    for alpha, gamma, w_star in ((0.5, 1.0, 0.5), (0.5, 1.0, 1.5), (4.0, 0.3, 1.0), (1.0, 2.0, 3.0)):
+        found = [joint_fd(*recover("JFD", alpha, gamma, w_star), alpha, gamma, w_star), joint_fd(w, phi, alpha, gamma, w_star).min()]
+        assert found[0] <= found[1] + 1e-12
+
+
+def test_minimise_finds_the_lower_of_two_minima_and_the_one_at_zero():
+    def wells(depth_at_zero):
+        return lambda w, phi: (np.minimum((w - 3) ** 2, w**2 - depth_at_zero) + (phi - w) ** 2)
+
+    assert minimise(wells(-0.1)) == (pytest.approx(3), pytest.approx(3))
+    assert minimise(wells(0.1)) == (0, 0)
+
+
+def exact_vae(how, w, phi, alpha, gamma, w_star):
+    """A model at (w, phi) with x = +-sd and e = +-1: two-point laws with the moments of Gaussians, exact for losses quadratic in both."""
+    decoder = Scale(1).double()
+    encoder = MismatchedEncoder(how, decoder, alpha, gamma).double()
+    decoder.w.data.fill_(w)
+    encoder.phi.data.fill_(phi)
+    vae = EnsembleVAE(encoder, decoder, 1, 1).double()
+    vae.log_gamma.requires_grad_(False).fill_(math.log(gamma))
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    x = math.sqrt(gamma + w_star**2) * signs.view(1, 2, 1)
+    q = vae.encode(x)
+    return vae, x, q, vae.sample(q, signs.view(2, 1, 1, 1).expand(2, 1, 2, 1))
+
+
+@pytest.mark.parametrize("objective, divergence", [("elbo", joint_kld), ("fae", joint_fd)])
+def test_expected_elbo_and_fae_are_the_joint_divergences_up_to_a_constant(objective, divergence):
+    constants = []
+    for w, phi, alpha in ((0.7, 0.2, 0.5), (1.5, 0.6, 2.0), (0.1, -0.3, 0.9)):
+        loss = LEARN[objective](*exact_vae("joint", w, phi, alpha, 1.3, 1.1)).mean().item()
+        constants.append(loss - divergence(w, phi, alpha, 1.3, 1.1))
+    assert np.ptp(constants) < 1e-6  # gamma passes through float32
+
+
+@pytest.mark.parametrize("rule", [rule for rule, (how, _) in RULES.items() if how != "joint"])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.7])
+def test_held_and_following_rules_are_stationary_and_increase_beyond(rule, alpha):
+    how, objective = RULES[rule]
+    w, phi = (float(value) for value in recover(rule, alpha, 1.3, 2.5))
+    slopes = []
+    for shift in (0.0, 0.05):
+        at = (w + shift, phi if how == "held" else 0.0, alpha, 1.3, 2.5)
+        if how == "held":  # the q of the fixed point, the decoder moved
+            vae, x, q, z = exact_vae(how, w, *at[1:])
+            vae.decoder.w.data.fill_(at[0])
+            z = z.detach()
+        else:
+            vae, x, q, z = exact_vae(how, *at)
+        slopes.append(torch.autograd.grad(LEARN[objective](vae, x, q, z).mean(), vae.decoder.w)[0].item())
+    assert abs(slopes[0]) < 1e-6
+    assert slopes[1] > 1e-5
+
+
+@pytest.mark.parametrize("rule", ["JKLD", "JFD", "held S", "following B"])
+def test_samples_and_adam_reach_the_closed_forms(rule):
+    args = param_recovery.parse_args(["--iterations", "1200", "--batch", "200", "--lr", "0.1"])
+    alpha, w_star = np.array([0.5, 2.0, 0.5]), np.array([1.5, 1.5, 0.5])
+    w, phi = param_recovery.sampled(rule, alpha, w_star, args, torch.device("cpu"))
+    exact_w, exact_phi = recover(rule, alpha, 1.0, w_star)
+    assert np.abs(np.abs(w) - exact_w).max() < 0.06
+    assert np.abs(phi * np.sign(w) - exact_phi).max() < 0.06
+
+
+def test_the_script_writes_its_keys_and_figures_and_does_not_run_twice(tmp_path, capsys):
+    out = tmp_path / "a" / "b"
+    argv = ["--out", str(out), "--points", "5", "--stochastic", "--iterations", "3", "--batch", "10"]
+    param_recovery.main(param_recovery.parse_args(argv))
+    arrays = load_arrays(out / "metrics.npz")
+    assert arrays["status"] == "ok"
+    assert arrays["w"].shape == arrays["phi"].shape == (len(RULES), 3, 5)
+    assert arrays["sampled_w"].shape == arrays["checked_w"].shape == (len(RULES), 3, 5)
+    assert arrays["sweep_w"].shape == (len(RULES), len(arrays["sweep_alpha"]))
+    assert {"param_recovery.png", "recovery_rules.png"} <= {file.name for file in out.iterdir()}
+    plots.main(plots.parse_args(["recovery_rules", str(out), "--save", str(tmp_path / "again.png")]))
+    assert (tmp_path / "again.png").stat().st_size > 10_000
+    capsys.readouterr()
+    param_recovery.main(param_recovery.parse_args(argv))
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_flags_change_what_they_name():
+    def closed(*argv):
+        return param_recovery.closed_forms(param_recovery.parse_args(["--points", "4", *argv]))
+
+    def from_samples(*argv):
+        args = param_recovery.parse_args(["--stochastic", "--iterations", "2", "--batch", "10", *argv])
+        return param_recovery.stochastic(args, torch.device("cpu"))["sampled_w"]
+
+    base, sampled = closed(), from_samples()
+    assert not np.array_equal(closed("--gamma", "2")["w"], base["w"])
+    assert closed("--w-star-max", "5")["w_star"][-1] == 5
+    assert not np.array_equal(closed("--alpha", "2")["example_w"], base["example_w"])
+    assert not np.array_equal(closed("--w-star", "2")["sweep_w"], base["sweep_w"])
+    assert np.array_equal(from_samples(), sampled)
+    for argv in (["--seed", "1"], ["--lr", "0.1"], ["--samples", "3"], ["--batch", "11"], ["--gamma", "2"]):
+        assert not np.array_equal(from_samples(*argv), sampled)
+
+
+def test_a_diverged_run_says_so(tmp_path):
+    argv = ["--points", "2", "--stochastic", "--iterations", "3", "--batch", "10", "--lr", "1e30", "--out", str(tmp_path / "run")]
+    param_recovery.main(param_recovery.parse_args(argv))
+    assert load_arrays(tmp_path / "run" / "metrics.npz")["status"] == "diverged@3"
+
+
+@pytest.mark.parametrize("argv", [["--gamma", "-1"], ["--gamma", "inf"], ["--alphas", "0"], ["--alphas", "nan"], ["--samples", "1"],
+                                  ["--points", "0"], ["--device", "cuda:7"], ["--iterations", "many"]])
+def test_bad_input_is_one_sentence(fails, argv, tmp_path):
+    fails(param_recovery, *argv, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    param_recovery.main(param_recovery.parse_args(["--dry-run", "--out", str(tmp_path / "run")]))
+    assert not (tmp_path / "run").exists()
+    assert "would write" in capsys.readouterr().out
