@@ -5,6 +5,7 @@ Read `Trainer.update` first: it is the whole of one step.
 
 import resource
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -139,19 +140,22 @@ class Trainer:
     def capture(self, with_decoder):
         """The update as a CUDA graph. The warm-up that capture needs is undone, so the run equals an eager one."""
         before, generator_state = [t.clone() for t in self.state().values()], self.generator.get_state()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self.cursor.copy_(torch.arange(self.batch, device=self.device))
                 self.update(with_decoder)
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         for tensor, value in zip(self.state().values(), before):
             tensor.copy_(value)
         self.generator.set_state(generator_state)
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
+        if hasattr(graph, "register_generator_state"):
+            with warnings.catch_warnings():  # where torch finds the generators by itself, it deprecates this call
+                warnings.simplefilter("ignore")
+                graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph, stream=stream):  # the warm-up's stream: library handles and workspaces are per stream
             self.update(with_decoder)
         return graph
 
@@ -170,7 +174,10 @@ class Trainer:
 
     def load(self, saved):
         self.step = saved["step"]
-        self.generator.set_state(saved["generator"].cpu())
+        if len(saved["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(saved["generator"].cpu())
+        else:  # saved on another kind of device, whose generator has another state
+            self.generator.manual_seed(seed_of(self.seed, NOISE, self.step))
         for name, tensor in self.state().items():
             tensor.copy_(saved["tensors"][name])
 
