@@ -55,8 +55,10 @@ def posterior_fd(vae, x, q, z):
 
 def fae(vae, x, q, z):
     # Fisher autoencoder, Elkhalil et al. 2021 (Eq. 8): the joint FD, E_q[1/2 ||c||^2 + 1/2 ||b||^2 + 1/2 ||a||^2] + lap
+    a, lap = likelihood_score(vae, x, q, z)
     b = posterior_score(vae, x, q, z)
-    return posterior_fd(vae, x, q, z) + 1 / 2 * dot(b, b).mean(0) + fd(vae, x, q, z)
+    c = latent_score_gap(vae, x, q, z, a)
+    return 1 / 2 * (dot(c, c) + dot(b, b) + dot(a, a)).mean(0) + lap
 
 
 LEARN = {"elbo": elbo, "fd": fd, "swersky": swersky, "bao": bao, "fae": fae}
@@ -105,15 +107,19 @@ def posterior_score(vae, x, q, z):
     return torch.stack(b).flatten(z.dim() - 1)
 
 
-def latent_score_gap(vae, x, q, z):
-    """c_n [N, B, Dz]: grad_z log q and grad_z log p(z) in closed form, grad_z log p(x|z) = -J_g(z)' a by the decoder's input gradient."""
+def latent_score_gap(vae, x, q, z, a=None):
+    """c_n [N, B, Dz]: grad_z log q and grad_z log p(z) in closed form, grad_z log p(x|z) = -J_g(z)' a by the decoder's input gradient.
+
+    Decodes again unless z requires a gradient and a, the likelihood score there, is at hand.
+    """
     if vae.latent != "gaussian":
         raise ValueError(f"the posterior Fisher divergence needs continuous latents, not {vae.latent}")
     with torch.enable_grad():
         w = z if z.requires_grad else z.detach().requires_grad_()
-        g = vae.decode(w).flatten(z.dim() - 1)
-        a = (g - x.flatten(len(q.batch_shape))) / vae.log_gamma.exp()[..., None, None]
-        (minus_likelihood,) = grad(g, w, a, create_graph=_requires_grad(vae.decoder, z))
+        if a is None or w is not z:
+            a, _ = likelihood_score(vae, x, q, w)
+        gamma = vae.log_gamma.exp()[..., None, None]
+        (minus_likelihood,) = grad(a, w, gamma * a, create_graph=_requires_grad(vae.decoder, z))  # da/dz = J_g / gamma
     return -(z - q.base_dist.loc) / q.base_dist.scale**2 + z + minus_likelihood
 
 

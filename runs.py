@@ -72,12 +72,18 @@ positive_float = number(float, 0, True, "a number above 0")
 
 
 def pick_device(name):
-    """`auto` is the GPU where there is one. Raises UserError for `cuda` without one."""
+    """`auto` is the GPU where there is one; a GPU becomes the current one. Raises UserError for a device that is not there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu or auto")
-    return torch.device(name)
+        name = "cuda" if gpus else "cpu"
+    if name.startswith("cuda") and not gpus:
+        raise UserError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu or auto")
+    if name not in (names := ("cpu", "cuda", *(f"cuda:{i}" for i in range(gpus)))):
+        raise UserError(f"--device {name}: not one of auto, {', '.join(names)}")
+    device = torch.device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current GPU
+    return device
 
 
 def run_name(args, axes, defaults):

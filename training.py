@@ -5,6 +5,7 @@ Read `Trainer.update` first: it is the whole of one step.
 
 import resource
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -68,7 +69,9 @@ class Trainer:
     def __init__(self, vae, images, *, learn, infer, estimator, samples, inner_steps, noise, batch, lr, seed, graph=True):
         if len(images) < batch:
             raise UserError(f"{len(images)} training images are fewer than one minibatch of {batch}; use a smaller --batch")
-        self.vae, self.images, self.device = vae.to(memory_format=torch.channels_last), images, images.device
+        if learn != "fae" and infer != "fd-repar":  # double backward, of batch norm above all, is slower in channels_last
+            vae.to(memory_format=torch.channels_last)
+        self.vae, self.images, self.device = vae, images, images.device
         self.learn, self.infer, self.estimator = learn, infer, estimator
         self.samples, self.inner_steps, self.noise, self.batch, self.seed = samples, inner_steps, noise, batch, seed
         self.graph, self.graphs = graph and self.device.type == "cuda", {}
@@ -116,8 +119,9 @@ class Trainer:
     def descend(self, loss, params):
         """One Adam step of `params` on the mean of `loss` [B] over the minibatch; nothing here waits for the device."""
         loss = loss.mean()
-        for p, gradient in zip(params, torch.autograd.grad(loss, params)):
-            p.grad = gradient
+        for p in params:
+            p.grad = None
+        loss.backward(inputs=params)  # unlike autograd.grad, gives gradients the parameters' memory format, which fused Adam needs
         for half, optimiser, sums in zip((self.phi, self.theta), self.optimisers, self.sums):
             if half[0].requires_grad:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in half])
@@ -155,7 +159,10 @@ class Trainer:
 
     def load(self, saved):
         self.step = saved["step"]
-        self.generator.set_state(saved["generator"].cpu())
+        if len(saved["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(saved["generator"].cpu())
+        else:  # saved on another kind of device, whose generator has another state
+            self.generator.manual_seed(seed_of(self.seed, NOISE, self.step))
         for name, tensor in self.state().items():
             tensor.copy_(saved["tensors"][name])
 
@@ -194,19 +201,23 @@ def state_of(vae, *optimisers):
 def capture(update, state, generators=()):
     """update() as a CUDA graph. The calls that warm it up are undone, so that a replayed run equals an eager one."""
     before, drawn = [tensor.clone() for tensor in state.values()], [generator.get_state() for generator in generators]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    device = next(iter(state.values())).device
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(3):
             update()
             for tensor, value in zip(state.values(), before):
                 tensor.copy_(value)
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     for generator, value in zip(generators, drawn):
         generator.set_state(value)
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
+        if hasattr(graph, "register_generator_state"):
+            with warnings.catch_warnings():  # where torch finds the generators by itself, it deprecates this call
+                warnings.simplefilter("ignore")
+                graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=stream):  # the warm-up's stream: library handles and workspaces are per stream
         update()
     return graph
 

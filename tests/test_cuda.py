@@ -1,0 +1,169 @@
+"""The update captured in a CUDA graph against the eager one. Without a GPU only the first two tests run, on stand-ins for CUDA."""
+
+import io
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+
+import train_images
+from models import build_vae
+from runs import load_arrays
+from training import Trainer
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+PAIRS = [("fd", "kld"), ("bao", "fd"), ("swersky", "fd-repar"), ("fae", "fae")]
+
+
+def trainer(learn, infer, graph, net="conv", seed=0, bf16=False, device="cuda"):
+    """7 minibatches an epoch, the decoder on every third: 20 steps capture both kinds of update and cross two epochs."""
+    torch.manual_seed(seed)
+    vae = build_vae(net, (1, 32, 32), 10, width=16, bf16=bf16).to(device)
+    images = torch.randint(0, 256, (142, 1, 32, 32), dtype=torch.uint8).to(device)
+    return Trainer(vae, images, learn=learn, infer=infer, estimator="plugin", samples=3, inner_steps=3, noise=0.1, batch=20, lr=1e-4,
+                   seed=seed, graph=graph)
+
+
+def run(trainer, steps=20):
+    for _ in range(steps):
+        trainer.run_step()
+    return trainer
+
+
+def through_a_file(saved):
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """Float32 and the same algorithms in both modes, so that what is left is rounding."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+def assert_same(first, second):
+    """Equal noise, order and clock; losses and weights to rounding (Adam may turn it into a step of the learning rate or two)."""
+    assert torch.equal(first.generator.get_state(), second.generator.get_state())
+    states = first.state(), second.state()
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        if name in ("order", "cursor", "clock", "diverged_at") or name.endswith((".step", "num_batches_tracked")):
+            assert torch.equal(tensor, states[1][name]), name
+        elif name.startswith("vae."):
+            torch.testing.assert_close(tensor, states[1][name], rtol=1e-3, atol=3e-4, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(first.sums, second.sums, rtol=1e-3, atol=1e-3)
+
+
+class Stream:
+    def __init__(self, device=None):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+def test_what_capture_does_besides_cuda(monkeypatch):
+    """With a stand-in that records without running and replays by running, capture's own bookkeeping must be exact."""
+    captured, eager = (trainer("bao", "kld", graph, device="cpu") for graph in (True, False))
+
+    class Graph:
+        def replay(self):
+            captured.update(self.with_decoder)
+
+    @contextmanager
+    def record(graph, stream):
+        update = captured.update
+        monkeypatch.setattr(captured, "update", lambda with_decoder: setattr(graph, "with_decoder", with_decoder))
+        yield
+        monkeypatch.setattr(captured, "update", update)
+
+    for name, value in {"Stream": Stream, "current_stream": Stream, "stream": nullcontext, "CUDAGraph": Graph, "graph": record}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    captured.graph = True
+    run(captured), run(eager)
+    assert len(captured.graphs) == 2
+    assert torch.equal(captured.generator.get_state(), eager.generator.get_state())
+    for name, tensor in captured.state().items():
+        assert torch.equal(tensor, eager.state()[name]), name
+
+
+def test_a_checkpoint_from_another_kind_of_device_resumes():
+    """A GPU's generator has another state: the noise then comes from a new stream, the same at every such resume."""
+    saved = run(trainer("fd", "kld", graph=False, device="cpu"), 4).save() | {"generator": torch.zeros(16, dtype=torch.uint8)}
+    resumed = [trainer("fd", "kld", graph=False, device="cpu") for _ in range(2)]
+    for one in resumed:
+        one.load(saved)
+        assert one.step == 4
+        run(one, 2)
+    assert_same(*resumed)
+
+
+@needs_gpu
+@pytest.mark.parametrize("net", ["conv", "resnet"])
+@pytest.mark.parametrize("learn, infer", PAIRS)
+def test_captured_equals_eager(learn, infer, net):
+    captured, eager = (run(trainer(learn, infer, graph, net)) for graph in (True, False))
+    assert len(captured.graphs) == 2 and not eager.graphs
+    assert_same(captured, eager)
+
+
+@needs_gpu
+def test_capture_itself_changes_nothing():
+    captured = trainer("fd", "kld", graph=True)
+    captured.begin_epoch(0)
+    before, generator_state = {name: t.clone() for name, t in captured.state().items()}, captured.generator.get_state()
+    for with_decoder in (False, True):
+        captured.capture(with_decoder)
+    assert torch.equal(captured.generator.get_state(), generator_state)
+    for name, tensor in captured.state().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@needs_gpu
+@pytest.mark.parametrize("first, then", [(True, False), (False, True)])
+def test_a_checkpoint_from_one_mode_resumes_in_the_other(first, then):
+    whole = run(trainer("bao", "kld", graph=first))
+    half = run(trainer("bao", "kld", graph=first), 11)
+    resumed = trainer("bao", "kld", graph=then, seed=0)
+    resumed.load(through_a_file(half.save()))
+    assert_same(run(resumed, 9), whole)
+
+
+@needs_gpu
+def test_loading_keeps_captured_graphs_valid():
+    captured = run(trainer("fd", "kld", graph=True), 6)
+    saved = through_a_file(captured.save())
+    once = {name: tensor.clone() for name, tensor in run(captured, 5).state().items()}
+    captured.load(saved)
+    again = run(captured, 5).state()
+    for name, tensor in again.items():
+        torch.testing.assert_close(tensor, once[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision, drift", [("tf32", 0.01), ("bf16", 0.05)])
+def test_lower_precision_drifts_little(precision, drift):
+    """The mean losses of 20 steps; learn_loss is divided by gamma^2, so a gamma that drifted would show."""
+    losses = []
+    for name in ("float32", precision):
+        train_images.set_precision(name, torch.device("cuda"))
+        losses.append(run(trainer("fd", "kld", graph=True, bf16=name == "bf16")).averages())
+    train_images.set_precision("float32", torch.device("cuda"))
+    for name in ("infer_loss", "learn_loss"):
+        assert abs(losses[1][name] / losses[0][name] - 1) < drift, name
+
+
+@needs_gpu
+def test_runs_with_and_without_graphs_agree(digits, tmp_path):
+    flags = ["--data", "mnist", "--data-root", str(digits), "--width", "8", "--dim-z", "5", "--batch", "50", "--epochs", "3", "--inner-steps", "2",
+             "--eval-every", "1", "--device", "cuda"]
+    for name, extra in (("captured", []), ("eager", ["--no-graph"])):
+        train_images.main(train_images.parse_args([*flags, "--out", str(tmp_path / name), *extra]))
+    captured, eager = (load_arrays(tmp_path / name / "metrics.npz") for name in ("captured", "eager"))
+    assert str(captured["status"]) == str(eager["status"]) == "ok"
+    for name in ("negative_elbo", "reconstruction_mse", "log_gamma"):
+        torch.testing.assert_close(torch.tensor(captured[name]), torch.tensor(eager[name]), rtol=2e-2, atol=1e-3)
