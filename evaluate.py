@@ -22,15 +22,27 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import metrics
 import plots
 import train_images
 from data import cache_folder, load_images
 from features import Features, digest, features_of
-from metrics import (evaluating, feature_statistics, frechet_distance, iw_log_likelihood, kernel_distance, latent_mmd, mmd_null_sd,
-                     reconstruction_mse, sample_images)
-from objectives import ESTIMATORS, HAS_ESTIMATOR, LEARN, dot
-from runs import (NOT_IDENTITY, Formatter, UserError, command_line, group_by_seed, load_arrays, load_checkpoint, load_config, pick_device, positive,
-                  save_arrays, status_of, write_atomic)
+from objectives import ESTIMATORS, HAS_ESTIMATOR, LABELS, LEARN, dot
+from runs import (
+    NOT_IDENTITY,
+    Formatter,
+    UserError,
+    command_line,
+    group_by_seed,
+    load_arrays,
+    load_checkpoint,
+    load_config,
+    pick_device,
+    positive,
+    save_arrays,
+    status_of,
+    write_atomic,
+)
 from training import EVALUATION, joint_loss, learn_loss, seed_of
 
 NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -139,29 +151,29 @@ def prior_metrics(vae, reference, generator):
     """FID and KID of as many samples as there are test images, the floor beside them, and the null sd of the latent MMD at this n."""
     n = len(reference.test)
     z1, z2 = (vae.sample(vae.prior, vae.noise(vae.prior, min(n, 2000), generator), relaxed=False) for _ in range(2))
-    result = {"latent_mmd_null_sd": mmd_null_sd(z1, z2, n), "latent_mmd_scaled_null_sd": mmd_null_sd(z1, z2, n, scaled=True)}
+    result = {"latent_mmd_null_sd": metrics.mmd_null_sd(z1, z2, n), "latent_mmd_scaled_null_sd": metrics.mmd_null_sd(z1, z2, n, scaled=True)}
     if reference.network:
-        result |= distances(reference.network(sample_images(vae, n, generator)), reference.features)
+        result |= distances(reference.network(metrics.sample_images(vae, n, generator)), reference.features)
     return {name: value.cpu() for name, value in result.items()} | reference.floor
 
 
 def distances(features1, features2):
     """Sample quality from features [n, d]: FID; KID over subsets (mean and sd) and over all pairs; not scaled by 1000."""
-    kid, sd = kernel_distance(features1, features2)
-    return {"fid": frechet_distance(*feature_statistics(features1), *feature_statistics(features2)), "kid": kid, "kid_subset_sd": sd,
-            "kid_full": latent_mmd(features1, features2, scaled=True)}
+    kid, sd = metrics.kernel_distance(features1, features2)
+    return {"fid": metrics.frechet_distance(*metrics.feature_statistics(features1), *metrics.feature_statistics(features2)), "kid": kid, "kid_subset_sd": sd,
+            "kid_full": metrics.latent_mmd(features1, features2, scaled=True)}
 
 
 def data_metrics(vae, images, noise, samples, generator, block=100):
     """Over the first test images: the importance-weighted bound against its number of samples, the denoising error against the noise."""
     counts = sorted({count for count in (1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if count < samples} | {samples})
     bounds, errors = [], []
-    with evaluating(vae):
+    with metrics.evaluating(vae):
         for clean in images.split(block):
             clean = clean.float() / 255
             pixel_noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-            bounds.append(torch.stack([iw_log_likelihood(vae, clean + noise * pixel_noise, count, "posterior", generator, chunk=10) for count in counts]))
-            errors.append(torch.stack([reconstruction_mse(vae, clean + level * pixel_noise, clean) for level in NOISE_LEVELS]))
+            bounds.append(torch.stack([metrics.iw_log_likelihood(vae, clean + noise * pixel_noise, count, "posterior", generator, chunk=10) for count in counts]))
+            errors.append(torch.stack([metrics.reconstruction_mse(vae, clean + level * pixel_noise, clean) for level in NOISE_LEVELS]))
     return {"iw_samples": np.array(counts), "negative_iw_bound": -torch.cat(bounds, 1).mean(1).cpu(),
             "noise_levels": np.array(NOISE_LEVELS), "denoising_mse": torch.cat(errors, 1).mean(1).cpu()}
 
@@ -325,7 +337,8 @@ def gradient_snr(run, args, device):
     objectives = [(learn, estimator) for learn in LEARN for estimator in (ESTIMATORS if learn in HAS_ESTIMATOR else ("plugin",))
                   if (learn, estimator) != ("swersky", "released")  # on images it is plugin
                   and (learn != "fae" or vae.latent == "gaussian")]
-    names = [learn if learn not in HAS_ESTIMATOR else f"{learn} {estimator}" for learn, estimator in objectives]
+    titles = LABELS | {"fae": "FAE"}
+    names = [f"{titles[learn]} {estimator}" if learn in HAS_ESTIMATOR else titles[learn] for learn, estimator in objectives]
     shape = len(objectives), len(SNR_SAMPLES)
     result = {name: np.full(shape, np.nan) for name in ("snr", "snr_log_gamma", "cosine_to_elbo", "gradient_norm")}
     images = data.train.to(device)
