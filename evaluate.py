@@ -144,7 +144,7 @@ def evaluate_run(run, args, device):
     vae = load_model(run, config, reference.test.shape[1:], device)
     generator = torch.Generator(device).manual_seed(seed_of(flags["seed"], EVALUATION))
     result = {**prior_metrics(vae, reference, generator), **data_metrics(vae, reference.test[:args.images], flags["noise"], args.iw_samples, generator)}
-    save_arrays(save, {**config, "evaluation": settings}, **result)
+    save_arrays(save, {**config, "evaluation": settings}, status="ok", **result)
 
 
 def prior_metrics(vae, reference, generator):
@@ -355,7 +355,7 @@ def gradient_snr(run, args, device):
             result["cosine_to_elbo"][row, column] = 1 if learn == "elbo" else \
                 dot(mean[:-1], elbo_mean[:-1]) / (signal[0] * elbo_signal[0]).sqrt()
         print(f"{run}: N = {samples} done", flush=True)
-    save_arrays(run / "gradient_snr.npz", {**config, "evaluation": {"draws": args.snr_draws}}, objectives=np.array(names),
+    save_arrays(run / "gradient_snr.npz", {**config, "evaluation": {"draws": args.snr_draws}}, status="ok", objectives=np.array(names),
                 samples=np.array(SNR_SAMPLES), **result)
     plots.gradient_snr([run], run / "gradient_snr.png")
     print(f"{run / 'gradient_snr.png'}")
