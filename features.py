@@ -1,9 +1,10 @@
 """The networks behind FID and KID: uint8 images [n, C, H, W] to features [n, d].
 
-Data with labels: a LeNet-5 trained here on them once, from a fixed seed on one thread, and cached. Its absolute scale is its own,
-so every number is printed with the network's test accuracy and hash. Other data: Inception, through torch-fidelity.
+Data with labels: a LeNet-5 trained here on them once, from a fixed seed on one thread, and kept in the cache. Another network
+gives other numbers, so every table names this one's test accuracy and hash. Other data: Inception, through torch-fidelity.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from runs import UserError, load_arrays, save_arrays
 
 
 class Features(NamedTuple):
-    """A network from uint8 images [B, C, H, W] to features [B, d], and what must stand beside its numbers: name, hash, accuracy."""
+    """A network from uint8 images [B, C, H, W] to features [B, d], and what stands beside its numbers: name, hash, accuracy."""
     network: Callable
     about: dict
 
@@ -44,6 +45,14 @@ def digest(*tensors):
     return sha.hexdigest()[:12]
 
 
+def kept(path, make):
+    """The arrays at `path` as a dict, or those of make(), which are written there."""
+    with contextlib.suppress(UserError):
+        return load_arrays(path)
+    save_arrays(path, {}, **make())
+    return load_arrays(path)
+
+
 # -------------------------------------------------------------------------------------------------------------- LeNet-5
 
 
@@ -52,28 +61,40 @@ class LeNet5(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
-                                  nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+                                  nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                                  nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
         self.head = nn.Linear(84, 10)
 
     def forward(self, images):
         return self.body(images[..., 2:-2, 2:-2].float() / 255)
 
+    @torch.no_grad()
+    def rescale(self, images):
+        """Divide the features by their root mean square over `images`, without a change of the class scores.
+
+        ReLU leaves their scale to chance; the kernel (u.v/d + 1)^3 is made for features of order one.
+        """
+        scale = self(images).square().mean().sqrt()
+        self.body[-2].weight /= scale
+        self.body[-2].bias /= scale
+        self.head.weight *= scale
+
 
 def lenet5(name, root):
     """LeNet-5 for a labelled data set, from the cache or trained into it, and its test accuracy."""
     data = load_images(name, root)
-    path = cache_folder() / f"lenet5-{name}-{digest(data.train, data.train_labels)}.npz"
-    if path.exists():
-        network, arrays = LeNet5(), load_arrays(path)
-        accuracy = float(arrays["accuracy"])
-        network.load_state_dict({key: torch.from_numpy(arrays[key]) for key in network.state_dict()})
-    else:
+
+    def make():
         network = train_lenet5(data.train, data.train_labels, name)
         with torch.no_grad():
-            accuracy = (network.head(network(data.test)).argmax(1) == data.test_labels).double().mean().item()
-        save_arrays(path, {"data": data.recipe}, accuracy=accuracy, **{key: value.numpy() for key, value in network.state_dict().items()})
-    return network, {"name": f"LeNet-5 on {name}", "accuracy": accuracy}
+            right = network.head(network(data.test)).argmax(1) == data.test_labels
+        return {"accuracy": right.double().mean(), **network.state_dict()}
+
+    arrays = kept(cache_folder() / f"lenet5-{name}-{digest(data.train, data.train_labels)}.npz", make)
+    network = LeNet5()
+    network.load_state_dict({key: torch.from_numpy(arrays[key]) for key in network.state_dict()})
+    return network, {"name": f"LeNet-5 on {name}", "accuracy": float(arrays["accuracy"])}
 
 
 def train_lenet5(images, labels, name, epochs=6, batch=100, lr=2e-3, seed=0):
@@ -89,12 +110,13 @@ def train_lenet5(images, labels, name, epochs=6, batch=100, lr=2e-3, seed=0):
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
             with tqdm(total=steps, desc=f"LeNet-5 on {name}, once", unit="step", dynamic_ncols=True) as bar:
                 for _ in range(epochs):
-                    for rows in torch.randperm(len(images))[:len(images) // batch * batch].split(batch):
+                    for rows in torch.randperm(len(images)).split(batch)[:steps // epochs]:
                         optimiser.zero_grad()
                         F.cross_entropy(network.head(network(images[rows])), labels[rows]).backward()
                         optimiser.step()
                         schedule.step()
                         bar.update()
+            network.rescale(images[:10_000])
     finally:
         torch.set_num_threads(threads)
     return network

@@ -76,7 +76,7 @@ def _kernel_sum(u, v, scale, block=2048):
 def mmd_null_sd(z1, z2, n, scaled=False):
     """The sd of latent_mmd between two samples of size n of one law, from two independent draws z1, z2 [m, d] of that law.
 
-    The U-statistic is degenerate there: its variance is (4 / (n (n - 1)) + 4 / n^2) E kc^2, with kc the kernel centred in both arguments.
+    The U-statistic is degenerate there: its variance is (4 / (n (n - 1)) + 4 / n^2) E kc^2, kc the kernel centred in both arguments.
     """
     z1, z2 = z1.double(), z2.double()
     kernel = (z1 @ z2.T / (z1.shape[1] if scaled else 1) + 1).pow(3)
@@ -100,8 +100,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(v.isfinite().all() for v in (mu1, sigma1, mu2, sigma2)):
         return nan
     values, vectors = torch.linalg.eigh(sigma1)
-    root = vectors * values.clamp_min(0).sqrt()  # sigma1 = root root', and root' sigma2 root has the eigenvalues of the docstring's root
-    product = root.T @ sigma2 @ root
+    root = vectors * values.clamp_min(0).sqrt()  # sigma1 = root root'
+    product = root.T @ sigma2 @ root  # of the same eigenvalues as S1^1/2 S2 S1^1/2
     if not product.isfinite().all():
         return nan
     cross = torch.linalg.eigvalsh(product).clamp_min(0).sqrt().sum()
@@ -109,10 +109,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=2020):
-    """KID: mean and sd over random subsets of the unbiased MMD^2 of features [n, d], [m, d] with kernel (u.v/d + 1)^3. Two 0-d tensors.
+    """KID: mean and sd over random subsets of the unbiased MMD^2 of features [n, d], [m, d] with kernel (u.v/d + 1)^3, 0-d tensors.
 
-    Subsets of min(subset_size, n, m), drawn without replacement as torch-fidelity draws them: equal seeds, equal numbers. The sd is
-    no standard error. All features at once: latent_mmd(features1, features2, scaled=True), of the same mean and less variance.
+    Subsets of min(subset_size, n, m), drawn without replacement as torch-fidelity draws them: equal seeds, equal numbers. The sd
+    is no standard error. latent_mmd(features1, features2, scaled=True) takes all features at once: the same mean, less variance.
     """
     size = min(subset_size, len(features1), len(features2))
     rng = np.random.RandomState(seed)
@@ -124,8 +124,8 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=20
 def sample_images(vae, n, generator, block=500):
     """Decoder means of n draws from the prior, without the likelihood's pixel noise: uint8 [n, C, H, W]."""
     with evaluating(vae):
-        blocks = [vae.sample(vae.prior, vae.noise(vae.prior, min(block, n - start), generator), relaxed=False) for start in range(0, n, block)]
-        return torch.cat([quantise(vae.decode(z)) for z in blocks])
+        z = vae.sample(vae.prior, vae.noise(vae.prior, n, generator), relaxed=False)
+        return torch.cat([quantise(vae.decode(part)) for part in z.split(block)])
 
 
 def quantise(images):

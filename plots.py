@@ -56,7 +56,8 @@ CURVES = {  # metric: axis label, scale
 def training_curves(runs, save):
     """Test metrics and the decoder's training loss against epochs, one line per pair of objectives, a band over seeds."""
     panels = grouped(runs)
-    groups = [(f"{title}, {name}" if len(panels) > 1 else name, members) for title, groups in panels.items() for name, members in groups]
+    groups = [(f"{title}, {name}" if len(panels) > 1 else name, members)
+              for title, groups in panels.items() for name, members in groups]
     names = [name for name in CURVES if any(name in members[0] for _, members in groups)]
     figure, axes = new_figure(-(-len(names) // 4), 4, size=(2.9, 2.3))
     for ax, name in zip(axes.flat, names):
@@ -86,6 +87,8 @@ def draw_curves(ax, groups, name):
     draw_lines(ax, groups, "epoch", name, start=1 if name == "negative_elbo" else 0)
     ax.set(xlabel="epoch", title=title)
     ax.set_yscale(scale, **({"linthresh": 100} if scale == "symlog" else {}))
+    if scale == "symlog":
+        ax.yaxis.get_major_locator().set_params(numticks=5)
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -109,8 +112,8 @@ def draw_lines(ax, groups, x, y, start=0):
         for row, arrays in zip(values, members):
             row[:len(arrays[y])] = arrays[y]
         values, longest = np.ma.masked_invalid(values[:, start:]), longest[start:]
-        style = line_style(labels[k])
-        ax.plot(longest, values.mean(0), marker=".xsv^"[labels[:k].count(labels[k]) % 5], markersize=4, label=f"{name}, {seeds_of(members)}", **style)
+        style, marker = line_style(labels[k]), ".xsv^"[labels[:k].count(labels[k]) % 5]
+        ax.plot(longest, values.mean(0), marker=marker, markersize=4, label=f"{name}, {seeds_of(members)}", **style)
         if len(members) > 1:
             error = values.std(0, ddof=1) / np.sqrt(values.count(0))
             ax.fill_between(longest, values.mean(0) - error, values.mean(0) + error, color=style["color"], alpha=0.2, linewidth=0)
@@ -125,10 +128,10 @@ def seeds_of(members):
     return f"{len(members)} seeds" + (f" ({diverged} diverged)" if diverged else "")
 
 
-def legend(figure, axes):
-    """One legend below all axes, each name once."""
+def legend(figure, axes, side="lower center", columns=4):
+    """One legend outside all axes, each name once."""
     named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(len(named), 4))
+    figure.legend(named.values(), named.keys(), loc=f"outside {side}", ncols=min(len(named), columns))
 
 
 def samples(runs, save):
@@ -146,9 +149,10 @@ def reconstructions(runs, save):
 
 
 def grids(runs, save, make):
-    named = [(f"{name}, {seeds_of([arrays])}", arrays) for groups in grouped(runs).values() for name, members in groups for arrays in members]
-    columns = min(len(named), 4)
-    figure, axes = new_figure(-(-len(named) // columns), columns, size=(3.2, 3.4))
+    named = [(f"{name}, {seeds_of([arrays])}", arrays)
+             for groups in grouped(runs).values() for name, members in groups for arrays in members]
+    rows = -(-len(named) // 4)
+    figure, axes = new_figure(rows, -(-len(named) // rows), size=(3.2, 3.4))
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, (title, arrays) in zip(axes.flat, named):
@@ -176,7 +180,7 @@ def posterior_sd(runs, save):
 
 
 def posterior_mean(runs, save):
-    """Histogram over test images and Bernoulli latents of the posterior's mean: at 1/2 a latent says nothing of its image (Figure 11)."""
+    """Histogram over test images and Bernoulli latents of the posterior's mean, 1/2 where it says nothing of the image (Figure 11)."""
     def draw(ax, arrays, **style):
         share = arrays["posterior_mean"][-1]
         ax.stairs(share, np.linspace(0, 1, len(share) + 1), fill=True, alpha=0.5, **style)
@@ -187,7 +191,7 @@ def posterior_mean(runs, save):
 def histograms(runs, save, draw, xlabel, ylabel):
     """A panel per group, its seeds on top of each other."""
     panels = grouped(runs)
-    figure, axes = new_figure(len(panels), max(map(len, panels.values())), size=(2.4, 2.2), sharex=True)
+    figure, axes = new_figure(len(panels), max(map(len, panels.values())), size=(2.4, 2.2), sharex=True, sharey="row")
     for row, (title, groups) in zip(axes, panels.items()):
         for ax, (name, members) in zip(row, groups):
             for arrays in members:
@@ -202,22 +206,30 @@ def histograms(runs, save, draw, xlabel, ylabel):
 
 def importance_bound(runs, save):
     """The importance-weighted bound on the negative log-likelihood against its number of samples from q(z|x)."""
-    bounds(runs, save, "negative_iw_bound", "iw_samples", "samples $K$", "$-$ importance-weighted bound (nats)", "log")
+    figure, axes = curves(runs, "iw_samples", "negative_iw_bound", xlabel="samples $K$", ylabel="negative bound (nats)", xscale="log")
+    legend(figure, axes, "right center", columns=1)
+    save_figure(figure, save)
 
 
 def denoising(runs, save):
     """Error of the reconstruction of a noisy image against the clean one, by the noise's standard deviation."""
-    bounds(runs, save, "denoising_mse", "noise_levels", "noise SD", "MSE to the clean image", "linear")
+    figure, axes = curves(runs, "noise_levels", "denoising_mse", xlabel="noise SD", ylabel="MSE to the clean image", yscale="log")
+    for ax in axes.flat:
+        sd = np.linspace(*ax.get_xlim(), 200)
+        ax.plot(sd, sd**2, ":", color="gray", label="noisy image itself", scaley=False)
+    legend(figure, axes, "right center", columns=1)
+    save_figure(figure, save)
 
 
-def bounds(runs, save, y, x, xlabel, ylabel, xscale):
+def curves(runs, x, y, **options):
+    """A figure with a panel per data set and network: the curve `y` of eval.npz against `x`."""
     panels = grouped(runs, "eval.npz")
-    figure, axes = new_figure(1, len(panels), size=(3.6, 3.2))
+    figure, axes = new_figure(1, len(panels), size=(4.4, 2.6))
     for ax, (title, groups) in zip(axes.flat, panels.items()):
         draw_lines(ax, groups, x, y)
-        ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale)
-    legend(figure, axes)
-    save_figure(figure, save)
+        ax.set(title=title, **options)
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    return figure, axes
 
 
 SNR_PANELS = {
@@ -236,7 +248,8 @@ def gradient_snr(runs, save):
         for ax, (key, title) in zip(row, SNR_PANELS.items()):
             for name, values in zip(arrays["objectives"], arrays[key]):
                 objective, estimator = (*str(name).split(), "plugin")[:2]
-                ax.plot(arrays["samples"], values, marker=".", color=COLORS[objective], linestyle=ESTIMATOR_DASHES[estimator], label=str(name))
+                ax.plot(arrays["samples"], values, marker=".", color=COLORS[objective], linestyle=ESTIMATOR_DASHES[estimator],
+                        label=str(name))
             ax.set(xlabel="posterior samples $N$", title=title, xscale="log", xticks=arrays["samples"], xticklabels=arrays["samples"],
                    yscale="linear" if key == "cosine_to_elbo" else "log")
             ax.minorticks_off()
@@ -255,7 +268,8 @@ def draw_run(run):
 
 
 FIGURES = {figure.__name__: figure for figure in (
-    training_curves, trajectories, samples, reconstructions, posterior_sd, posterior_mean, importance_bound, denoising, gradient_snr)}
+    training_curves, trajectories, samples, reconstructions, posterior_sd, posterior_mean, importance_bound, denoising,
+    gradient_snr)}
 
 
 def parse_args(argv=None):

@@ -82,14 +82,17 @@ def pick_device(name):
 
 def run_name(args, axes, defaults):
     """The folder's name: the sweep's axes, then every other flag that differs from its default, so that sweeps never collide."""
-    extra = [f"{key.replace('_', '-')}{value}" for key, value in vars(args).items()
+    extra = [f"{flag_name(key)}{value}" for key, value in vars(args).items()
              if key not in axes and key not in NOT_IDENTITY and value != defaults[key]]
     return "-".join([str(getattr(args, key)) for key in axes if key != "seed"] + extra
                     + ([f"seed{args.seed}"] if "seed" in axes else [])).replace("/", "_").replace(":", "_")
 
 
 def write_atomic(path, data):
-    """Write bytes to `path`, its folder made where needed, whole or not at all: a temporary name, fsync, rename. Raises UserError where the disk refuses."""
+    """Write bytes to `path` whole or not at all: a temporary name, fsync, rename. Its folder is made where there is none.
+
+    Raises UserError where the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,10 +144,17 @@ def status_of(folder):
     return str(load_arrays(path).get("status", "")) or None if path.exists() else None
 
 
+def flag_name(key):
+    return key.replace("_", "-")
+
+
 def group_by_seed(configs):
-    """Runs that differ in their seed alone, as lists of indices, by name: the objectives and, where runs of the same data and
-    network differ in other flags, those flags: "KLD-F", or "KLD-F inner-steps=1"."""
-    identity = [{key: value for key, value in config["flags"].items() if key not in NOT_IDENTITY and key != "seed"} for config in configs]
+    """Runs that differ in their seed alone: a list of names and indices into `configs`.
+
+    The name is that of the objectives, with the flags in which it differs from others of the same data and network:
+    "KLD-F" or "KLD-F inner-steps=1".
+    """
+    identity = [{key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")} for config in configs]
     groups = {}
     for i, flags in enumerate(identity):
         groups.setdefault(json.dumps(flags, sort_keys=True), []).append(i)
@@ -153,7 +163,7 @@ def group_by_seed(configs):
         mine = identity[members[0]]
         rivals = [flags for flags in identity if (flags.get("data"), flags.get("net")) == (mine.get("data"), mine.get("net"))]
         differ = [key for key in mine if key not in ("learn", "infer") and any(flags.get(key) != mine[key] for flags in rivals)]
-        named.append((" ".join([configs[members[0]]["label"]] + [f"{key.replace('_', '-')}={mine[key]}" for key in differ]), members))
+        named.append((" ".join([configs[members[0]]["label"], *(f"{flag_name(key)}={mine[key]}" for key in differ)]), members))
     return named
 
 
