@@ -12,6 +12,7 @@ from metrics import iw_log_likelihood
 from models import VAE
 from objectives import elbo, fd, latent_score_gap, posterior_score
 from runs import load_arrays
+from training import infer_loss
 
 B, D, DZ = 5, 4, 3
 ALL_Z = torch.tensor(list(itertools.product((0.0, 1.0), repeat=DZ)), dtype=torch.float64)[:, None].expand(-1, B, -1)  # [8, B, Dz]
@@ -101,3 +102,19 @@ def test_the_runs_name_and_the_refused_pairs(fails):
     for argv in (["--infer", "fd"], ["--infer", "fd-repar"], ["--learn", "fae"]):
         assert "--latent bernoulli goes with --infer kld" in fails(train_images, "--latent", "bernoulli", *argv)
     assert "--latent bernoulli only" in fails(train_images, "--temperature", "0.3")
+
+
+def test_two_bits_of_data_take_some_latents_and_leave_the_others_at_one_half():
+    torch.manual_seed(0)
+    encoder, decoder = (nn.Sequential(nn.Linear(n_in, 32), nn.ReLU(), nn.Linear(32, n_out)) for n_in, n_out in ((D, 8), (8, D)))
+    vae = VAE(encoder, decoder, 8, latent="bernoulli", init_sd=0.3)
+    generator = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam(vae.parameters(), 1e-2)
+    for _ in range(600):
+        bits = torch.randint(2, (100, 2), generator=generator).float()
+        x = bits.repeat(1, 2) + 0.1 * torch.randn(100, D, generator=generator)
+        optimiser.zero_grad()
+        infer_loss(vae, x, "kld", lambda q: vae.noise(q, 1, generator)).mean().backward()
+        optimiser.step()
+    distance = (vae.encode(x).mean - 0.5).abs().amax(0)  # over the data, per latent
+    assert (distance > 0.4).sum() >= 2 and (distance < 0.1).sum() >= 3
