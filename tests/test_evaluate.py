@@ -73,7 +73,7 @@ def test_table_and_figures_over_seeds(runs, tmp_path, capsys):
     assert (table["paper_fid"][0], table["paper_kid_x1000"][0]) == (5.22, 60.8)
     network = each[0]["config"]["evaluation"]["features"]
     text = (tmp_path / "out" / "table.md").read_text()
-    assert text in printed and "2 (+1 diverged)" in text and "training images (floor)" in text and "N = 60" in text
+    assert text in printed and "2 (+1 diverged)" in text and "floor: 60 training images" in text and "N = 60" in text
     assert network["hash"] in text and f"{network['accuracy']:.4f}" in text and "standard deviation of" in text
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "table.md", "table.npz", "trajectories.png", "posterior_sd.png", "samples.png", "importance_bound.png", "denoising.png"}
@@ -147,15 +147,14 @@ def test_training_lowers_the_fid_and_the_floor_is_below(runs, digits):
 def test_lenet_is_the_same_each_time_and_its_features_are_of_order_one(digits, monkeypatch, tmp_path):
     first = features.features_of("mnist", str(digits), CPU)
     monkeypatch.setenv("VSM_CACHE", str(tmp_path))
-    state = torch.get_rng_state()
     torch.set_num_threads(2)
     second = features.features_of("mnist", str(digits), CPU)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    assert first.about == second.about and torch.equal(state, torch.get_rng_state())
+    assert first.about == second.about
     images = load_images("mnist", digits).train
     assert first(images).shape == (300, 84) and first(images).square().mean().item() == pytest.approx(1, rel=1e-4)
-    assert torch.equal(first(images), first(images, block=7)) or torch.allclose(first(images), first(images, block=7), atol=1e-5)
+    assert torch.allclose(first(images), first(images, block=7), atol=1e-5)
 
 
 def test_without_inception_every_other_number_is_there(tmp_path, capsys):
