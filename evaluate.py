@@ -13,6 +13,7 @@ Each run folder gets an eval.npz, used again while its checkpoint and the settin
 import argparse
 import hashlib
 import json
+import math
 import sys
 from functools import cache
 from pathlib import Path
@@ -290,9 +291,13 @@ def markdown(rows, references):
 
 
 def spread(mean, error=np.nan):
+    """mean ± error to two digits of the error; "-" where there is no mean."""
     if np.isnan(mean):
         return "-"
-    return f"{mean:.4g}" + ("" if np.isnan(error) else f" ± {error:.2g}")
+    if not error > 0 or abs(mean) > 1e6:
+        return f"{mean:.4g}" + ("" if np.isnan(error) else f" ± {error:.2g}")
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def footnotes(configs, references):

@@ -156,8 +156,8 @@ def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
     Returns CPU tensors. Scalars: negative_elbo, reconstruction_mse (noisy input, clean target), latent_mmd (the paper's kernel),
     latent_mmd_scaled, posterior_fd, posterior_fd_median, the means of `objective_terms`, log_gamma, active_units (latents whose
     posterior mean varies by more than 0.01 over the data: Burda et al. 2016). Per latent [Dz]: kl_per_dim, posterior_sd
-    (mean over data). Of Bernoulli latents instead posterior_mean [40]: the share of all (image, latent) pairs whose posterior mean
-    lies in each of 40 equal bins of [0, 1] (a mean over data would hide a latent in use behind 1/2).
+    (mean over data; of Bernoulli latents posterior_mean). Of Bernoulli latents also posterior_mean_histogram [40]: the share of all
+    (image, latent) pairs with a posterior mean in each 40th of [0, 1]; the mean over data of a latent in use may be 1/2 as well.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     rows, latents = [], []
@@ -183,7 +183,8 @@ def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
     if vae.latent == "gaussian":
         result["posterior_sd"] = latents["sd"].mean(0)
     else:
-        result["posterior_mean"] = torch.histc(latents["mean"], 40, 0, 1) / latents["mean"].numel()
+        result["posterior_mean"] = latents["mean"].mean(0)
+        result["posterior_mean_histogram"] = torch.histc(latents["mean"], 40, 0, 1) / latents["mean"].numel()
     return {name: value.cpu() for name, value in result.items()}
 
 

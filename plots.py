@@ -76,6 +76,7 @@ def trajectories(runs, save):
     for row, (title, groups) in zip(axes, panels.items()):
         for ax, name in zip(row, names):
             draw_curves(ax, groups, name)
+            ax.set_visible(ax.has_data())  # Bernoulli latents have no posterior FD
         row[0].set_ylabel(title, fontweight="bold")
     legend(figure, axes)
     save_figure(figure, save)
@@ -128,7 +129,7 @@ def seeds_of(members):
     return f"{len(members)} seeds" + (f" ({diverged} diverged)" if diverged else "")
 
 
-def legend(figure, axes, side="lower center", columns=4):
+def legend(figure, axes, side="lower center", columns=5):
     """One legend outside all axes, each name once."""
     named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(named.values(), named.keys(), loc=f"outside {side}", ncols=min(len(named), columns))
@@ -180,12 +181,17 @@ def posterior_sd(runs, save):
 
 
 def posterior_mean(runs, save):
-    """Histogram over test images and Bernoulli latents of the posterior's mean, 1/2 where it says nothing of the image (Figure 11)."""
-    def draw(ax, arrays, **style):
-        share = arrays["posterior_mean"][-1]
-        ax.stairs(share, np.linspace(0, 1, len(share) + 1), fill=True, alpha=0.5, **style)
+    """Histograms of the posterior's mean of Bernoulli latents, 1/2 where a latent says nothing of an image (Figure 11).
 
-    histograms(runs, save, draw, "posterior mean", "share of images and latents")
+    Filled: over images and latents. Line: over latents, each averaged over the images, where a latent in use may be at 1/2 as well.
+    """
+    def draw(ax, arrays, **style):
+        share, averaged = arrays["posterior_mean_histogram"][-1], arrays["posterior_mean"][-1]
+        edges = np.linspace(0, 1, len(share) + 1)
+        ax.stairs(share, edges, fill=True, alpha=0.4, **style)
+        ax.stairs(np.histogram(averaged, edges)[0] / len(averaged), edges, linestyle=":", **style)
+
+    histograms(runs, save, draw, "posterior mean", "share")
 
 
 def histograms(runs, save, draw, xlabel, ylabel):
@@ -213,7 +219,7 @@ def importance_bound(runs, save):
 
 def denoising(runs, save):
     """Error of the reconstruction of a noisy image against the clean one, by the noise's standard deviation."""
-    figure, axes = curves(runs, "noise_levels", "denoising_mse", xlabel="noise SD", ylabel="MSE to the clean image", yscale="log")
+    figure, axes = curves(runs, "noise_levels", "denoising_mse", xlabel="noise SD", ylabel="MSE to the clean image")
     for ax in axes.flat:
         sd = np.linspace(*ax.get_xlim(), 200)
         ax.plot(sd, sd**2, ":", color="gray", label="noisy image itself", scaley=False)
@@ -228,7 +234,6 @@ def curves(runs, x, y, **options):
     for ax, (title, groups) in zip(axes.flat, panels.items()):
         draw_lines(ax, groups, x, y)
         ax.set(title=title, **options)
-        ax.yaxis.set_minor_formatter(NullFormatter())
     return figure, axes
 
 

@@ -91,7 +91,8 @@ def test_every_learning_objective_trains_binary_latents(digits, tmp_path, learn)
     train_images.main(args)
     arrays = load_arrays(run / "metrics.npz")
     assert arrays["status"] == "ok"
-    assert arrays["posterior_mean"].shape == (3, 40) and np.allclose(arrays["posterior_mean"].sum(1), 1)
+    assert arrays["posterior_mean"].shape == (3, 6)
+    assert arrays["posterior_mean_histogram"].shape == (3, 40) and np.allclose(arrays["posterior_mean_histogram"].sum(1), 1)
     assert "posterior_sd" not in arrays and "posterior_fd" not in arrays
     assert (run / "posterior_mean.png").exists() and not (run / "posterior_sd.png").exists()
 
