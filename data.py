@@ -194,12 +194,17 @@ def resize_and_crop(picture, size):
     return np.asarray(crop).transpose(2, 0, 1)
 
 
+def cache_folder():
+    """$VSM_CACHE, or ./cache: for what is made once and can be made again."""
+    return Path(os.environ.get("VSM_CACHE", "cache"))
+
+
 def cache_path(source):
     """Where the array of `source` (None: drawn here) is kept; root, too, leaves a folder alone whose mode says read-only."""
     if source and "VSM_CACHE" not in os.environ and os.access(source.parent, os.W_OK) and source.parent.stat().st_mode & 0o222:
         return source.with_name(f"{source.name}.converted.npy")
     name = f"{source.name}-{zlib.crc32(str(source).encode()):08x}" if source else "glyphs"
-    return Path(os.environ.get("VSM_CACHE", "cache")) / f"{name}.npy"
+    return cache_folder() / f"{name}.npy"
 
 
 def cached(path, recipe, shape, rows):

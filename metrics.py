@@ -1,5 +1,6 @@
 """Metrics of a trained VAE. Model metrics return one number per datum, float64, in eval mode; means are the caller's.
 
+Metrics of samples (FID, KID, MMD) compare two arrays of features or latents [n, d] and return one number.
 Units: nats for likelihoods and KL; the Fisher divergence carries the factor 1/2 and sums over dimensions; lower is better
 for all but log-likelihoods. Random numbers come from the generator given, never from the global one.
 """
@@ -8,6 +9,7 @@ import math
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from objectives import INFER, LEARN, dot, latent_score_gap, likelihood_score, posterior_score
@@ -73,6 +75,66 @@ def _kernel_sum(u, v, scale, block=2048):
     return sum((rows @ v.T * scale + 1).pow(3).sum() for rows in u.split(block))
 
 
+def mmd_null_sd(z1, z2, n, scaled=False):
+    """The sd of latent_mmd between two samples of size n of one law, from two independent draws z1, z2 [m, d] of that law.
+
+    The U-statistic is degenerate there: its variance is (4 / (n (n - 1)) + 4 / n^2) E kc^2, kc the kernel centred in both arguments.
+    """
+    z1, z2 = z1.double(), z2.double()
+    kernel = (z1 @ z2.T / (z1.shape[1] if scaled else 1) + 1).pow(3)
+    centred = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
+    return ((4 / (n * (n - 1)) + 4 / n**2) * centred.pow(2).mean()).sqrt()
+
+
+def feature_statistics(features):
+    """Mean [d] and covariance [d, d] (divisor n - 1) of features [n, d], float64."""
+    features = features.double()
+    return features.mean(0), features.T.cov().reshape(2 * features.shape[1:])
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2): FID, from means [d] and covariances [d, d]. A 0-d float64 tensor.
+
+    Symmetric eigenvalue form: real by construction, also for n < d or one-point samples. nan for input that is not finite.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mu1, sigma1, mu2, sigma2))
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
+    if not all(v.isfinite().all() for v in (mu1, sigma1, mu2, sigma2)):
+        return nan
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp_min(0).sqrt()  # sigma1 = root root'
+    product = root.T @ sigma2 @ root  # of the same eigenvalues as S1^1/2 S2 S1^1/2
+    if not product.isfinite().all():
+        return nan
+    cross = torch.linalg.eigvalsh(product).clamp_min(0).sqrt().sum()
+    return (dot(mu1 - mu2, mu1 - mu2) + sigma1.trace() + sigma2.trace() - 2 * cross).clamp_min(0)
+
+
+def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=2020):
+    """KID: mean and sd over random subsets of the unbiased MMD^2 of features [n, d], [m, d] with kernel (u.v/d + 1)^3, 0-d tensors.
+
+    Subsets of min(subset_size, n, m), drawn without replacement as torch-fidelity draws them: equal seeds, equal numbers. The sd
+    is no standard error. latent_mmd(features1, features2, scaled=True) takes all features at once: the same mean, less variance.
+    """
+    size = min(subset_size, len(features1), len(features2))
+    rng = np.random.RandomState(seed)
+    values = torch.stack([latent_mmd(*(f[rng.choice(len(f), size, replace=False)] for f in (features1, features2)), scaled=True)
+                          for _ in range(subsets)])
+    return values.mean(), values.std(correction=0)
+
+
+def sample_images(vae, n, generator, block=500):
+    """Decoder means of n draws from the prior, without the likelihood's pixel noise: uint8 [n, C, H, W]."""
+    with evaluating(vae):
+        z = vae.sample(vae.prior, vae.noise(vae.prior, n, generator), relaxed=False)
+        return torch.cat([quantise(vae.decode(part)) for part in z.split(block)])
+
+
+def quantise(images):
+    """Images in [0, 1] as uint8, rounded; what is not finite becomes black, or white for +inf."""
+    return (images.nan_to_num().clamp(0, 1) * 255).round().byte()
+
+
 def objective_terms(vae, x, q, z):
     """The terms that all objectives are sums of, each [B]: with them every loss can be put together after the fact.
 
@@ -96,7 +158,8 @@ def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
     Returns CPU tensors. Scalars: negative_elbo, reconstruction_mse (noisy input, clean target), latent_mmd (the paper's kernel),
     latent_mmd_scaled, posterior_fd, posterior_fd_median, the means of `objective_terms`, log_gamma, active_units (latents whose
     posterior mean varies by more than 0.01 over the data: Burda et al. 2016). Per latent [Dz]: kl_per_dim, posterior_sd
-    (mean over data; of Bernoulli latents posterior_mean).
+    (mean over data; of Bernoulli latents posterior_mean). Of Bernoulli latents also posterior_mean_histogram [40]: the share of all
+    (image, latent) pairs with a posterior mean in each 40th of [0, 1]; the mean over data of a latent in use may be 1/2 as well.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     rows, latents = [], []
@@ -119,8 +182,11 @@ def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
     result |= {"latent_mmd": latent_mmd(latents["z"], prior), "latent_mmd_scaled": latent_mmd(latents["z"], prior, scaled=True),
                "kl_per_dim": latents["kl"].mean(0), "active_units": (latents["mean"].var(0) > 0.01).sum(),
                "log_gamma": vae.log_gamma.detach().double()}
-    result["posterior_sd" if vae.latent == "gaussian" else "posterior_mean"] = \
-        latents["sd" if vae.latent == "gaussian" else "mean"].mean(0)
+    if vae.latent == "gaussian":
+        result["posterior_sd"] = latents["sd"].mean(0)
+    else:
+        result["posterior_mean"] = latents["mean"].mean(0)
+        result["posterior_mean_histogram"] = torch.histc(latents["mean"], 40, 0, 1) / latents["mean"].numel()
     return {name: value.cpu() for name, value in result.items()}
 
 

@@ -9,6 +9,7 @@ The same command again resumes a half run, skips a finished one, and refuses a f
 """
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import io
@@ -91,23 +92,28 @@ def run_name(args, axes, defaults):
     def text(value):
         return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    extra = [f"{key.replace('_', '-')}{text(value)}" for key, value in vars(args).items()
+    extra = [f"{flag_name(key)}{text(value)}" for key, value in vars(args).items()
              if key not in axes and key not in NOT_IDENTITY and value != defaults[key]]
     return "-".join([text(getattr(args, key)) for key in axes if key != "seed"] + extra
                     + ([f"seed{args.seed}"] if "seed" in axes else [])).replace("/", "_").replace(":", "_")
 
 
 def write_atomic(path, data):
-    """Write bytes to `path` whole or not at all: a temporary name, fsync, rename. Raises UserError where the disk refuses."""
+    """Write bytes to `path` whole or not at all: a temporary name, fsync, rename. Its folder is made where there is none.
+
+    Raises UserError where the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {os.strerror(error.errno or errno.EIO)}; what was there before is kept") from error
 
 
@@ -146,6 +152,29 @@ def status_of(folder):
     """`ok`, `diverged@<step>`, or None for a run that has not ended."""
     path = Path(folder) / "metrics.npz"
     return str(load_arrays(path).get("status", "")) or None if path.exists() else None
+
+
+def flag_name(key):
+    return key.replace("_", "-")
+
+
+def group_by_seed(configs):
+    """Runs that differ in their seed alone: a list of names and indices into `configs`.
+
+    The name is that of the objectives, with the flags in which it differs from others of the same data and network:
+    "KLD-F" or "KLD-F inner-steps=1".
+    """
+    identity = [{key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")} for config in configs]
+    groups = {}
+    for i, flags in enumerate(identity):
+        groups.setdefault(json.dumps(flags, sort_keys=True), []).append(i)
+    named = []
+    for members in groups.values():
+        mine = identity[members[0]]
+        rivals = [flags for flags in identity if (flags.get("data"), flags.get("net")) == (mine.get("data"), mine.get("net"))]
+        differ = [key for key in mine if key not in ("learn", "infer") and any(flags.get(key) != mine[key] for flags in rivals)]
+        named.append((" ".join([configs[members[0]]["label"], *(f"{flag_name(key)}={mine[key]}" for key in differ)]), members))
+    return named
 
 
 def environment(device):

@@ -14,7 +14,7 @@ import torch
 
 import plots
 from data import load_images
-from metrics import evaluate_images, evaluating
+from metrics import evaluate_images, evaluating, quantise
 from models import NORMS, WIDTH, build_vae
 from objectives import ESTIMATORS, INFER, LEARN, label
 from runs import Formatter, Run, UserError, command_line, count, nonnegative, pick_device, positive, positive_float, run_name
@@ -117,7 +117,7 @@ def pictures(vae, test, noise, seed, n=64):
     with evaluating(vae):
         z = vae.sample(vae.prior, vae.noise(vae.prior, n, generator), relaxed=False)
         images = {"samples": vae.decode(z), "inputs": x, "reconstructions": vae.decode(vae.encode(x).mean)}
-    return {name: (image.nan_to_num().clamp(0, 1) * 255).round().byte().cpu().numpy() for name, image in images.items()}
+    return {name: quantise(image).cpu().numpy() for name, image in images.items()}
 
 
 def set_precision(precision, device):

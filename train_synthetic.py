@@ -105,8 +105,9 @@ class EnsembleTrainer:
             vae.encoder.requires_grad_(False)
             learn = learn_loss(vae, x, args.learn, lambda q: self.z_noise[-1], args.estimator).mean(-1)
 
-        for p, gradient in zip(self.theta, grad(learn.sum(), self.theta)):
-            p.grad = gradient
+        for p in self.theta:
+            p.grad = None
+        learn.sum().backward(inputs=self.theta)  # in the parameters' memory format, as fused Adam needs
         self.adam.step()
         with torch.no_grad():
             if args.bilevel_steps:

@@ -11,10 +11,11 @@ from runs import command_line
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def digits(tmp_path):
-    """A data root with 300 + 60 blobs in MNIST's files: enough to train on, made in no time."""
-    folder = tmp_path / "data" / "MNIST" / "raw"
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A data root with 300 + 60 blobs in MNIST's files: enough to train on, made in no time. For reading only."""
+    root = tmp_path_factory.mktemp("data")
+    folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:28, :28]
@@ -24,7 +25,7 @@ def digits(tmp_path):
         images = 255 * np.exp(-((rows - centre) ** 2 + (columns - 14) ** 2) / 30)
         (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + images.astype(np.uint8).tobytes())
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
-    return tmp_path / "data"
+    return root
 
 
 @pytest.fixture

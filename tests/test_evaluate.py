@@ -1,0 +1,216 @@
+"""evaluate.py as its user meets it: what it writes, what it leaves out, and that it measures the models that were trained."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import features
+import plots
+import train_images
+from data import load_images
+from metrics import evaluate_images
+from runs import group_by_seed, load_arrays, load_config, save_arrays
+from training import EVALUATION, seed_of
+
+CPU = torch.device("cpu")
+QUICK = ["--images", "20", "--iw-samples", "8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VSM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def train(out, *argv):
+    train_images.main(train_images.parse_args([
+        "--width", "8", "--dim-z", "4", "--samples", "2", "--batch", "50", "--epochs", "8", "--inner-steps", "1", "--eval-every", "4",
+        "--lr", "3e-3", "--device", "cpu", "--out", str(out), *map(str, argv)]))
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(digits, tmp_path_factory):
+    """Two seeds of KLD-F; and copies of the first one that diverged, never ended, lost half its checkpoint, came from older code."""
+    root = tmp_path_factory.mktemp("runs")
+    runs = SimpleNamespace(a=train(root / "a", "--data-root", digits), b=train(root / "b", "--data-root", digits, "--seed", 1))
+    for name in ("diverged", "half", "damaged", "old"):
+        setattr(runs, name, shutil.copytree(runs.a, root / name))
+    arrays = load_arrays(runs.a / "metrics.npz")
+    config = arrays.pop("config")
+    config["flags"]["seed"] = 2
+    (runs.diverged / "config.json").write_text(json.dumps(config))
+    save_arrays(runs.diverged / "metrics.npz", config, **(arrays | {"status": "diverged@7"}))
+    del arrays["status"]
+    save_arrays(runs.half / "metrics.npz", config, **arrays)
+    (runs.damaged / "checkpoint.pt").write_bytes((runs.a / "checkpoint.pt").read_bytes()[:5000])
+    del config["flags"]["latent"]
+    config["flags"]["nonesuch"] = 1
+    (runs.old / "config.json").write_text(json.dumps(config))
+    return runs
+
+
+def run_evaluate(out, *argv):
+    evaluate.main(evaluate.parse_args([*QUICK, *map(str, argv), "--out", str(out)]))
+
+
+def test_table_and_figures_over_seeds(runs, tmp_path, capsys):
+    run_evaluate(tmp_path / "out", runs.a, runs.b, runs.diverged)
+    printed = capsys.readouterr().out
+    each, table = [load_arrays(run / "eval.npz") for run in (runs.a, runs.b)], load_arrays(tmp_path / "out" / "table.npz")
+    last = [load_arrays(run / "metrics.npz")["negative_elbo"][-1] for run in (runs.a, runs.b)]
+    assert table["objectives"].tolist() == ["KLD-F"] and table["n"].tolist() == [2] and table["diverged"].tolist() == [1]
+    assert table["negative_elbo_mean"][0] == pytest.approx(np.mean(last))
+    assert table["negative_elbo_se"][0] == pytest.approx(abs(last[0] - last[1]) / 2)
+    assert table["fid_mean"][0] == pytest.approx(np.mean([arrays["fid"] for arrays in each]))
+    assert (table["paper_fid"][0], table["paper_kid_x1000"][0]) == (5.22, 60.8)
+    network = each[0]["config"]["evaluation"]["features"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text in printed and "2 (+1 diverged)" in text and "floor: 60 training images" in text and "N = 60" in text
+    assert network["hash"] in text and f"{network['accuracy']:.4f}" in text and "standard deviation of" in text
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "table.md", "table.npz", "trajectories.png", "posterior_sd.png", "samples.png", "importance_bound.png", "denoising.png"}
+    assert not (runs.diverged / "eval.npz").exists()
+
+
+def test_eval_npz_holds_what_the_readme_says_and_the_bound_tightens(runs, tmp_path):
+    run_evaluate(tmp_path, runs.a)
+    arrays = load_arrays(runs.a / "eval.npz")
+    for name in ("fid", "kid", "kid_subset_sd", "kid_full", "fid_floor", "kid_floor", "kid_full_floor", "latent_mmd_null_sd"):
+        assert arrays[name].shape == () and np.isfinite(arrays[name]), name
+    assert arrays["iw_samples"].tolist() == [1, 3, 8]
+    assert (np.diff(arrays["negative_iw_bound"]) < 0).all()
+    assert arrays["negative_iw_bound"][0] == pytest.approx(load_arrays(runs.a / "metrics.npz")["negative_elbo"][-1], rel=0.2)
+    assert arrays["denoising_mse"].shape == arrays["noise_levels"].shape
+    assert arrays["denoising_mse"][-1] > arrays["denoising_mse"][0]
+
+
+def test_an_evaluation_is_used_again_until_its_settings_change(runs, tmp_path, capsys):
+    run_evaluate(tmp_path, runs.a)
+    before = (runs.a / "eval.npz").read_bytes()
+    capsys.readouterr()
+    run_evaluate(tmp_path, runs.a)
+    assert "evaluated before" in capsys.readouterr().out
+    run_evaluate(tmp_path, runs.a, "--overwrite")
+    assert "evaluated before" not in capsys.readouterr().out
+    assert (runs.a / "eval.npz").read_bytes() == before
+    run_evaluate(tmp_path, runs.a, "--iw-samples", "3")
+    assert load_arrays(runs.a / "eval.npz")["iw_samples"].tolist() == [1, 3]
+
+
+def test_missing_half_and_damaged_runs_are_named_and_skipped(runs, tmp_path, capsys, fails):
+    run_evaluate(tmp_path / "out", tmp_path / "nowhere", runs.half, runs.damaged, runs.a)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
+    assert [str(path) in error for path, error in zip((tmp_path / "nowhere", runs.half, runs.damaged), errors)] == [True] * 3
+    assert "not a run folder" in errors[0] and "has not ended" in errors[1] and "is damaged" in errors[2]
+    assert load_arrays(tmp_path / "out" / "table.npz")["n"].tolist() == [1]
+    assert "none of these runs" in fails(evaluate, runs.half, "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_of_another_version_is_refused_with_the_flags_that_differ(runs, tmp_path, fails):
+    message = fails(evaluate, runs.a, runs.old, "--out", tmp_path / "out")
+    assert str(runs.old) in message and "lacks --latent" in message and "has --nonesuch" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_flags(runs, fails, tmp_path):
+    assert "there is no such file" in fails(evaluate, runs.a, "--inception-weights", tmp_path / "none.pth")
+    assert "--iw-samples" in fails(evaluate, runs.a, "--iw-samples", "0")
+    assert "at least 2" in fails(evaluate, runs.a, "--gradient-snr", "--snr-draws", "1")
+
+
+def test_the_rebuilt_model_is_the_trained_one(runs, digits):
+    data, flags = load_images("mnist", digits), load_config(runs.a)["flags"]
+    vae = evaluate.load_model(runs.a, load_config(runs.a), data.test.shape[1:], CPU)
+    again = evaluate_images(vae, data.test, flags["noise"], seed=seed_of(flags["seed"], EVALUATION))
+    arrays = load_arrays(runs.a / "metrics.npz")
+    assert all(np.array_equal(arrays[name][-1], again[name]) for name in again)
+
+
+def test_training_lowers_the_fid_and_the_floor_is_below(runs, digits):
+    reference = evaluate.reference_set("mnist", str(digits), 0, None, CPU)
+    config = load_config(runs.a)
+    fids = []
+    for vae in (train_images.vae_of(config["flags"], (1, 32, 32)), evaluate.load_model(runs.a, config, (1, 32, 32), CPU)):
+        fids.append(evaluate.prior_metrics(vae, reference, torch.Generator().manual_seed(0))["fid"].item())
+    assert fids[0] > fids[1] > reference.floor["fid_floor"] > 0
+
+
+def test_lenet_is_the_same_each_time_and_its_features_are_of_order_one(digits, monkeypatch, tmp_path):
+    first = features.features_of("mnist", str(digits), CPU)
+    monkeypatch.setenv("VSM_CACHE", str(tmp_path))
+    torch.set_num_threads(2)
+    second = features.features_of("mnist", str(digits), CPU)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert first.about == second.about
+    images = load_images("mnist", digits).train
+    assert first(images).shape == (300, 84) and first(images).square().mean().item() == pytest.approx(1, rel=1e-4)
+    assert torch.allclose(first(images), first(images, block=7), atol=1e-5)
+
+
+def test_without_inception_every_other_number_is_there(tmp_path, capsys):
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    run = train(tmp_path / "run", "--data", f"folder:{tmp_path / 'pictures'}", "--batch", "10", "--epochs", "1")
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+    run_evaluate(tmp_path / "out", run, "--inception-weights", tmp_path / "weights.pth")
+    assert "weights.pth does not hold Inception's weights" in capsys.readouterr().err
+    table = load_arrays(tmp_path / "out" / "table.npz")
+    assert np.isnan(table["fid_mean"][0])
+    assert np.isfinite([table[f"{name}_mean"][0] for name in ("negative_elbo", "negative_iw_bound", "latent_mmd", "posterior_fd")]).all()
+
+
+def test_gradient_snr(runs, capsys):
+    evaluate.main(evaluate.parse_args([str(runs.a), "--gradient-snr", "--snr-draws", "2", "--device", "cpu"]))
+    arrays = load_arrays(runs.a / "gradient_snr.npz")
+    names = ["ELBO", "F", "S plugin", "S unbiased", "B plugin", "B unbiased", "B released", "FAE"]
+    assert arrays["objectives"].tolist() == names and arrays["samples"].tolist() == [1, 2, 5, 10]
+    assert [name for name, snr in zip(names, arrays["snr"]) if np.isnan(snr[0])] == ["S unbiased", "B unbiased"]
+    assert np.isfinite(arrays["snr"][:, 1:]).all() and (runs.a / "gradient_snr.png").exists()
+
+
+def test_gradient_moments_are_unbiased_and_posterior_samples_lower_the_variance(runs, digits):
+    config = load_config(runs.a)
+    vae = evaluate.load_model(runs.a, config, (1, 32, 32), CPU).eval()
+    vae.encoder.requires_grad_(False)
+    images = load_images("mnist", digits).train
+
+    def moments(samples, seed, draws=150):
+        flags, generator = config["flags"] | {"batch": 5}, torch.Generator().manual_seed(seed)
+        return evaluate.gradient_moments(vae, images, flags, "fd", "plugin", samples, draws, generator)
+
+    (mean1, signal1, variance1), (mean2, signal2, variance2) = moments(1, 0), moments(1, 1)
+    product = (mean1[:-1] * mean2[:-1]).sum()  # independent: its mean is ||E g||^2
+    assert abs(product - (signal1[0] + signal2[0]) / 2) < 4 * (2 * signal1[0] * variance1[0] / 150 + variance1[0]**2 / 150**2).sqrt()
+    assert variance1[0] == pytest.approx(variance2[0].item(), rel=0.5)
+    assert moments(10, 2)[2][0] < variance1[0]
+
+
+def test_groups_differ_in_their_seed_alone():
+    def config(label, **flags):
+        defaults = {"data": "mnist", "net": "conv", "learn": label, "infer": "kld", "inner_steps": 5, "out": label}
+        return {"label": label, "flags": defaults | flags}
+
+    configs = [config("F", seed=0), config("F", seed=1, out="x"), config("S", seed=0), config("F", seed=0, data="fashion")]
+    assert group_by_seed(configs) == [("F", [0, 1]), ("S", [2]), ("F", [3])]
+    configs.append(config("F", seed=0, inner_steps=1))
+    assert group_by_seed(configs) == [("F inner-steps=5", [0, 1]), ("S inner-steps=5", [2]), ("F", [3]), ("F inner-steps=1", [4])]
+
+
+def test_figures_are_redrawn_from_the_arrays_alone(runs, tmp_path):
+    run_evaluate(tmp_path / "out", runs.a, runs.b)
+    for figure in ("trajectories", "posterior_sd", "importance_bound", "denoising"):
+        plots.main(plots.parse_args([figure, str(runs.a), str(runs.b), "--save", str(tmp_path / f"{figure}.png")]))
+        assert (tmp_path / f"{figure}.png").read_bytes() == (tmp_path / "out" / f"{figure}.png").read_bytes()
