@@ -22,7 +22,7 @@ from metrics import evaluating, importance, negative_elbo, posterior_fd
 from models import build_ensemble
 from objectives import ESTIMATORS, HAS_ESTIMATOR, INFER, LEARN, dot, label
 from runs import Formatter, Run, command_line, count, pick_device, positive, positive_float, run_name
-from training import EVALUATION, INIT, NOISE, adam, capture, infer_loss, learn_loss, resolve_pair, seed_of, stack, state_of, train
+from training import EVALUATION, INIT, NOISE, adam, backward, capture, infer_loss, learn_loss, resolve_pair, seed_of, stack, state_of, train
 
 AXES = ("data", "infer", "learn", "inner_steps", "bilevel_steps", "seed")
 
@@ -105,9 +105,7 @@ class EnsembleTrainer:
             vae.encoder.requires_grad_(False)
             learn = learn_loss(vae, x, args.learn, lambda q: self.z_noise[-1], args.estimator).mean(-1)
 
-        for p in self.theta:
-            p.grad = None
-        learn.sum().backward(inputs=self.theta)  # in the parameters' memory format, as fused Adam needs
+        backward(learn.sum(), self.theta)
         self.adam.step()
         with torch.no_grad():
             if args.bilevel_steps:

@@ -119,9 +119,7 @@ class Trainer:
     def descend(self, loss, params):
         """One Adam step of `params` on the mean of `loss` [B] over the minibatch; nothing here waits for the device."""
         loss = loss.mean()
-        for p in params:
-            p.grad = None
-        loss.backward(inputs=params)  # unlike autograd.grad, gives gradients the parameters' memory format, which fused Adam needs
+        backward(loss, params)
         for half, optimiser, sums in zip((self.phi, self.theta), self.optimisers, self.sums):
             if half[0].requires_grad:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in half])
@@ -187,6 +185,13 @@ def adam(params, lr):
         optimiser.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
     return optimiser
+
+
+def backward(loss, params):
+    """Set the gradients of `params`, each in its parameter's memory layout, as autograd.grad's need not be: fused Adam pairs by memory."""
+    for p in params:
+        p.grad = None
+    loss.backward(inputs=params)
 
 
 def state_of(vae, *optimisers):
