@@ -22,7 +22,21 @@ from metrics import evaluating, importance, negative_elbo, posterior_fd
 from models import build_ensemble
 from objectives import ESTIMATORS, HAS_ESTIMATOR, INFER, LEARN, dot, label
 from runs import Formatter, Run, command_line, count, pick_device, positive, positive_float, run_name
-from training import EVALUATION, INIT, NOISE, adam, backward, capture, infer_loss, learn_loss, resolve_pair, seed_of, stack, state_of, train
+from training import (
+    EVALUATION,
+    INIT,
+    NOISE,
+    adam,
+    backward,
+    capture,
+    infer_loss,
+    learn_loss,
+    resolve_pair,
+    seed_of,
+    stack,
+    state_of,
+    train,
+)
 
 AXES = ("data", "infer", "learn", "inner_steps", "bilevel_steps", "seed")
 

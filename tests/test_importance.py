@@ -104,7 +104,7 @@ def test_every_sample_counts_once_and_the_derivatives_are_those_of_the_estimate(
 
 
 def test_a_distant_datum_neither_underflows_nor_loses_its_score():
-    vae, marginal = linear_vae(gamma=1e-4)
+    vae, _marginal = linear_vae(gamma=1e-4)
     x = torch.full((1, 3), 30.0, dtype=torch.float64)
     result = importance(vae, x, 1000, generator=torch.Generator().manual_seed(0))
     assert result.log_likelihood.isfinite().all() and result.log_likelihood < -1e5

@@ -56,7 +56,7 @@ def assert_within(samples, exact, errors=4.0):
 
 
 def closed_forms(linear):
-    vae, W, b, A, c, std, gamma, x = linear
+    _vae, W, b, A, c, std, gamma, x = linear
     S, mean = std.square().diag(), x @ A.T + c
     r = x - mean @ W.T - b
     r2, V = r.square().sum(-1), torch.trace(W @ S @ W.T)

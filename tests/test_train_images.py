@@ -170,7 +170,7 @@ def test_default_folders_of_a_sweep_never_collide():
 
 @pytest.mark.parametrize("argv, words", [
     (["--data", "nothing"], "unknown data 'nothing'"),
-    (["--data", "folder:/no/such/place"], "/no/such/place does not exist"),
+    (["--data", "folder:/no/such/place"], "/no/such/place is neither a folder of pictures nor"),
     (["--learn", "fae", "--infer", "kld"], "--learn fae goes with --infer fae"),
     (["--infer", "fae"], "--learn fae goes with --infer fae"),
     (["--learn", "swersky", "--estimator", "unbiased", "--samples", "1"], "at least 2"),
