@@ -592,10 +592,64 @@ def toy_gradients(runs, save):
     save_figure(figure, save)
 
 
+# ------------------------------------------------------------------------------------------------------------- benchmark
+
+MODES = {"plain": {"color": "0.6", "label": "plain"}, "eager": {"color": "tab:blue", "label": "eager"},
+         "captured": {"color": "tab:orange", "label": "captured"}}
+FLOOR = {"color": "black", "linestyle": ":", "label": "convolutions alone"}
+
+
+def benchmark(runs, save):
+    """Images per second of every pair with the smallest and largest of the turns, beside what its convolutions alone allow."""
+    arrays = load_arrays(Path(runs[0]) / "metrics.npz")
+    images = select(arrays, part="images", precision="float32")
+    panels = sorted(set(zip(images["image"], images["net"])))
+    batches = select(arrays, part="batch", precision="float32")
+    figure, axes = new_figure(len(panels) + bool(len(batches["size"])), 1, size=(7.2, 2.6))
+    for ax, (image, net) in zip(axes[:, 0], panels):
+        rate_bars(ax, select(images, image=image, net=net))
+        ax.set_title(f"{net}, {image.replace('x', ' x ')} x {image.split('x')[1]} pixels, float32, {arrays['config']['device']}")
+    if len(batches["size"]):
+        for mode, style in (MODES | {"floor": FLOOR}).items():
+            rows = select(batches, mode=mode)
+            if len(rows["size"]):
+                axes[-1, 0].plot(rows["size"], 1e3 / np.median(rates(rows), 1), marker=".", **style)
+        axes[-1, 0].set(xlabel="images per minibatch", ylabel="ms per image", xscale="log", ylim=(0, None),
+                        title=f"{batches['pair'][0]}, {batches['net'][0]}")
+        axes[-1, 0].set_xticks(sizes := np.unique(batches["size"]), sizes)
+        axes[-1, 0].minorticks_off()
+    axes[0, 0].legend(loc="upper right", ncols=4)
+    save_figure(figure, save)
+
+
+def rate_bars(ax, rows):
+    """A group of bars per pair, a bar per mode, a line where the floor lies."""
+    pairs, modes = list(dict.fromkeys(rows["pair"])), [mode for mode in MODES if mode in rows["mode"]]
+    at, width = np.arange(len(pairs)), 0.8 / len(modes)
+    for i, mode in enumerate(modes):
+        rate = rates(select(rows, mode=mode))
+        ax.bar(at + (i - (len(modes) - 1) / 2) * width, np.median(rate, 1), width, **MODES[mode], ecolor="black", capsize=1.5,
+               yerr=abs(np.stack([rate.min(1), rate.max(1)]) - np.median(rate, 1)), error_kw={"linewidth": 0.7})
+    floor = np.median(rates(select(rows, mode="floor")), 1)
+    ax.hlines(floor, at - 0.42, at + 0.42, **FLOOR)
+    ax.set(ylabel="images/s", ylim=(0, 1.25 * floor.max()))
+    ax.set_xticks(at, pairs, rotation=35, ha="right", rotation_mode="anchor")
+
+
+def rates(rows):
+    return rows["size"][:, None] / rows["seconds"]
+
+
+def select(arrays, **values):
+    """The rows of a table (arrays of one length each, by name) where every named column has the given value."""
+    keep = np.logical_and.reduce([arrays[name] == value for name, value in values.items()])
+    return {name: arrays[name][keep] for name in ("part", "image", "net", "pair", "size", "mode", "precision", "seconds")}
+
+
 FIGURES = {figure.__name__: figure for figure in (
     training_curves, trajectories, samples, reconstructions, posterior_sd, posterior_mean, importance_bound, denoising,
     gradient_snr, synthetic, synthetic_samples, param_recovery, recovery_rules, toy_trajectories, toy_basins,
-    toy_mixtures, toy_gradients)}
+    toy_mixtures, toy_gradients, benchmark)}
 
 
 def parse_args(argv=None):

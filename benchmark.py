@@ -1,0 +1,435 @@
+"""Measure the speed of training: against a plain step of the same mathematics, and against its convolutions alone.
+
+All of the README's performance table (a GPU; on a CPU, --net conv is the part that ends within minutes):
+    python benchmark.py --image 1x32 3x64 --precision float32 tf32 bf16
+Ten seconds on a CPU:
+    python benchmark.py --quick
+
+What is compared runs in turns, one timing of each after the other, `--repeats` times over: a ratio is the median over the turns,
+with its smallest and largest. Modes: `plain` is the step as one writes it down (class Plain), `eager` and `captured` (GPU) are
+train_images.py's, `floor` the convolutions and matrix products of that step alone.
+"""
+
+import argparse
+import ctypes
+import math
+import re
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import grad
+from torch.distributions import Normal, kl_divergence
+from torch.utils.data import DataLoader, TensorDataset
+
+import plots
+from models import build_vae
+from objectives import INFER, LEARN, label
+from runs import Formatter, Run, command_line, pick_device, positive
+from train_images import set_precision
+from training import Trainer
+
+PAIRS = {label(learn, infer): (learn, infer) for infer in INFER for learn in LEARN if (learn == "fae") == (infer == "fae")}
+TABLE1 = ("KLD-ELBO", "KLD-F", "FD-F", "KLD-S", "FD-S", "KLD-B", "FD-B")
+RUN_STEPS = {"1x32": 600_000, "3x64": 1_627_000}  # 1000 epochs of MNIST or Fashion-MNIST, of CelebA, at batch 100
+TABLE1_RUNS = {"1x32": 2, "3x64": 1}  # data sets of this shape
+
+
+# -------------------------------------------------------------------------------------------------------- the plain step
+
+
+def plain_loss(vae, x, noise, objective, reparametrised):
+    """The mean loss over x [B, C, H, W] by log densities and autograd alone; noise [N, B, Dz]. Every score keeps its graph.
+
+    objective: elbo | fd | swersky | bao | posterior_fd | fae, as in objectives.py.
+    """
+    def encode(x):
+        mean, log_std = vae.encoder(x).chunk(2, dim=-1)
+        return Normal(mean, log_std.exp())
+
+    x = x.detach().requires_grad_(objective == "bao")
+    q, prior = encode(x), Normal(0.0, 1.0)
+    z = q.loc + q.scale * noise
+    z = z if reparametrised else z.detach().requires_grad_()
+    xs = x.detach().expand(len(z), *x.shape).clone().requires_grad_()  # an x per posterior sample, for a_n
+    log_likelihood = Normal(vae.decoder(z.flatten(0, 1)).view_as(xs), (vae.log_gamma / 2).exp()).log_prob(xs).flatten(2).sum(-1)
+    if objective == "elbo":
+        return (kl_divergence(q, prior).sum(-1) - log_likelihood.mean(0)).mean()
+
+    def a():
+        return grad(log_likelihood.sum(), xs, create_graph=True)[0].flatten(2)
+
+    def b(x, q):
+        return torch.stack([grad(q.log_prob(z_n).sum(), x, create_graph=True)[0] for z_n in z]).flatten(2)
+
+    def c():
+        return grad((q.log_prob(z) - prior.log_prob(z)).sum() - log_likelihood.sum(), z, create_graph=True)[0]
+
+    if objective == "posterior_fd":
+        return half_square(c())
+    a, lap = a(), -x[0].numel() / vae.log_gamma.exp()
+    if objective == "fd":
+        return half_square(a) + lap
+    if objective == "swersky":
+        return 2 * half_square(a) + lap - half_square(a.mean(0))
+    if objective == "bao":
+        return half_square(a.mean(0)) + (a * b(x, q)).sum(-1).mean() + lap
+    x = x.detach().requires_grad_()  # fae: b_n holds z fixed, so the x that it differentiates by is not the one that z came from
+    return half_square(a) + half_square(b(x, encode(x))) + half_square(c()) + lap
+
+
+def half_square(u):
+    return (u**2).sum(-1).mean() / 2
+
+
+class Plain:
+    """Alg. 1 written down directly: a DataLoader, scores by autograd, gradients of all weights at every update, torch's default Adam."""
+
+    def __init__(self, vae, images, device, *, learn, infer, samples, inner_steps, noise, batch, lr):
+        self.vae, self.device, self.learn, self.infer = vae, device, learn, infer
+        self.samples, self.inner_steps, self.noise, self.step = samples, inner_steps, noise, 0
+        self.phi = torch.optim.Adam(vae.encoder.parameters(), lr)
+        self.theta = torch.optim.Adam([*vae.decoder.parameters(), vae.log_gamma], lr)
+        self.loader = DataLoader(TensorDataset(images), batch, shuffle=True, drop_last=True)
+        self.batches = iter(())
+
+    def run_step(self):
+        self.step += 1
+        x = self.minibatch().to(self.device).float() / 255
+        x = x + self.noise * torch.randn_like(x)
+        if self.learn == "fae":
+            self.descend(x, "fae", True, self.phi, self.theta)
+            return
+        self.descend(x, "elbo" if self.infer == "kld" else "posterior_fd", self.infer != "fd", self.phi)
+        if self.step % self.inner_steps == 0:
+            self.descend(x, self.learn, False, self.theta)
+
+    def minibatch(self):
+        images = next(self.batches, None)
+        if images is None:
+            self.batches = iter(self.loader)
+            images = next(self.batches)
+        return images[0]
+
+    def descend(self, x, objective, reparametrised, *optimisers):
+        noise = torch.randn(self.samples, len(x), self.vae.dim_z, device=self.device)
+        loss = plain_loss(self.vae, x, noise, objective, reparametrised)
+        self.phi.zero_grad()
+        self.theta.zero_grad()
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+
+
+# ------------------------------------------------------------------------------------------------------------- the floor
+
+# Passes through the encoder (of B data) and the decoder (of N B samples) that an update cannot do without: forward, input gradient,
+# weight gradient, and input gradient of the first layer, which a network needs only where x or z itself is differentiated.
+# A double backward is a pass forward and one back; with weights that move, each input gradient has a weight gradient of its own.
+UPDATE_ENCODER = (1, 1, 1, 0)
+PASSES = {
+    "infer kld": lambda N: (UPDATE_ENCODER, (1, 1, 0, 1)),
+    "infer fd": lambda N: (UPDATE_ENCODER, (1, 1, 0, 1)),
+    "infer fd-repar": lambda N: (UPDATE_ENCODER, (2, 2, 0, 2)),
+    "infer fae": lambda N: ((1 + N, 1 + N, 1 + N, N), (2, 2, 2, 2)),
+    "learn elbo": lambda N: ((1, 0, 0, 0), (1, 1, 1, 0)),
+    "learn fd": lambda N: ((1, 0, 0, 0), (1, 1, 1, 0)),
+    "learn swersky": lambda N: ((1, 0, 0, 0), (1, 1, 1, 0)),
+    "learn bao": lambda N: ((1, N, 0, N), (1, 1, 1, 0)),
+}
+
+
+class Floor:
+    """The convolutions and matrix products of the updates alone, with the shapes and memory formats that they meet there."""
+
+    def __init__(self, trainer, precision):
+        x = trainer.images[:trainer.batch].float() / 255
+        with torch.no_grad():
+            encoder = record_layers(trainer.vae.encoder, partial(trainer.vae.encode, x), precision)
+            z = torch.randn(trainer.samples, trainer.batch, trainer.vae.dim_z, device=x.device)
+            decoder = record_layers(trainer.vae.decoder, partial(trainer.vae.decode, z), precision)
+        self.encoder, self.decoder, self.samples = encoder, decoder, trainer.samples
+        self.learn, self.infer, self.inner_steps, self.step = trainer.learn, trainer.infer, trainer.inner_steps, 0
+        self.graphs = {with_decoder: captured(partial(self.update, with_decoder)) for with_decoder in (False, True)} \
+            if trainer.device.type == "cuda" else {}
+
+    def run_step(self):
+        self.step += 1
+        with_decoder = self.step % self.inner_steps == 0
+        self.graphs[with_decoder].replay() if self.graphs else self.update(with_decoder)
+
+    @torch.no_grad()
+    def update(self, with_decoder):
+        for layer, name, times in self.passes(with_decoder):
+            for _ in range(times):
+                layer[name]()
+
+    def passes(self, with_decoder):
+        """(layer, pass, how often) of one update."""
+        for kind in [f"infer {self.infer}"] + ([f"learn {self.learn}"] if with_decoder and self.learn != "fae" else []):
+            for layers, (forward, inputs, weights, first) in zip((self.encoder, self.decoder), PASSES[kind](self.samples)):
+                for i, layer in enumerate(layers):
+                    yield from ((layer, "forward", forward), (layer, "input", inputs if i else first), (layer, "weight", weights))
+
+    @property
+    def flops(self):
+        """Floating-point operations per step, on average."""
+        without, with_decoder = (sum(layer["flops"] * times for layer, _, times in self.passes(kind)) for kind in (False, True))
+        return ((self.inner_steps - 1) * without + with_decoder) / self.inner_steps
+
+
+def record_layers(network, run, precision):
+    """For every convolution and linear layer, in the order of run(): closures of its forward pass and of its two gradients."""
+    layers = []
+
+    def hook(module, inputs, output):
+        layers.append(layer_passes(module, *(t.bfloat16() if precision == "bf16" else t for t in (inputs[0], module.weight, output))))
+
+    handles = [m.register_forward_hook(hook) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    run()
+    for handle in handles:
+        handle.remove()
+    return layers
+
+
+def layer_passes(module, x, weight, y):
+    transposed = isinstance(module, nn.ConvTranspose2d)
+    few = x if transposed else y  # the side on which every position meets the whole kernel
+    flops = {"flops": 2 * weight.numel() * few.numel() // few.shape[1]}  # of each of the three passes
+    if isinstance(module, nn.Linear):
+        return flops | {"forward": lambda: F.linear(x, weight), "input": lambda: y @ weight, "weight": lambda: y.T @ x}
+    shape = (module.stride, module.padding, module.dilation, transposed, module.output_padding, module.groups)
+    backward = partial(torch.ops.aten.convolution_backward, y, x, weight, None, *shape)
+    return flops | {"forward": lambda: torch.ops.aten.convolution(x, weight, None, *shape),
+                    "input": lambda: backward([True, False, False]), "weight": lambda: backward([False, True, False])}
+
+
+def captured(function):
+    """function() as a CUDA graph; it draws nothing and changes nothing."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return graph
+
+
+def matrix_rate(device, precision):
+    """Floating-point operations per second of a large matrix product, [5] timings."""
+    set_precision(precision, device)
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    times = [seconds(lambda: a @ b, 10, device) for _ in range(6)][1:]
+    return 2 * n**3 / np.array(times)
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+def seconds(function, calls, device):
+    """Wall-clock seconds per call."""
+    synchronise(device)
+    began = time.perf_counter()
+    for _ in range(calls):
+        function()
+    synchronise(device)
+    return (time.perf_counter() - began) / calls
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(makers, calls, repeats, device):
+    """Time contenders in turns: {key: (seconds per step [repeats], bytes)} for makers {(mode, precision): () -> what has run_step()}.
+
+    bytes: the most that making it and its first steps held at once.
+    """
+    contenders, memory, times = {}, {}, {key: [] for key in makers}
+    for key, make in makers.items():
+        def first_steps(key=key, make=make):
+            contenders[key] = make()
+            seconds(contenders[key].run_step, calls, device)
+
+        set_precision(key[1], device)
+        memory[key] = peak_memory_of(first_steps, device)
+    for _ in range(repeats):
+        for key, contender in contenders.items():
+            set_precision(key[1], device)
+            times[key].append(seconds(contender.run_step, calls, device))
+    return {key: (np.array(times[key]), memory[key]) for key in makers}
+
+
+def peak_memory_of(function, device):
+    """Bytes by which function() raises the memory in use at its peak: allocated on a GPU, resident on Linux, elsewhere NaN."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of VmRSS
+        before = resident("VmRSS")
+    except (OSError, AttributeError):
+        function()
+        return math.nan
+    function()
+    return resident("VmHWM") - before
+
+
+def resident(field):
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def training_rows(args, device, part, image, net, pair, batch):
+    """One pair in every mode and precision: a row each."""
+    channels, side = map(int, image.split("x"))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (args.inner_steps * batch, channels, side, side), dtype=torch.uint8, generator=generator)
+    resident_images, (learn, infer) = images.to(device), PAIRS[pair]
+    common = {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1, "batch": batch,
+              "lr": 1e-4}
+
+    def vae(precision="float32"):
+        torch.manual_seed(0)
+        return build_vae(net, (channels, side, side), args.dim_z, args.width, bf16=precision == "bf16").to(device)
+
+    def trainer(precision, graph):
+        return Trainer(vae(precision), resident_images, estimator="plugin", seed=0, graph=graph, **common)
+
+    makers = {("plain", "float32"): lambda: Plain(vae(), images, device, **common)}
+    for precision in args.precision:
+        makers["eager", precision] = partial(trainer, precision, graph=False)
+        if device.type == "cuda":
+            makers["captured", precision] = partial(trainer, precision, graph=True)
+        makers["floor", precision] = lambda precision=precision: Floor(trainer(precision, graph=False), precision)
+    flops = Floor(trainer("float32", graph=False), "float32").flops
+    cycles = 20 if device.type == "cuda" else 1
+    for (mode, precision), (times, memory) in measure(makers, cycles * args.inner_steps, args.repeats, device).items():
+        yield {"part": part, "image": image, "net": net, "pair": pair, "size": batch, "mode": mode, "precision": precision,
+               "seconds": times, "peak_memory": memory, "flops": flops}
+
+
+def images_part(args, device):
+    for image in args.image:
+        for net in args.net:
+            for pair in args.pairs:
+                yield from training_rows(args, device, "images", image, net, pair, args.batch)
+
+
+def batch_part(args, device):
+    """Time per image against batch size."""
+    for batch in args.batches:
+        yield from training_rows(args, device, "batch", args.image[0], args.net[0], "KLD-F", batch)
+
+
+PARTS = {"images": images_part, "batch": batch_part}
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def report(rows, rates):
+    """The Markdown table, and what it means for the paper's Table 1."""
+    for precision, rate in rates.items():
+        print(f"matrix product, {precision}: {spread(rate / 1e12, '.3g')} TFLOP/s")
+    print("\n| part | network | pair | batch | mode | precision | ms a step | images/s | times plain's speed | times the floor's time | "
+          "of the matrix rate | peak MiB |\n" + "|---" * 12 + "|")
+    for row in rows:
+        plain, floor = partner(rows, row, "plain", "float32"), partner(rows, row, "floor", row["precision"])
+        share = row["flops"] / row["seconds"] / np.median(rates[row["precision"]]) if row["precision"] in rates else math.nan
+        print(f"| {row['part']} | {row['net']} {row['image']} | {row['pair']} | {row['size']} | {row['mode']} | {row['precision']} | "
+              f"{1e3 * np.median(row['seconds']):.4g} | {row['size'] / np.median(row['seconds']):.4g} | "
+              f"{spread(plain / row['seconds'])} | {spread(row['seconds'] / floor)} | {np.median(share):.2f} | "
+              f"{row['peak_memory'] / 2**20:.0f} |")
+    for (mode, precision), hours in table1_hours(rows).items():
+        print(f"\nTable 1, {mode}, {precision}: {hours:.1f} hours for one seed of its {len(TABLE1)} columns of ConvNets, "
+              f"1000 epochs on MNIST, Fashion-MNIST and CelebA, one run after the other")
+
+
+def partner(rows, row, mode, precision):
+    """The seconds of the row that differs by mode and precision alone; NaN where none was measured."""
+    same = ("part", "image", "net", "pair", "size")
+    found = [other["seconds"] for other in rows if other["mode"] == mode and other["precision"] == precision
+             and all(other[key] == row[key] for key in same)]
+    return found[0] if found else math.nan
+
+
+def spread(values, form=".2f"):
+    if not np.isfinite(values).all():
+        return "-"
+    return f"{np.median(values):{form}} [{np.min(values):{form}}, {np.max(values):{form}}]"
+
+
+def table1_hours(rows):
+    """{(mode, precision): hours} where every network, pair and image shape of Table 1 was measured at batch 100."""
+    rates = {}
+    for row in rows:
+        if (row["part"], row["net"], row["size"]) == ("images", "conv", 100) and row["pair"] in TABLE1 and row["mode"] != "floor":
+            rates.setdefault((row["mode"], row["precision"]), {})[row["image"], row["pair"]] = np.median(row["seconds"])
+    return {key: sum(TABLE1_RUNS[image] * RUN_STEPS[image] * s for (image, _), s in found.items()) / 3600
+            for key, found in rates.items() if len(found) == len(RUN_STEPS) * len(TABLE1)}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    flag = parser.add_argument_group("experiment").add_argument
+    flag("--part", choices=(*PARTS, "all"), default="images", help="images: every pair; batch: KLD-F against the size of the minibatch")
+    flag("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help="of --part images, named as in the paper")
+    flag("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"], help="tf32 on a GPU only")
+    flag("--repeats", type=positive, default=5, help="turns, each of one timing of everything that is compared")
+    flag("--samples", type=positive, default=5, help="posterior samples per image, N")
+    flag("--batches", nargs="+", type=positive, default=[10, 30, 100, 300], help="sizes of --part batch")
+    flag("--quick", action="store_true", help="a tiny model, three pairs and two turns: does it run, not how fast")
+    flag = parser.add_argument_group("model").add_argument
+    flag("--net", nargs="+", choices=("conv", "resnet"), default=["conv", "resnet"], help="networks; --part batch takes the first")
+    flag("--image", nargs="+", choices=RUN_STEPS, default=["1x32"], help="channels and side of the images")
+    flag("--width", type=positive, default=None, help="base channels (default: 64)")
+    flag("--dim-z", type=positive, default=100, help="latent dimensions")
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K")
+    flag("--batch", type=positive, default=100, help="images per minibatch of --part images")
+    flag = parser.add_argument_group("output").add_argument
+    flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
+    flag("--threads", type=positive, default=None, help="of the CPU (default: PyTorch's)")
+    flag("--out", default=None, help="the run's folder (default: runs/benchmark/PART)")
+    flag("--overwrite", action="store_true", help="measure again what was measured")
+    args = parser.parse_args(argv)
+    if args.quick:
+        vars(args).update(net=["conv"], width=8, dim_z=10, samples=2, inner_steps=2, batch=20, batches=[10, 20], repeats=2,
+                          pairs=["KLD-F", "FD-B", "FAE"])
+    args.out = args.out or f"runs/benchmark/{'quick' if args.quick else args.part}"
+    return args
+
+
+def main(args):
+    device = pick_device(args.device)
+    for precision in args.precision:
+        set_precision(precision, device)  # a mistake in it should end the script now
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    with Run(args.out, "benchmark", vars(args), device, args.overwrite) as run:
+        if run.status:
+            return
+        rates = {precision: matrix_rate(device, precision) for precision in dict.fromkeys(["float32", *args.precision])}
+        rows = [row for part in (PARTS if args.part == "all" else [args.part]) for row in PARTS[part](args, device)]
+        report(rows, rates)
+        arrays = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        run.save_metrics(**arrays, matrix_precision=np.array(list(rates)), matrix_rate=np.stack(list(rates.values())), status="ok")
+        plots.benchmark([run.path], run.path / "benchmark.png")
+
+
+if __name__ == "__main__":
+    command_line(parse_args, main)

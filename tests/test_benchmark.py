@@ -1,0 +1,102 @@
+"""The plain step is the same mathematics, the floor is what the mathematics needs, and the script says what it measured."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import benchmark
+import plots
+from benchmark import PAIRS, Floor, Plain, plain_loss
+from models import build_vae
+from runs import load_arrays
+from training import Trainer, infer_loss, joint_loss, learn_loss
+
+OPTIONS = {"samples": 3, "inner_steps": 2, "noise": 0.1, "batch": 8, "lr": 1e-4}
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+@pytest.mark.parametrize("name", ["infer kld", "infer fd", "infer fd-repar", "learn elbo", "learn fd", "learn swersky", "learn bao", "fae"])
+def test_the_plain_step_has_the_trainers_gradients(name, norm):
+    torch.manual_seed(0)
+    vae = build_vae("conv", (1, 32, 32), 4, width=4, norm=norm, init_sd=0.5).double()
+    x, noise = torch.rand(6, 1, 32, 32, dtype=torch.float64), torch.randn(3, 6, 4, dtype=torch.float64)
+    kind, _, objective = name.rpartition(" ")
+    phi, theta = list(vae.encoder.parameters()), [*vae.decoder.parameters(), vae.log_gamma]
+    moving = {"infer": phi, "learn": theta, "": phi + theta}[kind]
+    ours = {"infer": lambda: infer_loss(vae, x, objective, lambda q: noise), "learn": lambda: learn_loss(vae, x, objective, lambda q: noise),
+            "": lambda: joint_loss(vae, x, lambda q: noise)}[kind]().mean()
+    if kind == "infer":
+        objective = {"kld": "elbo"}.get(objective, "posterior_fd")
+    plain = plain_loss(vae, x, noise, objective, reparametrised=name in ("infer kld", "infer fd-repar", "fae"))
+    torch.testing.assert_close(plain, ours)
+    for p, q, r in zip(moving, torch.autograd.grad(plain, moving), torch.autograd.grad(ours, moving)):
+        torch.testing.assert_close(q, r, rtol=1e-6, atol=1e-8 * p.abs().max().item())
+
+
+class CountFlops(TorchDispatchMode):
+    """Floating-point operations of the convolutions and matrix products that run inside, those of autograd.grad too."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops_of_two_steps(stepper):
+    with CountFlops() as count:
+        stepper.run_step()
+        stepper.run_step()
+    return count.flops
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_trainer_computes_what_is_needed_and_no_more(pair):
+    learn, infer = PAIRS[pair]
+    images = torch.randint(0, 256, (24, 1, 32, 32), dtype=torch.uint8)
+    trainer = Trainer(build_vae("conv", (1, 32, 32), 6, width=4), images, learn=learn, infer=infer, estimator="plugin", seed=0, **OPTIONS)
+    plain = Plain(build_vae("conv", (1, 32, 32), 6, width=4), images, torch.device("cpu"), learn=learn, infer=infer, **OPTIONS)
+    floor = Floor(trainer, "float32")
+    assert flops_of_two_steps(floor) == 2 * floor.flops
+    # PyTorch's double backward of a convolution forms the weight's gradient whether or not the weight is frozen.
+    assert flops_of_two_steps(trainer) / flops_of_two_steps(floor) == pytest.approx(1, abs=0.2 if infer == "fd-repar" else 1e-9)
+    assert flops_of_two_steps(plain) > 1.05 * 2 * floor.flops
+
+
+def test_a_quick_run_prints_its_ratios_and_leaves_its_arrays(tmp_path, capsys):
+    flags = ["--quick", "--part", "all", "--device", "cpu", "--out", str(tmp_path / "run")]
+    benchmark.main(benchmark.parse_args(flags))
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| images")]
+    assert [cells[5].strip() for cells in table] == 3 * ["plain", "eager", "floor"]
+    assert all("[" in cells[column] for cells in table for column in (9, 10))
+    arrays = load_arrays(tmp_path / "run" / "metrics.npz")
+    rows = len(arrays["part"])
+    assert arrays["seconds"].shape == (rows, 2) and (arrays["seconds"] > 0).all()
+    for name in ("image", "net", "pair", "size", "mode", "precision", "peak_memory", "flops"):
+        assert len(arrays[name]) == rows, name
+    assert set(arrays["pair"]) == {"KLD-F", "FD-B", "FAE"} and arrays["matrix_rate"].shape == (1, 5)
+    assert (tmp_path / "run" / "benchmark.png").exists()
+    plots.main(plots.parse_args(["benchmark", str(tmp_path / "run"), "--save", str(tmp_path / "again.png")]))
+    benchmark.main(benchmark.parse_args(flags))
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_table_1_adds_up():
+    rows = [{"part": "images", "image": image, "net": "conv", "pair": pair, "size": 100, "mode": "eager", "precision": "float32",
+             "seconds": np.array([1.0, 3.6, 9.0])} for image in benchmark.RUN_STEPS for pair in benchmark.TABLE1]
+    hours = 7 * (2 * 600 + 1627)  # at 3.6 s a step
+    assert benchmark.table1_hours(rows) == {("eager", "float32"): pytest.approx(hours)}
+    assert benchmark.table1_hours(rows[1:]) == {}
+
+
+@pytest.mark.parametrize("flags, words", [(["--precision", "tf32", "--device", "cpu"], "tf32 is a mode of CUDA GPUs"),
+                                          (["--device", "tpu"], "not one of auto, cpu"), (["--pairs", "KLD-X"], "invalid choice")])
+def test_mistakes_get_one_sentence(tmp_path, fails, flags, words):
+    assert words in fails(benchmark, *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
