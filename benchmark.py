@@ -17,6 +17,7 @@ import re
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,7 +28,10 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils.data import DataLoader, TensorDataset
 
 import plots
-from models import build_vae
+import toy_inference
+import train_synthetic
+from metrics import iw_log_likelihood
+from models import build_ensemble, build_vae
 from objectives import INFER, LEARN, label
 from runs import Formatter, Run, command_line, pick_device, positive
 from train_images import set_precision
@@ -336,7 +340,54 @@ def batch_part(args, device):
         yield from training_rows(args, device, "batch", args.image[0], args.net[0], "KLD-F", batch)
 
 
-PARTS = {"images": images_part, "batch": batch_part}
+def ensemble_part(args, device):
+    """2-D VAEs: S seeds as one ensemble against one seed after another, seconds per decoder update of all."""
+    for members in args.members:
+        def trainer(seed, seeds):
+            flags = ["--seed", str(seed), "--seeds", str(seeds), *(["--batch", "100"] if args.quick else [])]
+            return train_synthetic.EnsembleTrainer(train_synthetic.parse_args(flags), device)
+
+        def loop(trainer=trainer, members=members):
+            alone = [trainer(seed, 1) for seed in range(members)]
+            return SimpleNamespace(run_step=lambda: [one.run_step() for one in alone])
+
+        makers = {("loop", "float32"): loop, ("together", "float32"): partial(trainer, 0, members)}
+        for (mode, precision), (times, memory) in measure(makers, 20, args.repeats, device).items():
+            yield small_row("ensemble", "KLD-F", members, mode, times, memory, precision)
+
+
+def toy_part(args, device):
+    """Toy inference: all starts, likelihoods, objectives and optimisers in one tensor against run after run, seconds per iteration of all."""
+    steps, grid = ("2", "2") if args.quick else ("50", "4")
+    toy = toy_inference.parse_args(["--iterations", steps, "--compare-loop", steps, "--grid", grid, "--frames", "2"])
+    times = {"loop": [], "together": []}
+    for _ in range(args.repeats):
+        descent = toy_inference.Descent(toy, device)
+        while descent.step < toy.iterations:
+            descent.advance(descent.noise())
+        runs = descent.params[0, 0].numel()
+        times["together"].append(runs / descent.rate)
+        times["loop"].append(runs / toy_inference.compare_with_loop(toy, device)["loop_rate"].item())
+    for mode, values in times.items():
+        yield small_row("toy", "all", runs, mode, np.array(values), math.nan, "float64")
+
+
+def importance_part(args, device):
+    """The importance-sampled likelihood of 500 points under ten 2-D VAEs: time and memory against the number of samples."""
+    vae = build_ensemble(2, 2, 30, range(10)).to(device)
+    x = torch.randn(10, 500, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    for samples in args.importance_samples:
+        makers = {("streamed", "float32"): lambda samples=samples: SimpleNamespace(run_step=lambda: iw_log_likelihood(vae, x, samples))}
+        for (mode, precision), (times, memory) in measure(makers, 1, args.repeats, device).items():
+            yield small_row("importance", "KLD-F", samples, mode, times, memory, precision)
+
+
+def small_row(part, pair, size, mode, times, memory, precision):
+    return {"part": part, "image": "2", "net": "mlp", "pair": pair, "size": size, "mode": mode, "precision": precision,
+            "seconds": times, "peak_memory": memory, "flops": math.nan}
+
+
+PARTS = {"images": images_part, "batch": batch_part, "ensemble": ensemble_part, "toy": toy_part, "importance": importance_part}
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -346,15 +397,16 @@ def report(rows, rates):
     """The Markdown table, and what it means for the paper's Table 1."""
     for precision, rate in rates.items():
         print(f"matrix product, {precision}: {spread(rate / 1e12, '.3g')} TFLOP/s")
-    print("\n| part | network | pair | batch | mode | precision | ms a step | images/s | times plain's speed | times the floor's time | "
+    print("\n| part | network | pair | size | mode | precision | ms a step | size/s | times plain's (the loop's) speed | times the floor's time | "
           "of the matrix rate | peak MiB |\n" + "|---" * 12 + "|")
     for row in rows:
-        plain, floor = partner(rows, row, "plain", "float32"), partner(rows, row, "floor", row["precision"])
+        plain = partner(rows, row, "loop", row["precision"]) if row["net"] == "mlp" else partner(rows, row, "plain", "float32")
+        floor = partner(rows, row, "floor", row["precision"])
         share = row["flops"] / row["seconds"] / np.median(rates[row["precision"]]) if row["precision"] in rates else math.nan
         print(f"| {row['part']} | {row['net']} {row['image']} | {row['pair']} | {row['size']} | {row['mode']} | {row['precision']} | "
               f"{1e3 * np.median(row['seconds']):.4g} | {row['size'] / np.median(row['seconds']):.4g} | "
-              f"{spread(plain / row['seconds'])} | {spread(row['seconds'] / floor)} | {np.median(share):.2f} | "
-              f"{row['peak_memory'] / 2**20:.0f} |")
+              f"{spread(plain / row['seconds'])} | {spread(row['seconds'] / floor)} | "
+              f"{number(np.median(share), '.2f')} | {number(row['peak_memory'] / 2**20, '.0f')} |")
     for (mode, precision), hours in table1_hours(rows).items():
         print(f"\nTable 1, {mode}, {precision}: {hours:.1f} hours for one seed of its {len(TABLE1)} columns of ConvNets, "
               f"1000 epochs on MNIST, Fashion-MNIST and CelebA, one run after the other")
@@ -368,7 +420,12 @@ def partner(rows, row, mode, precision):
     return found[0] if found else math.nan
 
 
+def number(value, form):
+    return f"{value:{form}}" if np.isfinite(value) else "-"
+
+
 def spread(values, form=".2f"):
+    """Median [smallest, largest]."""
     if not np.isfinite(values).all():
         return "-"
     return f"{np.median(values):{form}} [{np.min(values):{form}}, {np.max(values):{form}}]"
@@ -387,12 +444,15 @@ def table1_hours(rows):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--part", choices=(*PARTS, "all"), default="images", help="images: every pair; batch: KLD-F against the size of the minibatch")
+    flag("--part", choices=(*PARTS, "all"), default="images", help="images: every pair; batch: KLD-F against the size of the minibatch; "
+         "ensemble: 2-D VAEs against a loop over seeds; toy: toy inference against a loop over runs; importance: time and memory against samples")
     flag("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help="of --part images, named as in the paper")
     flag("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"], help="tf32 on a GPU only")
     flag("--repeats", type=positive, default=5, help="turns, each of one timing of everything that is compared")
     flag("--samples", type=positive, default=5, help="posterior samples per image, N")
     flag("--batches", nargs="+", type=positive, default=[10, 30, 100, 300], help="sizes of --part batch")
+    flag("--members", nargs="+", type=positive, default=[1, 3, 10, 30], help="sizes of --part ensemble")
+    flag("--importance-samples", nargs="+", type=positive, default=[1000, 3000, 10_000, 30_000], help="sizes of --part importance")
     flag("--quick", action="store_true", help="a tiny model, three pairs and two turns: does it run, not how fast")
     flag = parser.add_argument_group("model").add_argument
     flag("--net", nargs="+", choices=("conv", "resnet"), default=["conv", "resnet"], help="networks; --part batch takes the first")
@@ -409,7 +469,7 @@ def parse_args(argv=None):
     flag("--overwrite", action="store_true", help="measure again what was measured")
     args = parser.parse_args(argv)
     if args.quick:
-        vars(args).update(net=["conv"], width=8, dim_z=10, samples=2, inner_steps=2, batch=20, batches=[10, 20], repeats=2,
+        vars(args).update(net=["conv"], width=8, dim_z=10, samples=2, inner_steps=2, batch=20, batches=[10, 20], repeats=2, members=[3], importance_samples=[100, 200],
                           pairs=["KLD-F", "FD-B", "FAE"])
     args.out = args.out or f"runs/benchmark/{'quick' if args.quick else args.part}"
     return args

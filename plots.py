@@ -605,7 +605,8 @@ def benchmark(runs, save):
     images = select(arrays, part="images", precision="float32")
     panels = sorted(set(zip(images["image"], images["net"])))
     batches = select(arrays, part="batch", precision="float32")
-    figure, axes = new_figure(len(panels) + bool(len(batches["size"])), 1, size=(7.2, 2.6))
+    others = [rows for part in ("ensemble", "toy", "importance") if len((rows := select(arrays, part=part))["size"])]
+    figure, axes = new_figure(len(panels) + bool(len(batches["size"])) + len(others), 1, size=(7.2, 2.6))
     for ax, (image, net) in zip(axes[:, 0], panels):
         rate_bars(ax, select(images, image=image, net=net))
         ax.set_title(f"{net}, {image.replace('x', ' x ')} x {image.split('x')[1]} pixels, float32, {arrays['config']['device']}")
@@ -613,12 +614,23 @@ def benchmark(runs, save):
         for mode, style in (MODES | {"floor": FLOOR}).items():
             rows = select(batches, mode=mode)
             if len(rows["size"]):
-                axes[-1, 0].plot(rows["size"], 1e3 / np.median(rates(rows), 1), marker=".", **style)
-        axes[-1, 0].set(xlabel="images per minibatch", ylabel="ms per image", xscale="log", ylim=(0, None),
-                        title=f"{batches['pair'][0]}, {batches['net'][0]}")
-        axes[-1, 0].set_xticks(sizes := np.unique(batches["size"]), sizes)
-        axes[-1, 0].minorticks_off()
-    axes[0, 0].legend(loc="upper right", ncols=4)
+                ax = axes[len(panels), 0]
+                ax.plot(rows["size"], 1e3 / np.median(rates(rows), 1), marker=".", **style)
+        ax.set(xlabel="images per minibatch", ylabel="ms per image", xscale="log", ylim=(0, None),
+               title=f"{batches['pair'][0]}, {batches['net'][0]}")
+        ax.set_xticks(sizes := np.unique(batches["size"]), sizes)
+        ax.minorticks_off()
+    for ax, rows in zip(axes[len(axes) - len(others):, 0], others):
+        for mode in np.unique(rows["mode"]):
+            line = select(rows, mode=mode)
+            ax.plot(line["size"], 1e3 * np.median(line["seconds"], 1), marker=".", label=mode)
+        unit = {"ensemble": "members", "toy": "runs", "importance": "samples"}[rows["part"][0]]
+        ax.set(xlabel=unit, ylabel="ms", xscale="log", yscale="log", title=rows["part"][0])
+        ax.set_xticks(sizes := np.unique(rows["size"]), sizes)
+        ax.minorticks_off()
+        ax.legend()
+    if axes[0, 0].get_legend() is None:
+        axes[0, 0].legend(loc="upper right", ncols=4)
     save_figure(figure, save)
 
 
