@@ -260,7 +260,7 @@ def gradient_snr(runs, save):
                         label=str(name))
             ax.set(xlabel="posterior samples $N$", title=title, xscale="log", xticks=arrays["samples"], xticklabels=arrays["samples"],
                    yscale="linear" if key == "cosine_to_elbo" else "log")
-            ax.minorticks_off()
+            ax.set_xticks([], minor=True)
         row[0].set_ylabel(f"at the model of\n{arrays['config']['label']}, {seeds_of([arrays])}")
     legend(figure, axes)
     save_figure(figure, save)
@@ -336,7 +336,7 @@ def synthetic(runs, save):
                 ax.set_title(f"{data}, J = {J}")
                 ax.axhline(here[0]["entropy"], color="0.7", lw=1, zorder=0)
             ax.set(xscale="log", xticks=inner, xticklabels=inner, ylim=(None, top))
-            ax.set_xticks([], minor=True)
+            ax.minorticks_off()
         row[0].set_ylabel("NLL (nats)" if metric == "nll" else here[0]["divergence_name"])
     for ax in axes[-1]:
         ax.set_xlabel("encoder updates per decoder update, K")
