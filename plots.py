@@ -260,7 +260,7 @@ def gradient_snr(runs, save):
                         label=str(name))
             ax.set(xlabel="posterior samples $N$", title=title, xscale="log", xticks=arrays["samples"], xticklabels=arrays["samples"],
                    yscale="linear" if key == "cosine_to_elbo" else "log")
-            ax.minorticks_off()
+            ax.set_xticks([], minor=True)
         row[0].set_ylabel(f"at the model of\n{arrays['config']['label']}, {seeds_of([arrays])}")
     legend(figure, axes)
     save_figure(figure, save)
