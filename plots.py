@@ -291,10 +291,11 @@ def synthetic_samples(runs, save):
     for ax, arrays in zip(axes.flat, loaded):
         data, nll, flags = arrays["test_data"], arrays["nll"], arrays["config"]["flags"]
         alive = np.isfinite(nll).sum()
-        ax.scatter(*data.T, s=2, c="0.7", lw=0)
+        ax.scatter(*data.T, s=3, c="0.75", lw=0)
         if alive:
             member = np.argsort(nll)[(alive - 1) // 2]
-            ax.scatter(*arrays["model_samples"][member].T, s=2, color=line_style(arrays["config"]["label"])["color"], lw=0)
+            color = COLORS[objective_of(objective_name(arrays))]
+            ax.scatter(*arrays["model_samples"][member].T, s=3, color=color, alpha=0.4, lw=0)
         result = f"NLL {np.nanmedian(nll):.2f}" if alive else "diverged"
         ax.set_title(f"{objective_name(arrays)}\nK = {flags['inner_steps']}, J = {flags['bilevel_steps']}: {result}", fontsize=8)
         low, high = np.quantile(data, [0.002, 0.998], axis=0)
@@ -324,26 +325,27 @@ def synthetic(runs, save):
     figure, axes = new_figure(2 * len(datas), len(steps), size=(2.7, 2.2), sharex=True, sharey="row")
     for row, (data, metric) in zip(axes, product(datas, ("nll", "divergence"))):
         here = [point for point in points if point["data"] == data]
-        top = upper_limit([point[metric][0] for point in here])
+        bottom, top = limits([point[metric][0] for point in here])
         for ax, J in zip(row, steps):
             for name in names:
                 line = sorted((point["K"], *point[metric]) for point in here if (point["J"], point["name"]) == (J, name))
                 if line:
                     K, mean, error = np.array(line).T
                     ax.errorbar(K, mean, error, capsize=2, **sweep_style(name))
-                    ax.plot(K[mean > top], np.full((mean > top).sum(), top), "^", color=sweep_style(name)["color"], clip_on=False)
+                    for k in K[mean > top]:
+                        ax.plot(k, top, "^", color=sweep_style(name)["color"], clip_on=False)
             if metric == "nll":
                 ax.set_title(f"{data}, J = {J}")
-                ax.axhline(here[0]["entropy"], color="0.7", lw=1, zorder=0)
-            ax.set(xscale="log", xticks=inner, xticklabels=inner, ylim=(None, top))
+                if here[0]["entropy"] is not None:
+                    ax.axhline(here[0]["entropy"], color="0.7", lw=1, zorder=0)
+            ax.set(xscale="log", xticks=inner, xticklabels=inner, ylim=(bottom, top))
             ax.minorticks_off()
         row[0].set_ylabel("NLL (nats)" if metric == "nll" else here[0]["divergence_name"])
-    for ax in axes[-1]:
-        ax.set_xlabel("encoder updates per decoder update, K")
+    figure.supxlabel("encoder updates per decoder update, K", fontsize=10)
     for name in names:
         ended = np.concatenate([point["diverged"] for point in points if point["name"] == name])
         axes[0, 0].plot([], [], **sweep_style(name), label=f"{name} ({ended.sum()} of {len(ended)} diverged)" if ended.any() else name)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=max(2, len(steps)), fontsize=8)
     save_figure(figure, save)
 
 
@@ -361,11 +363,11 @@ def sweep_points(runs):
     points = []
     for (data, J, name, K), group in groups.items():
         divergence = "fisher_divergence" if "fisher_divergence" in group[0] else "sm_loss"
-        points.append({"data": data, "J": J, "name": name, "K": K, "entropy": float(group[0].get("data_entropy", np.nan)),
+        points.append({"data": data, "J": J, "name": name, "K": K, "entropy": group[0].get("data_entropy"),
                        "diverged": np.concatenate([arrays["diverged_at"] >= 0 for arrays in group]),
                        "nll": mean_and_error(np.concatenate([arrays["nll"] for arrays in group])),
                        "divergence": mean_and_error(np.concatenate([arrays[divergence] for arrays in group])),
-                       "divergence_name": divergence.replace("_", " ").replace("sm loss", "score-matching loss")})
+                       "divergence_name": {"fisher_divergence": "Fisher divergence", "sm_loss": "score-matching loss"}[divergence]})
     return points
 
 
@@ -375,11 +377,14 @@ def mean_and_error(values):
     return (values.mean() if len(values) else np.nan, values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0)
 
 
-def upper_limit(means):
-    """Where to cut an axis: above three in five of the means by three times their height over the lowest, or above all if that is lower."""
+def limits(means):
+    """Of an axis that shows the lower three fifths of the means and three times as much above, or all of them if they take less."""
     means = np.array(means)[np.isfinite(means)]
-    low = means.min()
-    return min(low + 1.1 * (means.max() - low), low + 3 * (np.quantile(means, 0.6) - low)) + 1e-3 * abs(low)
+    if not len(means):
+        return 0, 1
+    low, high = means.min(), min(means.max(), means.min() + 3 * (np.quantile(means, 0.6) - means.min()))
+    margin = 0.1 * (high - low) + 1e-3 * abs(low)
+    return low - margin, high + margin
 
 
 def objective_of(name):

@@ -19,7 +19,7 @@ import plots
 import train_synthetic
 from models import build_ensemble
 from objectives import HAS_ESTIMATOR, LEARN
-from runs import command_line, load_arrays, load_checkpoint
+from runs import load_arrays, load_checkpoint
 from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
 from training import infer_loss
 
@@ -283,9 +283,9 @@ def test_figures_are_redrawn_from_the_arrays(tmp_path, fails):
             runs.append(tmp_path / f"run{len(runs)}")
             train(runs[-1], *argv, "--inner-steps", K)
     for figure in ("synthetic", "synthetic_samples"):
-        for run in runs:
-            (run / "samples.png").unlink(missing_ok=True)
         save = tmp_path / f"{figure}.png"
-        command_line(lambda: plots.parse_args([figure, *map(str, runs), "--save", str(save)]), plots.main)
+        plots.main(plots.parse_args([figure, *map(str, runs), "--save", str(save)]))
         assert save.stat().st_size > 10_000
     assert "does not exist" in fails(plots, "synthetic", tmp_path / "nowhere")
+    train(tmp_path / "wider", "--hidden", 7)
+    assert "the runs differ in hidden" in fails(plots, "synthetic", runs[0], tmp_path / "wider")
