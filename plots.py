@@ -484,7 +484,7 @@ def posterior_panels(arrays, size=(2.2, 2.2)):
 
 def filled_contours(ax, arrays, l):
     """The exact posterior's log density, down to 8 nats below its mode."""
-    log_posterior = arrays["log_posterior"][l]
+    log_posterior = arrays["log_posterior"][l].astype(float)
     levels = log_posterior.max() - np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])
     ax.contourf(arrays["axis"], arrays["axis"], log_posterior.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 8)
 
@@ -500,7 +500,7 @@ def toy_trajectories(runs, save):
     every = -(-side // 10)
     some = slice((side - 1) % every // 2, None, every)
     drawn = np.arange(side**2).reshape(side, side)[some, some].ravel()
-    starts, trajectory = arrays["starts"][:, drawn], arrays["trajectory"][:, 0][..., drawn]  # [2, K], [F, 2, L, I, P, K]
+    starts, trajectory = arrays["starts"][:, drawn], arrays["trajectory"][:, 0][..., drawn].astype(float)  # [2, K], [F, 2, L, I, P, K]
     hue = np.arctan2(starts[1], starts[0]) / (2 * np.pi) % 1
     colors = hsv_to_rgb(np.stack((hue, np.full_like(hue, 0.8), np.full_like(hue, 0.75)), -1))
     figure, panels = posterior_panels(arrays)
@@ -538,7 +538,7 @@ def toy_basins(runs, save):
         kind = np.where(diverged, 3, np.where(caught, 2, negative)).reshape(side, side)
         ax.imshow(kind.T, origin="lower", extent=2 * (-extent - half, extent + half), cmap=cmap, vmin=-0.5, vmax=3.5,
                   interpolation="nearest")
-        log_posterior = arrays["log_posterior"][l]
+        log_posterior = arrays["log_posterior"][l].astype(float)
         ax.contour(arrays["axis"], arrays["axis"], log_posterior.T, log_posterior.max() - np.array([6, 3, 1]), colors="white",
                    linewidths=0.8, linestyles="solid")
         ax.set(xlim=(-extent - half, extent + half), ylim=(-extent - half, extent + half))
@@ -561,7 +561,7 @@ def toy_mixtures(runs, save):
         for r, ax in zip(range(repeats), axes[l * rows:(l + 1) * rows].flat):
             ax.set_axis_on()
             filled_contours(ax, arrays, l)
-            log_q = arrays["log_q"][l, r]
+            log_q = arrays["log_q"][l, r].astype(float)
             ax.contour(arrays["axis"], arrays["axis"], log_q.T, log_q.max() - np.array([4.5, 2, 0.4]), colors="tab:blue", linewidths=1,
                        linestyles="solid")
             ax.scatter(*arrays["mean"][:, l, r], s=120 * arrays["weight"][l, r], c="tab:red", alpha=0.6, linewidths=0, zorder=3)

@@ -194,8 +194,8 @@ def test_a_run_leaves_its_documented_arrays_and_figures(tmp_path, capsys):
     assert arrays["location"].shape == arrays["log_scale"].shape == (2, *runs)
     assert arrays["trajectory"].shape == (len(arrays["iteration"]), 2, 2, *runs)
     assert arrays["iteration"][[0, -1]].tolist() == [0, 2500] and 1250 in arrays["iteration"]
-    assert np.array_equal(arrays["trajectory"][0, 0, :, 1, 2, 1], arrays["starts"].astype(np.float32))
-    assert np.allclose(arrays["trajectory"][-1, 0], arrays["location"], atol=1e-5, equal_nan=True)
+    assert np.array_equal(arrays["trajectory"][0, 0, :, 1, 2, 1], arrays["starts"].astype(np.float16))
+    assert np.allclose(arrays["trajectory"][-1, 0], arrays["location"], atol=2e-3, equal_nan=True)
     for name in ("toy_trajectories", "toy_basins"):
         assert (out / f"{name}.png").exists()
         plots.main(plots.parse_args([name, str(out), "--save", str(tmp_path / "again.png")]))
