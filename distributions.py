@@ -10,15 +10,11 @@ import torch
 
 
 class Law:
-    """x = transform(u), u ~ N(0, I) of `dim_noise` dimensions. Subclasses give `transform` and, where known, `log_prob` and `entropy`."""
+    """x = transform(u), u ~ N(0, I): a law gives transform, [..., dim_noise] -> [..., 2], and where known log_prob and entropy."""
 
     dim_noise = 2
     log_prob = None  # [..., 2] -> [...], nats
     entropy = None  # nats
-
-    def transform(self, u):
-        """[..., dim_noise] -> [..., 2]."""
-        raise NotImplementedError
 
     def sample(self, n, generator=None):
         """[n, 2], on the generator's device."""
