@@ -33,7 +33,7 @@ import train_synthetic
 from metrics import iw_log_likelihood
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN, label
-from runs import Formatter, Run, command_line, pick_device, positive
+from runs import Formatter, Run, command_line, keep_freed_memory, pick_device, positive
 from train_images import set_precision
 from training import Trainer
 
@@ -263,13 +263,19 @@ def measure(makers, calls, repeats, device):
             contenders[key] = make()
             seconds(contenders[key].run_step, calls, device)
 
-        set_precision(key[1], device)
+        prepare(*key, device)
         memory[key] = peak_memory_of(first_steps, device)
     for _ in range(repeats):
         for key, contender in contenders.items():
-            set_precision(key[1], device)
+            prepare(*key, device)
             times[key].append(seconds(contender.run_step, calls, device))
     return {key: (np.array(times[key]), memory[key]) for key in makers}
+
+
+def prepare(mode, precision, device):
+    """The process as train_images.py sets it up, but for the plain step, which has malloc as it comes."""
+    set_precision(precision, device)
+    keep_freed_memory(mode != "plain")
 
 
 def peak_memory_of(function, device):

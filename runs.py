@@ -10,6 +10,7 @@ The same command again resumes a half run, skips a finished one, and refuses a f
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
 import io
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 # Flags that say where and how to compute, not what: they may change between two calls on one folder.
-NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph")
+NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile")
 
 
 class UserError(Exception):
@@ -73,7 +74,10 @@ positive_float = number(float, 0, True, "a number above 0")
 
 
 def pick_device(name):
-    """`auto` is the GPU where there is one; a GPU becomes the current one. Raises UserError for a device that is not there."""
+    """`auto` is the GPU where there is one. The device is made ready: a GPU becomes the current one, a CPU keeps memory and flushes denormals.
+
+    Raises UserError for a device that is not there.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"
@@ -84,7 +88,20 @@ def pick_device(name):
     device = torch.device(name)
     if device.index is not None:
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current GPU
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory(keep=True):
+    """Whether malloc keeps what is freed (glibc; elsewhere nothing changes). By itself it hands large tensors back to the system and
+    pays a page fault for each 4 kB of the next one, which is a tenth of a training step of images. False: the limits it comes to by itself.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: what is larger has a mapping of its own ...
+        mallopt(-4, 0 if keep else 2**16)  # ... of which there may be M_MMAP_MAX
+        mallopt(-1, -1 if keep else 2**26)  # M_TRIM_THRESHOLD, bytes free at the heap's end; -1: never trimmed
 
 
 def run_name(args, axes, defaults):

@@ -3,12 +3,16 @@
 Read `Trainer.update` first: it is the whole of one step.
 """
 
+import os
 import resource
+import shutil
 import time
 import warnings
 
 import numpy as np
 import torch
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from tqdm import tqdm
 
 from objectives import HAS_ESTIMATOR, INFER, LEARN
@@ -119,7 +123,7 @@ class Trainer:
     def descend(self, loss, params):
         """One Adam step of `params` on the mean of `loss` [B] over the minibatch; nothing here waits for the device."""
         loss = loss.mean()
-        backward(loss, params)
+        set_gradients(params, torch.autograd.grad(loss, params))
         for half, optimiser, sums in zip((self.phi, self.theta), self.optimisers, self.sums):
             if half[0].requires_grad:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in half])
@@ -187,11 +191,10 @@ def adam(params, lr):
     return optimiser
 
 
-def backward(loss, params):
-    """Set the gradients of `params`, each in its parameter's memory layout, as autograd.grad's need not be: fused Adam pairs by memory."""
-    for p in params:
-        p.grad = None
-    loss.backward(inputs=params)
+def set_gradients(params, gradients):
+    """Each in its parameter's memory layout, as autograd.grad's need not be: fused Adam pairs by memory."""
+    for p, gradient in zip(params, gradients):
+        p.grad = gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
 
 
 def state_of(vae, *optimisers):
@@ -225,6 +228,50 @@ def capture(update, state, generators=()):
     with torch.cuda.graph(graph, stream=stream):  # the warm-up's stream: library handles and workspaces are per stream
         update()
     return graph
+
+
+class Method(torch.nn.Module):
+    """function(module, *tensors) as a module of its own, so that functional_call can put other parameters in its place."""
+
+    def __init__(self, function, module):
+        super().__init__()
+        self.function, self.module = function, module
+
+    def forward(self, *tensors):
+        return self.function(self.module, *tensors)
+
+
+def compiled(function):
+    """function(module, *tensors) -> tensors, with what it differentiates by the module's parameters, as one compiled function on a CPU.
+
+    Traced at the first call, with the shapes of that call and with the parameters that require a gradient then; TorchInductor keeps
+    what it compiled on disk. Not for functions that change a buffer or draw random numbers.
+    """
+    code = None
+
+    def call(module, *tensors):
+        nonlocal code
+        params = {name: p.detach() for name, p in module.named_parameters()}
+        if code is None:
+            moves = {name: p.requires_grad for name, p in module.named_parameters()}
+
+            def pure(params, *tensors):
+                leaves = {f"module.{name}": p.detach().requires_grad_(moves[name]) for name, p in params.items()}
+                return functional_call(Method(function, module), leaves, tuple(tensor.detach() for tensor in tensors))
+
+            code = torch._inductor.compile(make_fx(pure)(params, *tensors), [params, *tensors])
+        with torch.no_grad():
+            return code(params, *tensors)
+
+    return call
+
+
+def refuse_to_compile(device):
+    """Raises UserError where `compiled` cannot work."""
+    if device.type != "cpu":
+        raise UserError("--compile is for a CPU; on a GPU the updates are captured in CUDA graphs")
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise UserError("--compile needs a C++ compiler (g++ or clang++, or $CXX), and there is none")
 
 
 def train(run, trainer, epochs, eval_every, evaluate):

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,22 @@ def test_a_member_equals_its_seed_alone(argv):
         assert torch.allclose(mine[2], theirs[0], rtol=1e-3, atol=1e-6)
     assert not torch.allclose(together.vae.log_gamma[1], together.vae.log_gamma[2], rtol=1e-7)
     assert torch.allclose(together.averages()["learn_loss"][2], alone.averages()["learn_loss"][0], rtol=1e-4)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+@pytest.mark.parametrize("argv", [["--learn", "fd"], pytest.param(["--learn", "bao", "--samples", 2, "--infer", "fd", "--bilevel-steps", 1],
+                                                                  marks=pytest.mark.slow)])
+def test_compiled_updates_equal_eager_ones(argv):
+    eager, fused = trainer(*argv, steps=6), trainer(*argv, "--compile", steps=6)
+    for mine, theirs in zip(fused.vae.parameters(), eager.vae.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fused.sums, eager.sums, rtol=1e-4, atol=1e-4)
+
+
+def test_to_compile_without_a_compiler_is_one_sentence(tmp_path, fails, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "needs a C++ compiler" in fails(train_synthetic, *SMALL, "--compile", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_members_nan_neither_stops_nor_touches_the_others():
