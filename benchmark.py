@@ -35,7 +35,7 @@ from models import build_ensemble, build_vae
 from objectives import INFER, LEARN, label
 from runs import Formatter, Run, command_line, keep_freed_memory, pick_device, positive
 from train_images import set_precision
-from training import Trainer
+from training import Trainer, cpp_compiler
 
 PAIRS = {label(learn, infer): (learn, infer) for infer in INFER for learn in LEARN if (learn == "fae") == (infer == "fae")}
 TABLE1 = ("KLD-ELBO", "KLD-F", "FD-F", "KLD-S", "FD-S", "KLD-B", "FD-B")
@@ -346,11 +346,78 @@ def batch_part(args, device):
         yield from training_rows(args, device, "batch", args.image[0], args.net[0], "KLD-F", batch)
 
 
+def sweep_part(args, device):
+    """Several image runs at once, as processes or (GPU) on streams of one process, against one after another: seconds per step of all."""
+    calls = (20 if device.type == "cuda" else 1) * args.inner_steps
+    threads = torch.get_num_threads()
+    for runs in args.runs:
+        alone, *processes = [start_process(args, device, calls, n) for n in [threads] + [max(1, threads // runs)] * runs]
+        contenders = {"loop": partial(steps_of, [alone], runs), "processes": partial(steps_of, processes)}
+        if device.type == "cuda":
+            contenders["streams"] = streams(args, device, calls, runs)
+        times = {mode: [] for mode in contenders}
+        for _ in range(args.repeats):
+            for mode, contender in contenders.items():
+                times[mode].append(contender())
+        for pipe in [alone, *processes]:
+            pipe.send("stop")
+        for mode, values in times.items():
+            yield small_row("sweep", "KLD-F", runs, mode, np.array(values), math.nan, "float32") | {"image": args.image[0], "net": args.net[0]}
+
+
+def sweep_trainer(args, device):
+    channels, side = map(int, args.image[0].split("x"))
+    images = torch.zeros(args.inner_steps * args.batch, channels, side, side, dtype=torch.uint8, device=device)
+    torch.manual_seed(0)
+    vae = build_vae(args.net[0], (channels, side, side), args.dim_z, args.width).to(device)
+    return Trainer(vae, images, learn="fd", infer="kld", estimator="plugin", samples=args.samples, inner_steps=args.inner_steps,
+                   noise=0.1, batch=args.batch, lr=1e-4, seed=0)
+
+
+def start_process(args, device, calls, threads):
+    """The pipe of a new process that trains: to whatever it is sent but "stop" it answers with the seconds per step of `calls` steps."""
+    context = torch.multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=answer, args=(there, args, device, calls, threads), daemon=True).start()
+    here.recv()  # it has made its first steps
+    return here
+
+
+def answer(pipe, args, device, calls, threads):
+    pick_device(str(device))
+    torch.set_num_threads(threads)
+    trainer = sweep_trainer(args, device)
+    pipe.send(seconds(trainer.run_step, calls, device))
+    while pipe.recv() != "stop":
+        pipe.send(seconds(trainer.run_step, calls, device))
+
+
+def steps_of(pipes, times=1):
+    """Seconds that the slowest takes per step when all train at once, `times` over."""
+    for pipe in pipes:
+        pipe.send("go")
+    return times * max(pipe.recv() for pipe in pipes)
+
+
+def streams(args, device, calls, runs):
+    """() -> seconds per step of all, of several runs in this process, each on a stream of its own."""
+    contenders = [(sweep_trainer(args, device), torch.cuda.Stream(device)) for _ in range(runs)]
+
+    def step():
+        for trainer, stream in contenders:
+            with torch.cuda.stream(stream):
+                trainer.run_step()
+
+    synchronise(device)
+    seconds(step, calls, device)
+    return partial(seconds, step, calls, device)
+
+
 def ensemble_part(args, device):
-    """2-D VAEs: S seeds as one ensemble against one seed after another, seconds per decoder update of all."""
+    """2-D VAEs: S seeds as one ensemble, eager and compiled, against one seed after another, seconds per decoder update of all."""
     for members in args.members:
-        def trainer(seed, seeds):
-            flags = ["--seed", str(seed), "--seeds", str(seeds), *(["--batch", "100"] if args.quick else [])]
+        def trainer(seed, seeds, *more):
+            flags = ["--seed", str(seed), "--seeds", str(seeds), *(["--batch", "100"] if args.quick else []), *more]
             return train_synthetic.EnsembleTrainer(train_synthetic.parse_args(flags), device)
 
         def loop(trainer=trainer, members=members):
@@ -358,6 +425,8 @@ def ensemble_part(args, device):
             return SimpleNamespace(run_step=lambda: [one.run_step() for one in alone])
 
         makers = {("loop", "float32"): loop, ("together", "float32"): partial(trainer, 0, members)}
+        if device.type == "cpu" and cpp_compiler():
+            makers["compiled", "float32"] = partial(trainer, 0, members, "--compile")
         for (mode, precision), (times, memory) in measure(makers, 20, args.repeats, device).items():
             yield small_row("ensemble", "KLD-F", members, mode, times, memory, precision)
 
@@ -393,7 +462,7 @@ def small_row(part, pair, size, mode, times, memory, precision):
             "seconds": times, "peak_memory": memory, "flops": math.nan}
 
 
-PARTS = {"images": images_part, "batch": batch_part, "ensemble": ensemble_part, "toy": toy_part, "importance": importance_part}
+PARTS = {"images": images_part, "batch": batch_part, "sweep": sweep_part, "ensemble": ensemble_part, "toy": toy_part, "importance": importance_part}
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -406,7 +475,7 @@ def report(rows, rates):
     print("\n| part | network | pair | size | mode | precision | ms a step | size/s | times plain's (the loop's) speed | times the floor's time | "
           "of the matrix rate | peak MiB |\n" + "|---" * 12 + "|")
     for row in rows:
-        plain = partner(rows, row, "loop", row["precision"]) if row["net"] == "mlp" else partner(rows, row, "plain", "float32")
+        plain = partner(rows, row, "plain", "float32") if row["part"] in ("images", "batch") else partner(rows, row, "loop", row["precision"])
         floor = partner(rows, row, "floor", row["precision"])
         share = row["flops"] / row["seconds"] / np.median(rates[row["precision"]]) if row["precision"] in rates else math.nan
         print(f"| {row['part']} | {row['net']} {row['image']} | {row['pair']} | {row['size']} | {row['mode']} | {row['precision']} | "
@@ -451,12 +520,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
     flag("--part", choices=(*PARTS, "all"), default="images", help="images: every pair; batch: KLD-F against the size of the minibatch; "
-         "ensemble: 2-D VAEs against a loop over seeds; toy: toy inference against a loop over runs; importance: time and memory against samples")
+         "sweep: KLD-F runs at once against one after another; ensemble: 2-D VAEs against a loop over seeds; toy: toy inference against a loop over runs; importance: time and memory against samples")
     flag("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help="of --part images, named as in the paper")
     flag("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"], help="tf32 on a GPU only")
     flag("--repeats", type=positive, default=5, help="turns, each of one timing of everything that is compared")
     flag("--samples", type=positive, default=5, help="posterior samples per image, N")
     flag("--batches", nargs="+", type=positive, default=[10, 30, 100, 300], help="sizes of --part batch")
+    flag("--runs", nargs="+", type=positive, default=[2], help="how many runs at once in --part sweep")
     flag("--members", nargs="+", type=positive, default=[1, 3, 10, 30], help="sizes of --part ensemble")
     flag("--importance-samples", nargs="+", type=positive, default=[1000, 3000, 10_000, 30_000], help="sizes of --part importance")
     flag("--quick", action="store_true", help="a tiny model, three pairs and two turns: does it run, not how fast")

@@ -610,7 +610,7 @@ def benchmark(runs, save):
     images = select(arrays, part="images", precision="float32")
     panels = sorted(set(zip(images["image"], images["net"])))
     batches = select(arrays, part="batch", precision="float32")
-    others = [rows for part in ("ensemble", "toy", "importance") if len((rows := select(arrays, part=part))["size"])]
+    others = [rows for part in ("sweep", "ensemble", "toy", "importance") if len((rows := select(arrays, part=part))["size"])]
     figure, axes = new_figure(len(panels) + bool(len(batches["size"])) + len(others), 1, size=(7.2, 2.6))
     for ax, (image, net) in zip(axes[:, 0], panels):
         rate_bars(ax, select(images, image=image, net=net))
@@ -629,7 +629,7 @@ def benchmark(runs, save):
         for mode in np.unique(rows["mode"]):
             line = select(rows, mode=mode)
             ax.plot(line["size"], 1e3 * np.median(line["seconds"], 1), marker=".", label=mode)
-        unit = {"ensemble": "members", "toy": "runs", "importance": "samples"}[rows["part"][0]]
+        unit = {"sweep": "runs at once", "ensemble": "members", "toy": "runs", "importance": "samples"}[rows["part"][0]]
         ax.set(xlabel=unit, ylabel="ms", xscale="log", yscale="log", title=rows["part"][0])
         ax.set_xticks(sizes := np.unique(rows["size"]), sizes)
         ax.minorticks_off()

@@ -270,8 +270,12 @@ def refuse_to_compile(device):
     """Raises UserError where `compiled` cannot work."""
     if device.type != "cpu":
         raise UserError("--compile is for a CPU; on a GPU the updates are captured in CUDA graphs")
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+    if not cpp_compiler():
         raise UserError("--compile needs a C++ compiler (g++ or clang++, or $CXX), and there is none")
+
+
+def cpp_compiler():
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
 
 
 def train(run, trainer, epochs, eval_every, evaluate):

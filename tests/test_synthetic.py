@@ -4,7 +4,6 @@ import copy
 import gc
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from models import build_ensemble
 from objectives import HAS_ESTIMATOR, LEARN
 from runs import load_arrays, load_checkpoint
 from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
-from training import infer_loss
+from training import cpp_compiler, infer_loss
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -60,7 +59,7 @@ def test_a_member_equals_its_seed_alone(argv):
     assert torch.allclose(together.averages()["learn_loss"][2], alone.averages()["learn_loss"][0], rtol=1e-4)
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+@pytest.mark.skipif(not cpp_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize("argv", [["--learn", "fd"], pytest.param(["--learn", "bao", "--samples", 2, "--infer", "fd", "--bilevel-steps", 1],
                                                                   marks=pytest.mark.slow)])
 def test_compiled_updates_equal_eager_ones(argv):
