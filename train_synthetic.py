@@ -253,7 +253,7 @@ def evaluate(trainer, test, samples):
 
     nll, sm_loss and fisher_divergence (where the law's score is known) are means over the test data, with _se their standard errors over
     the data; nll_posterior is the cross-check of nll by samples / 100 draws from q(z|x) a datum; ess the quantiles 0, .01, .5 of the
-    effective sample size over the data [S, 3]; model_samples [S, 2000, 2].
+    effective sample size over the data [S, 3]; model_samples [S, 1000, 2].
     """
     vae, law, S = trainer.vae, trainer.law, len(trainer.vae.log_gamma)
     x, generator = test.expand(S, -1, -1), evaluation_generator(test.device)
@@ -267,7 +267,7 @@ def evaluate(trainer, test, samples):
     result |= {f"{name}_se": value.std(1) / value.shape[1] ** 0.5 for name, value in per_datum.items()}
     result["ess"] = prior.ess.quantile(torch.tensor([0, 0.01, 0.5], dtype=prior.ess.dtype, device=test.device), dim=1).T
     with evaluating(vae):
-        z, noise = (torch.randn(2000, 2, generator=generator, device=test.device) for _ in range(2))
+        z, noise = (torch.randn(1000, 2, generator=generator, device=test.device) for _ in range(2))
         result["model_samples"] = vae.decode(z.expand(S, -1, -1)) + (vae.log_gamma / 2).exp()[:, None, None] * noise
     result["diverged_at"] = torch.where(trainer.diverged_at < trainer.clock, trainer.diverged_at, -1)
     result = {name: value.cpu().numpy() for name, value in result.items()}
