@@ -195,7 +195,7 @@ def test_a_run_leaves_its_documented_files_and_arrays(tmp_path):
                "diverged_at", "member_status")
     history = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss")
     assert shapes == {**dict.fromkeys(members, (2,)), **dict.fromkeys(history, (3, 2)), "posterior_sd": (3, 2, 2), "ess": (2, 3),
-                      "model_samples": (2, 2000, 2), "test_data": (50, 2), "data_entropy": (), "epoch": (3,), "seconds": (3,),
+                      "model_samples": (2, 1000, 2), "test_data": (50, 2), "data_entropy": (), "epoch": (3,), "seconds": (3,),
                       "peak_memory": (3,), "status": ()}
     assert arrays["config"]["label"] == "KLD-F" and arrays["epoch"].tolist() == [0, 1, 2] and arrays["status"] == "ok"
     assert (arrays["nll"] > arrays["data_entropy"]).all() and (arrays["fisher_divergence"] > 0).all()
