@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
-from runs import NOT_IDENTITY, UserError, command_line, group_by_seed, load_arrays
+from runs import NOT_IDENTITY, UserError, command_line, group_by_seed, load_arrays, write_atomic
 
 # One colour per objective in every figure: hue for the learning objective, dashes for FD inference.
 COLORS = {"ELBO": "black", "F": "tab:blue", "S": "tab:orange", "B": "tab:green", "FAE": "tab:red"}
@@ -317,7 +317,8 @@ def synthetic(runs, save):
 
     Mean +- s.e. over the members that did not diverge; the legend counts the others. Dashed: the released estimator; open squares: FD
     inference; triangles: above the panel; grey: the data's entropy. Where the data's score is unknown, the score-matching loss stands for
-    the divergence. Runs at the same point of the sweep are pooled. Raises UserError for runs that differ elsewhere.
+    the divergence. Runs at the same point of the sweep are pooled. Beside the PNG a Markdown file has every number.
+    Raises UserError for runs that differ elsewhere.
     """
     points = sweep_points(runs)
     datas, steps, inner = (sorted({point[key] for point in points}) for key in ("data", "J", "K"))
@@ -328,7 +329,7 @@ def synthetic(runs, save):
         bottom, top = limits([point[metric][0] for point in here])
         for ax, J in zip(row, steps):
             for name in names:
-                line = sorted((point["K"], *point[metric]) for point in here if (point["J"], point["name"]) == (J, name))
+                line = sorted((point["K"], *point[metric][:2]) for point in here if (point["J"], point["name"]) == (J, name))
                 if line:
                     K, mean, error = np.array(line).T
                     ax.errorbar(K, mean, error, capsize=2, **sweep_style(name))
@@ -347,10 +348,34 @@ def synthetic(runs, save):
         axes[0, 0].plot([], [], **sweep_style(name), label=f"{name} ({ended.sum()} of {len(ended)} diverged)" if ended.any() else name)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=max(2, len(steps)), fontsize=8)
     save_figure(figure, save)
+    write_atomic(Path(save).with_suffix(".md"), f"{sweep_table(points, names, inner)}\n".encode())
+
+
+def sweep_table(points, names, inner):
+    """The numbers behind `synthetic`, two Markdown tables: a row per data set, J and objective, a column per K."""
+    legend = ("Mean ± standard error / median over the members that did not diverge; d: members that diverged, c: members whose posterior "
+              "collapsed (sd above 0.9 at the end). The data's entropy is the least NLL.")
+    tables = [legend]
+    for metric in ("nll", "divergence"):
+        title = "NLL (nats)" if metric == "nll" else "Fisher divergence, or score-matching loss where the data's score is not known"
+        tables.append(f"{title}\n\n| data | J | objective | " + " | ".join(f"K = {K}" for K in inner) + " |\n|" + "---|" * (3 + len(inner)))
+        found = {(point["data"], point["J"], point["name"], point["K"]): point for point in points}
+        for data, J, name in sorted({key[:3] for key in found}, key=lambda key: (*key[:2], names.index(key[2]))):
+            cells = [sweep_cell(found.get((data, J, name, K)), metric) for K in inner]
+            tables[-1] += f"\n| {data} | {J} | {name} | " + " | ".join(cells) + " |"
+    return "\n\n".join(tables)
+
+
+def sweep_cell(point, metric):
+    if point is None:
+        return ""
+    mean, error, median = point[metric]
+    ends = [f"{count} {letter}" for count, letter in ((point["diverged"].sum(), "d"), (point["collapsed"].sum(), "c")) if count]
+    return f"{mean:.4g} ± {error:.2g} / {median:.4g}" + (f" ({', '.join(ends)})" if ends else "")
 
 
 def sweep_points(runs):
-    """One dict per data, J, name and K, with (mean, standard error) of each metric over the members of all runs there."""
+    """One dict per data, J, name and K, with (mean, standard error, median) of each metric over the members of all runs there."""
     loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
     fixed = [{key: value for key, value in arrays["config"]["flags"].items() if key not in SWEEP_AXES} for arrays in loaded]
     differ = sorted(key for key in fixed[0] if any(flags.get(key) != fixed[0][key] for flags in fixed))
@@ -365,6 +390,7 @@ def sweep_points(runs):
         divergence = "fisher_divergence" if "fisher_divergence" in group[0] else "sm_loss"
         points.append({"data": data, "J": J, "name": name, "K": K, "entropy": group[0].get("data_entropy"),
                        "diverged": np.concatenate([arrays["diverged_at"] >= 0 for arrays in group]),
+                       "collapsed": np.concatenate([(arrays["posterior_sd"][-1] > 0.9).all(-1) for arrays in group]),
                        "nll": mean_and_error(np.concatenate([arrays["nll"] for arrays in group])),
                        "divergence": mean_and_error(np.concatenate([arrays[divergence] for arrays in group])),
                        "divergence_name": {"fisher_divergence": "Fisher divergence", "sm_loss": "score-matching loss"}[divergence]})
@@ -372,9 +398,11 @@ def sweep_points(runs):
 
 
 def mean_and_error(values):
-    """Mean and standard error of the finite values; NaN where there are too few."""
+    """Mean, standard error and median of the finite values; NaN where there are none."""
     values = values[np.isfinite(values)]
-    return (values.mean() if len(values) else np.nan, values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0)
+    if not len(values):
+        return np.nan, 0, np.nan
+    return values.mean(), values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0, np.median(values)
 
 
 def limits(means):

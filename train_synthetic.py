@@ -204,10 +204,19 @@ def parse_args(argv=None):
     flag("--dry-run", action="store_true", help="say what would run, train nothing, write nothing")
     args = parser.parse_args(argv)
     resolve_pair(parser, args)
-    default_inner_lr = 1e-2 if args.infer == "kld" else 1e-3
-    args.inner_lr = args.inner_lr or default_inner_lr
-    args.out = args.out or "runs/synthetic/" + run_name(args, AXES, vars(parser.parse_args([])) | {"inner_lr": default_inner_lr})
+    args.inner_lr = args.inner_lr or default_inner_lr(args.infer)
+    args.out = args.out or "runs/synthetic/" + run_name(args, AXES, vars(parser.parse_args([])) | {"inner_lr": default_inner_lr(args.infer)})
     return args
+
+
+def default_inner_lr(infer):
+    return 1e-2 if infer == "kld" else 1e-3
+
+
+def name_of(args):
+    """The pair, and the encoder's step size where it is not the paper's: points of a sweep that are not the same."""
+    step = f", step {args.inner_lr:g}" if args.inner_lr != default_inner_lr(args.infer) else ""
+    return label(args.learn, args.infer) + step
 
 
 def main(args):
@@ -218,7 +227,7 @@ def main(args):
     if args.dry_run:
         describe(args, trainer)
         return
-    with Run(args.out, "train_synthetic", vars(args), device, args.overwrite, label=label(args.learn, args.infer)) as run:
+    with Run(args.out, "train_synthetic", vars(args), device, args.overwrite, label=name_of(args)) as run:
         if not run.status:
             fit(run, args, trainer)
         plots.synthetic_samples([run.path], run.path / "samples.png")
@@ -280,7 +289,7 @@ def evaluate(trainer, test, samples):
 def describe(args, trainer):
     parameters = [sum(p[0].numel() for p in params) for params in (trainer.phi, trainer.theta)]
     updates = args.epochs * args.steps_per_epoch
-    print(f"{label(args.learn, args.infer)} on {args.data}: {args.seeds} members, {parameters[0]:,} encoder and {parameters[1]:,} decoder "
+    print(f"{name_of(args)} on {args.data}: {args.seeds} members, {parameters[0]:,} encoder and {parameters[1]:,} decoder "
           f"parameters each\n{updates:,} decoder updates on {trainer.device}, after each {args.inner_steps} encoder updates and "
           f"{args.bilevel_steps} kept ones\nwould write {args.out}")
 
