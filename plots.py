@@ -5,6 +5,7 @@ A figure is a function figure(runs, save): a list of run folders in, a PNG out.
 """
 
 import argparse
+import math
 from itertools import cycle, product
 from pathlib import Path
 
@@ -283,7 +284,7 @@ SWEEP_AXES = ("data", "learn", "infer", "estimator", "samples", "inner_steps", "
 
 def synthetic_samples(runs, save):
     """Samples of the member with the median NLL of every run (colour) over the test data (grey), one panel per run."""
-    loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    loaded = list(map(finished, runs))
     columns = min(len(runs), 5)
     figure, axes = new_figure(-(-len(runs) // columns), columns, size=(2.3, 2.7))
     for ax in axes.flat[len(runs):]:
@@ -305,6 +306,13 @@ def synthetic_samples(runs, save):
     save_figure(figure, save)
 
 
+def finished(run):
+    arrays = load_arrays(Path(run) / "metrics.npz")
+    if "status" not in arrays:
+        raise UserError(f"{run} has not ended; the command that began it resumes it")
+    return arrays
+
+
 def objective_name(arrays):
     """The pair as the paper names it, and what the paper does not vary: KLD-B released, N = 5."""
     flags = arrays["config"]["flags"]
@@ -315,40 +323,53 @@ def objective_name(arrays):
 def synthetic(runs, save):
     """NLL and Fisher divergence against K, a line per objective, a panel per J, two rows per data set (Figures 3, 6, 7).
 
-    Mean +- s.e. over the members that did not diverge; the legend counts the others. Dashed: the released estimator; open squares: FD
-    inference; triangles: above the panel; grey: the data's entropy. Where the data's score is unknown, the score-matching loss stands for
-    the divergence. Runs at the same point of the sweep are pooled. Beside the PNG a Markdown file has every number.
-    Raises UserError for runs that differ elsewhere.
+    Mean +- s.e. over the members that did not diverge; the legend counts the others. NLL is shown above the data's entropy; where that, or
+    the data's score, is not known, NLL and score-matching loss are shown above the lowest mean. Linear near zero, logarithmic beyond.
+    Dashed: the released estimator; dash-dotted: S and B with one sample; open squares: FD inference (diamonds: with another encoder step).
+    Runs at the same point of the sweep are pooled. Beside the PNG a Markdown file has every number. Raises UserError for runs that differ elsewhere.
     """
     points = sweep_points(runs)
     datas, steps, inner = (sorted({point[key] for point in points}) for key in ("data", "J", "K"))
     names = sorted({point["name"] for point in points}, key=lambda name: (list(COLORS).index(objective_of(name)), name))
-    figure, axes = new_figure(2 * len(datas), len(steps), size=(2.7, 2.2), sharex=True, sharey="row")
+    figure, axes = new_figure(2 * len(datas), len(steps), size=(max(3.2, 6.4 / len(steps)), 2.2), sharex=True, sharey="row")
     for row, (data, metric) in zip(axes, product(datas, ("nll", "divergence"))):
         here = [point for point in points if point["data"] == data]
-        bottom, top = limits([point[metric][0] for point in here])
+        least, width, title = vertical_axis(here, metric)
+        lowest, highest = (bound([0, *(point[metric][0] - least for point in here)]) for bound in (np.nanmin, np.nanmax))
+        ticks = [10.0**k for k in range(math.ceil(math.log10(width)), 12) if 10.0**k < 2 * highest]
         for ax, J in zip(row, steps):
             for name in names:
                 line = sorted((point["K"], *point[metric][:2]) for point in here if (point["J"], point["name"]) == (J, name))
                 if line:
                     K, mean, error = np.array(line).T
-                    ax.errorbar(K, mean, error, capsize=2, **sweep_style(name))
-                    for k in K[mean > top]:
-                        ax.plot(k, top, "^", color=sweep_style(name)["color"], clip_on=False)
+                    ax.errorbar(K, mean - least, error, capsize=2, **sweep_style(name))
             if metric == "nll":
                 ax.set_title(f"{data}, J = {J}")
-                if here[0]["entropy"] is not None:
-                    ax.axhline(here[0]["entropy"], color="0.7", lw=1, zorder=0)
-            ax.set(xscale="log", xticks=inner, xticklabels=inner, ylim=(bottom, top))
+            ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+            ax.set_yscale("asinh", linear_width=width)
+            ax.set(xscale="log", xticks=inner, xticklabels=inner, yticks=[0, *ticks], yticklabels=["0", *(f"{tick:g}" for tick in ticks)])
+            ax.set_ylim(min(-0.5 * width, 1.2 * lowest), 2 * highest)
             ax.minorticks_off()
-        row[0].set_ylabel("NLL (nats)" if metric == "nll" else here[0]["divergence_name"])
+        row[0].set_ylabel(title)
     figure.supxlabel("encoder updates per decoder update, K", fontsize=10)
     for name in names:
         ended = np.concatenate([point["diverged"] for point in points if point["name"] == name])
         axes[0, 0].plot([], [], **sweep_style(name), label=f"{name} ({ended.sum()} of {len(ended)} diverged)" if ended.any() else name)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=max(2, len(steps)), fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=max(3, len(steps)), fontsize=7)
     save_figure(figure, save)
     write_atomic(Path(save).with_suffix(".md"), f"{sweep_table(points, names, inner)}\n".encode())
+
+
+def vertical_axis(points, metric):
+    """Of one data set: what counts as zero, the width of the linear part around it, and the axis' title."""
+    means = [point[metric][0] for point in points if np.isfinite(point[metric][0])] or [0.0]
+    if metric == "nll":
+        known = points[0]["entropy"] is not None
+        least, title = float(points[0]["entropy"]) if known else min(means), f"NLL above the {'entropy' if known else 'lowest'}\n(nats)"
+    else:
+        known = points[0]["divergence_name"] == "Fisher divergence"
+        least, title = (0, "Fisher divergence") if known else (min(means), "score-matching loss\nabove the lowest")
+    return least, max(1e-3, 0.3 * (np.median(means) - least)), title
 
 
 def sweep_table(points, names, inner):
@@ -376,7 +397,7 @@ def sweep_cell(point, metric):
 
 def sweep_points(runs):
     """One dict per data, J, name and K, with (mean, standard error, median) of each metric over the members of all runs there."""
-    loaded = [load_arrays(Path(run) / "metrics.npz") for run in runs]
+    loaded = list(map(finished, runs))
     fixed = [{key: value for key, value in arrays["config"]["flags"].items() if key not in SWEEP_AXES} for arrays in loaded]
     differ = sorted(key for key in fixed[0] if any(flags.get(key) != fixed[0][key] for flags in fixed))
     if differ:
@@ -405,24 +426,16 @@ def mean_and_error(values):
     return values.mean(), values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0, np.median(values)
 
 
-def limits(means):
-    """Of an axis that shows the lower three fifths of the means and three times as much above, or all of them if they take less."""
-    means = np.array(means)[np.isfinite(means)]
-    if not len(means):
-        return 0, 1
-    low, high = means.min(), min(means.max(), means.min() + 3 * (np.quantile(means, 0.6) - means.min()))
-    margin = 0.1 * (high - low) + 1e-3 * abs(low)
-    return low - margin, high + margin
-
-
 def objective_of(name):
     return name.replace(",", " ").split()[0].split("-")[-1]
 
 
 def sweep_style(name):
-    fisher_inference = name.startswith("FD-")
-    return {"color": COLORS[objective_of(name)], "linestyle": "--" if "released" in name else ":" if "unbiased" in name else "-",
-            "marker": "s" if fisher_inference else "o", "markerfacecolor": "white" if fisher_inference else None, "ms": 4, "lw": 1.2}
+    one_sample = objective_of(name) in ("S", "B") and "N = " not in name
+    return {"color": COLORS[objective_of(name)], "linestyle": "--" if "released" in name else ":" if "unbiased" in name else "-." if one_sample else "-",
+            "marker": "D" if "step" in name else "s" if name.startswith("FD-") else "o",
+            "markerfacecolor": "white" if name.startswith("FD-") else None, "ms": 4, "lw": 1.2}
+
 
 # --------------------------------------------------------------------------------------------- parameter recovery (Figure 1)
 

@@ -302,6 +302,13 @@ def test_figures_are_redrawn_from_the_arrays(tmp_path, fails):
         save = tmp_path / f"{figure}.png"
         plots.main(plots.parse_args([figure, *map(str, runs), "--save", str(save)]))
         assert save.stat().st_size > 10_000
+    nll = load_arrays(runs[0] / "metrics.npz")["nll"]
+    rows = [line for line in (tmp_path / "synthetic.md").read_text().splitlines() if line.startswith("| mixture | 0 | KLD-ELBO |")]
+    assert len(rows) == 2 and f"| {nll.mean():.4g} ± {nll.std(ddof=1) / 2 ** 0.5:.2g} / {np.median(nll):.4g} |" in rows[0]
+    half = {name: array for name, array in np.load(runs[0] / "metrics.npz").items() if name != "status"}
+    (tmp_path / "half").mkdir()
+    np.savez(tmp_path / "half" / "metrics.npz", **half)
+    assert "has not ended" in fails(plots, "synthetic", tmp_path / "half")
     assert "does not exist" in fails(plots, "synthetic", tmp_path / "nowhere")
     train(tmp_path / "wider", "--hidden", 7)
     assert "the runs differ in hidden" in fails(plots, "synthetic", runs[0], tmp_path / "wider")
