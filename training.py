@@ -1,6 +1,7 @@
 """Training on images: the alternating update of Alg. 1, the loop around it, checkpoints that resume bit by bit.
 
-Read `Trainer.update` first: it is the whole of one step.
+Read `Trainer.update` first: it is the whole of one step. `train_synthetic.py` shares the losses, the loop, and what makes steps fast:
+`capture` (a CUDA graph, on a GPU) and `compiled` (TorchInductor, on a CPU).
 """
 
 import os
