@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from runs import NOT_IDENTITY, UserError, command_line, group_by_seed, load_arrays, write_atomic
 
@@ -46,7 +46,7 @@ def save_figure(figure, save):
 # ------------------------------------------------------------------------------------------------------------ image runs
 
 CURVES = {  # metric: axis label, scale
-    "negative_elbo": ("negative ELBO (nats)", "linear"),
+    "negative_elbo": ("negative ELBO (nats)", "symlog"),
     "reconstruction_mse": ("reconstruction MSE", "log"),
     "latent_mmd": ("latent MMD$^2$, cubic", "symlog"),
     "posterior_fd": ("posterior FD", "log"),
@@ -55,6 +55,9 @@ CURVES = {  # metric: axis label, scale
     "learn_loss": ("decoder's training loss", "symlog"),
     "learn_grad_norm": ("its gradient norm", "log"),
 }
+
+
+LINEAR = {"negative_elbo": 1000, "latent_mmd": 100, "learn_loss": 100}  # up to here a symlog axis is linear, and all of it if it goes no further than ten times that
 
 
 def training_curves(runs, save):
@@ -91,10 +94,21 @@ def draw_curves(ax, groups, name):
     title, scale = CURVES[name]
     draw_lines(ax, groups, "epoch", name, start=1 if name == "negative_elbo" else 0)
     ax.set(xlabel="epoch", title=title)
-    ax.set_yscale(scale, **({"linthresh": 100} if scale == "symlog" else {}))
-    if scale == "symlog":
-        ax.yaxis.get_major_locator().set_params(numticks=5)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.set_yscale(scale, **({"linthresh": LINEAR[name]} if scale == "symlog" else {}))
+    if scale == "symlog" and np.abs(ax.get_ylim()).max() <= 10 * LINEAR[name]:
+        ax.set_yscale("linear")
+    elif scale == "symlog":
+        ax.set_yticks(decades(ax.get_ylim(), LINEAR[name]))
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def decades(limits, linear):
+    """Zero and at most three powers of ten to either side of it, for a symlog axis."""
+    first, last = math.log10(linear), math.log10(np.abs(limits).max())
+    step = max(1, math.ceil((last - first) / 3))
+    powers = 10.0 ** np.arange(first + (step if step > 1 else 0), last + 1e-9, step)
+    return [tick for tick in (*-powers[::-1], 0, *powers) if limits[0] <= tick <= limits[1]]
 
 
 def grouped(runs, file="metrics.npz"):
@@ -154,8 +168,9 @@ def reconstructions(runs, save):
 
 
 def grids(runs, save, make):
-    named = [(f"{name}, {seeds_of([arrays])}", arrays)
-             for groups in grouped(runs).values() for name, members in groups for arrays in members]
+    panels = grouped(runs)
+    named = [((f"{panel}\n" if len(panels) > 1 else "") + f"{name}, {seeds_of([arrays])}", arrays)
+             for panel, groups in panels.items() for name, members in groups for arrays in members]
     rows = -(-len(named) // 4)
     figure, axes = new_figure(rows, -(-len(named) // rows), size=(3.2, 3.4))
     for ax in axes.flat:
