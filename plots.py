@@ -150,7 +150,8 @@ def seeds_of(members):
 def legend(figure, axes, side="lower center", columns=5):
     """One legend outside all axes, each name once."""
     named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(named.values(), named.keys(), loc=f"outside {side}", ncols=min(len(named), columns))
+    fit = figure.get_size_inches()[0] / (0.08 * max(map(len, named), default=1) + 0.5)  # inches of a letter, of a handle
+    figure.legend(named.values(), named.keys(), loc=f"outside {side}", ncols=max(1, min(len(named), columns, int(fit))))
 
 
 def samples(runs, save):
