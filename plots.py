@@ -57,7 +57,7 @@ CURVES = {  # metric: axis label, scale
 }
 
 
-LINEAR = {"negative_elbo": 1000, "latent_mmd": 100, "learn_loss": 100}  # up to here a symlog axis is linear, and all of it if it goes no further than ten times that
+LINEAR = {"negative_elbo": 1000, "negative_iw_bound": 1000, "latent_mmd": 100, "learn_loss": 100}  # up to here a symlog axis is linear
 
 
 def training_curves(runs, save):
@@ -95,20 +95,25 @@ def draw_curves(ax, groups, name):
     draw_lines(ax, groups, "epoch", name, start=1 if name == "negative_elbo" else 0)
     ax.set(xlabel="epoch", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.set_yscale(scale, **({"linthresh": LINEAR[name]} if scale == "symlog" else {}))
-    if scale == "symlog" and np.abs(ax.get_ylim()).max() <= 10 * LINEAR[name]:
-        ax.set_yscale("linear")
-    elif scale == "symlog":
-        ax.set_yticks(decades(ax.get_ylim(), LINEAR[name]))
+    if scale == "symlog":
+        linear_around_zero(ax, LINEAR[name])
+    else:
+        ax.set_yscale(scale)
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def decades(limits, linear):
-    """Zero and at most three powers of ten to either side of it, for a symlog axis."""
-    first, last = math.log10(linear), math.log10(np.abs(limits).max())
-    step = max(1, math.ceil((last - first) / 3))
+def linear_around_zero(ax, linear):
+    """A symlog axis with few ticks where the data go beyond ten times `linear`, else a linear one."""
+    ax.set_yscale("symlog", linthresh=linear)
+    ax.autoscale(axis="y")  # by the margins of this scale
+    low, high = ax.get_ylim()
+    first, last = math.log10(linear), math.log10(max(-low, high))
+    if last <= first + 1:
+        ax.set_yscale("linear")
+        return
+    step = math.ceil((last - first) / 3)
     powers = 10.0 ** np.arange(first + (step if step > 1 else 0), last + 1e-9, step)
-    return [tick for tick in (*-powers[::-1], 0, *powers) if limits[0] <= tick <= limits[1]]
+    ax.set_yticks([tick for tick in (*-powers[::-1], 0, *powers) if low <= tick <= high])
 
 
 def grouped(runs, file="metrics.npz"):
@@ -233,6 +238,8 @@ def histograms(runs, save, draw, xlabel, ylabel):
 def importance_bound(runs, save):
     """The importance-weighted bound on the negative log-likelihood against its number of samples from q(z|x)."""
     figure, axes = curves(runs, "iw_samples", "negative_iw_bound", xlabel="samples $K$", ylabel="negative bound (nats)", xscale="log")
+    for ax in axes.flat:
+        linear_around_zero(ax, LINEAR["negative_iw_bound"])
     legend(figure, axes, "right center", columns=1)
     save_figure(figure, save)
 
