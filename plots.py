@@ -344,7 +344,7 @@ def objective_name(arrays):
 
 
 def synthetic(runs, save):
-    """NLL and Fisher divergence against K, a line per objective, a panel per J, two rows per data set (Figures 3, 6, 7).
+    """NLL and Fisher divergence against K, a line per objective, two rows per data set with a panel per J (or, for one J, a column; Figures 3, 6, 7).
 
     Mean +- s.e. over the members that did not diverge; the legend counts the others. NLL is shown above the data's entropy; where that, or
     the data's score, is not known, NLL and score-matching loss are shown above the lowest mean. Linear near zero, logarithmic beyond.
@@ -354,18 +354,23 @@ def synthetic(runs, save):
     points = sweep_points(runs)
     datas, steps, inner = (sorted({point[key] for point in points}) for key in ("data", "J", "K"))
     names = sorted({point["name"] for point in points}, key=lambda name: (list(COLORS).index(objective_of(name)), name))
-    figure, axes = new_figure(2 * len(datas), len(steps), size=(max(3.2, 6.4 / len(steps)), 2.2), sharex=True, sharey="row")
-    for row, (data, metric) in zip(axes, product(datas, ("nll", "divergence"))):
+    if len(steps) > 1:
+        figure, axes = new_figure(2 * len(datas), len(steps), size=(3.2, 2.2), sharex=True, sharey="row")
+        rows = axes
+    else:
+        figure, axes = new_figure(2, len(datas), size=(max(2.5, 6.4 / len(datas)), 2.4), sharex=True)
+        rows = axes.T.reshape(-1, 1)
+    for row, (data, metric) in zip(rows, product(datas, ("nll", "divergence"))):
         here = [point for point in points if point["data"] == data]
         least, width, title = vertical_axis(here, metric)
         lowest, highest = (bound([0, *(point[metric][0] - least for point in here)]) for bound in (np.nanmin, np.nanmax))
         ticks = [10.0**k for k in range(math.ceil(math.log10(width)), 12) if 10.0**k < 2 * highest]
         for ax, J in zip(row, steps):
-            for name in names:
+            for i, name in enumerate(names):
                 line = sorted((point["K"], *point[metric][:2]) for point in here if (point["J"], point["name"]) == (J, name))
                 if line:
                     K, mean, error = np.array(line).T
-                    ax.errorbar(K, mean - least, error, capsize=2, **sweep_style(name))
+                    ax.errorbar(K * 1.02 ** (i - len(names) / 2), mean - least, error, capsize=2, **sweep_style(name))
             if metric == "nll":
                 ax.set_title(f"{data}, J = {J}")
             ax.axhline(0, color="0.8", lw=0.8, zorder=0)
@@ -378,7 +383,7 @@ def synthetic(runs, save):
     for name in names:
         ended = np.concatenate([point["diverged"] for point in points if point["name"] == name])
         axes[0, 0].plot([], [], **sweep_style(name), label=f"{name} ({ended.sum()} of {len(ended)} diverged)" if ended.any() else name)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=max(3, len(steps)), fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=max(3, axes.shape[1]), fontsize=7)
     save_figure(figure, save)
     write_atomic(Path(save).with_suffix(".md"), f"{sweep_table(points, names, inner)}\n".encode())
 
