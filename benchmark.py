@@ -304,18 +304,24 @@ def resident(field):
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
+def model(args, device, image, net, precision="float32"):
+    channels, side = map(int, image.split("x"))
+    torch.manual_seed(0)
+    return build_vae(net, (channels, side, side), args.dim_z, args.width, bf16=precision == "bf16").to(device)
+
+
+def recipe(args, pair, batch):
+    """What the plain step and the Trainer's are given alike."""
+    learn, infer = PAIRS[pair]
+    return {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1, "batch": batch, "lr": 1e-4}
+
+
 def training_rows(args, device, part, image, net, pair, batch):
     """One pair in every mode and precision: a row each."""
     channels, side = map(int, image.split("x"))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (args.inner_steps * batch, channels, side, side), dtype=torch.uint8, generator=generator)
-    resident_images, (learn, infer) = images.to(device), PAIRS[pair]
-    common = {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1, "batch": batch,
-              "lr": 1e-4}
-
-    def vae(precision="float32"):
-        torch.manual_seed(0)
-        return build_vae(net, (channels, side, side), args.dim_z, args.width, bf16=precision == "bf16").to(device)
+    resident_images, common, vae = images.to(device), recipe(args, pair, batch), partial(model, args, device, image, net)
 
     def trainer(precision, graph):
         return Trainer(vae(precision), resident_images, estimator="plugin", seed=0, graph=graph, **common)
@@ -368,10 +374,7 @@ def sweep_part(args, device):
 def sweep_trainer(args, device):
     channels, side = map(int, args.image[0].split("x"))
     images = torch.zeros(args.inner_steps * args.batch, channels, side, side, dtype=torch.uint8, device=device)
-    torch.manual_seed(0)
-    vae = build_vae(args.net[0], (channels, side, side), args.dim_z, args.width).to(device)
-    return Trainer(vae, images, learn="fd", infer="kld", estimator="plugin", samples=args.samples, inner_steps=args.inner_steps,
-                   noise=0.1, batch=args.batch, lr=1e-4, seed=0)
+    return Trainer(model(args, device, args.image[0], args.net[0]), images, estimator="plugin", seed=0, **recipe(args, "KLD-F", args.batch))
 
 
 def start_process(args, device, calls, threads):

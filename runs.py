@@ -96,7 +96,7 @@ def pick_device(name):
 
 def keep_freed_memory(keep=True):
     """Whether malloc keeps what is freed (glibc; elsewhere nothing changes). By itself it hands large tensors back to the system and
-    pays a page fault for each 4 kB of the next one, which is a tenth of a training step of images. False: the limits it comes to by itself.
+    pays a page fault for each 4 kB of the next one, at every training step of images. False: the limits it comes to by itself.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: what is larger has a mapping of its own ...

@@ -198,7 +198,7 @@ def parse_args(argv=None):
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
     flag("--compile", action="store_true", help="on a CPU, compile the updates with all their derivatives by TorchInductor: needs a C++ compiler "
-         "and a minute, once per pair, N and J; then two to three times as fast")
+         "and up to a minute, once per pair, N and J")
     flag("--out", default=None, help="the run's folder (default: runs/synthetic/ and the flags that matter)")
     flag("--overwrite", action="store_true", help="redo a run that is there")
     flag("--dry-run", action="store_true", help="say what would run, train nothing, write nothing")
