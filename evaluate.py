@@ -38,10 +38,10 @@ from runs import (
     load_arrays,
     load_checkpoint,
     load_config,
+    load_finished,
     pick_device,
     positive,
     save_arrays,
-    status_of,
     write_atomic,
 )
 from training import EVALUATION, joint_loss, learn_loss, seed_of
@@ -115,10 +115,8 @@ def refuse_other_versions(runs):
 
 def finished(run):
     """A run's config and whether it diverged. Raises UserError for one that is missing, half or damaged."""
-    config, status = load_config(run), status_of(run)
-    if status is None:
-        raise UserError("it has not ended; the command that began it resumes it")
-    return config, status != "ok"
+    config, arrays = load_config(run), load_finished(run)
+    return config, str(arrays["status"]) != "ok"
 
 
 def load_model(run, config, image_shape, device):
@@ -136,16 +134,21 @@ def load_model(run, config, image_shape, device):
 
 
 def evaluate_run(run, args, device):
-    """eval.npz of one run; a diverged run is counted in the table and measured no further."""
+    """eval.npz of one run; a diverged run is counted in the table and measured no further, nor is one whose checkpoint is gone."""
     config, diverged = finished(run)
+    save, checkpoint = run / "eval.npz", run / "checkpoint.pt"
     if diverged:
+        return
+    if not checkpoint.exists():
+        if not save.exists():
+            raise UserError("it has no checkpoint.pt, so there is no model to evaluate")
+        print(f"{run}: evaluated before, and its checkpoint is gone")
         return
     flags = config["flags"]
     root = args.data_root or flags["data_root"]
     reference = reference_set(flags["data"], root, flags["test_limit"], args.inception_weights, device)
-    settings = {"checkpoint": hashlib.sha256((run / "checkpoint.pt").read_bytes()).hexdigest()[:12], "images": args.images,
+    settings = {"checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12], "images": args.images,
                 "iw_samples": args.iw_samples, **reference.about}
-    save = run / "eval.npz"
     if save.exists() and not args.overwrite and load_arrays(save)["config"].get("evaluation") == settings:
         print(f"{run}: evaluated before")
         return
@@ -241,7 +244,7 @@ def write_table(runs, out):
     """Means and standard errors over seeds beside the paper's numbers: table.md, also printed, and table.npz."""
     configs, diverged = zip(*(finished(run) for run in runs))
     rows = []
-    for name, members in group_by_seed(configs):
+    for name, members in group_by_seed(runs, configs):
         config, ok = configs[members[0]], [row_of(runs[i]) for i in members if not diverged[i]]
         row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "n": len(ok),
                "diverged": len(members) - len(ok), **published(config)}
@@ -251,8 +254,12 @@ def write_table(runs, out):
             row[f"{key}_se"] = values.std(ddof=1) / len(values)**0.5 if len(values) > 1 else np.nan
         rows.append(row)
     loaded = [load_arrays(run / "eval.npz") for run, bad in zip(runs, diverged) if not bad]
-    settings = [arrays["config"]["evaluation"] for arrays in loaded]
-    references = {(about["data"], about["test_images"]): (about, arrays) for about, arrays in zip(settings, loaded)}.values()
+    references = {}
+    for arrays in loaded:
+        about, flags = arrays["config"]["evaluation"], arrays["config"]["flags"]
+        _, _, null_sds = references.setdefault((about["data"], about["test_images"]), (about, arrays, {}))
+        null_sds[f"{flags['dim_z']} {flags['latent']} latents"] = arrays["latent_mmd_null_sd"]
+    references = references.values()
     save_arrays(out / "table.npz", {"runs": [str(run) for run in runs], "paper": PAPER["source"]},
                 **{key: np.array([row[key] for row in rows]) for key in rows[0]})
     text = "\n".join([*markdown(rows, references), "", *footnotes(configs, references), f"- paper: {PAPER['source']}"])
@@ -282,7 +289,7 @@ def markdown(rows, references):
             if f"paper_{key}" in row:
                 line.append(spread(row[f"paper_{key}"]))
         lines.append(line)
-    for about, arrays in references:
+    for about, arrays, _ in references:
         if "fid_floor" in arrays:
             floor = [spread(arrays["fid_floor"]), "", spread(1000 * arrays["kid_floor"])]
             line = [about["data"], "", f"floor: {about['test_images']} training images", "", *floor]
@@ -308,13 +315,14 @@ def footnotes(configs, references):
     budget = " ".join(f"--{flag_name(key)} {value}" for key, value in shared.items() if value != defaults[key])
     notes = ["- mean ± standard error over the runs, which differ in their seed; lower is better; a diverged run is in no mean",
              f"- budget of all runs: {budget or 'the defaults, which are those of the paper'}"]
-    for about, arrays in references:
+    for about, _, null_sds in references:
         n, network = about["test_images"], about.get("features")
         if network:
             accuracy = f", test accuracy {network['accuracy']:.4f}" if network["accuracy"] else ""
             notes.append(f"- {about['data']}: FID and KID of N = {n} decoder means of prior draws against the {n} clean test images; "
                          f"KID over 100 subsets of {min(n, 1000)}; features: {network['name']}{accuracy}, weights {network['hash']}")
-        notes.append(f"- {about['data']}: MMD^2 is 0 for equal laws, with a standard deviation of {arrays['latent_mmd_null_sd']:.2g}; "
+        null = ", ".join(f"{sd:.2g} ({latents})" for latents, sd in null_sds.items())
+        notes.append(f"- {about['data']}: MMD^2 is 0 for equal laws, with a standard deviation of {null}; "
                      f"-IW bound: {about['iw_samples']} samples from q, first {min(n, about['images'])} test images; "
                      "-ELBO and -IW bound in nats per noisy image, MSE per pixel of the clean one")
     return notes
@@ -333,7 +341,7 @@ def draw(runs, out):
         chosen = [run for run, config in zip(runs, configs) if run in measured and config["flags"]["latent"] == latent]
         if chosen:
             figure(chosen, out / f"{figure.__name__}.png")
-    firsts = [next((runs[i] for i in members if not diverged[i]), None) for _, members in group_by_seed(configs)]
+    firsts = [next((runs[i] for i in members if not diverged[i]), None) for _, members in group_by_seed(runs, configs)]
     plots.samples([run for run in firsts if run], out / "samples.png")
 
 
@@ -372,7 +380,7 @@ def gradient_snr(run, args, device):
                 elbo_mean, elbo_signal = mean, signal
             result["snr"][row, column], result["snr_log_gamma"][row, column] = (signal / variance).tolist()
             result["gradient_norm"][row, column] = signal[0].sqrt()
-            cosine = dot(mean[:-1], elbo_mean[:-1]) / (signal[0] * elbo_signal[0]).sqrt()
+            cosine = dot(mean[:-1], elbo_mean[:-1]) / (signal[0].sqrt() * elbo_signal[0].sqrt())
             result["cosine_to_elbo"][row, column] = 1 if learn == "elbo" else cosine
             print(f"{run}: {names[row]}, N = {samples}: signal to noise {result['snr'][row, column]:.3g}", flush=True)
     save_arrays(run / "gradient_snr.npz", {**config, "evaluation": {"draws": args.snr_draws}}, status="ok",

@@ -5,6 +5,7 @@ A figure is a function figure(runs, save): a list of run folders in, a PNG out.
 """
 
 import argparse
+import io
 import math
 from itertools import cycle, product
 from pathlib import Path
@@ -14,11 +15,21 @@ import numpy as np
 from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-from runs import NOT_IDENTITY, UserError, command_line, group_by_seed, load_arrays, write_atomic
+from runs import (
+    NOT_IDENTITY,
+    UserError,
+    command_line,
+    group_by_seed,
+    load_arrays,
+    load_config,
+    load_finished,
+    refuse_twins,
+    write_atomic,
+)
 
-# One colour per objective in every figure: hue for the learning objective, dashes for FD inference.
+# One colour per learning objective in every figure.
 COLORS = {"ELBO": "black", "F": "tab:blue", "S": "tab:orange", "B": "tab:green", "FAE": "tab:red"}
 
 matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
@@ -39,8 +50,18 @@ def new_figure(rows=1, columns=1, size=(3.2, 2.6), **options):
 
 
 def save_figure(figure, save):
-    Path(save).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(save, dpi=150)
+    """Raises UserError where the file cannot be written."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=Path(save).suffix[1:])
+    write_atomic(Path(save), picture.getvalue())
+
+
+def label_ticks(ax):
+    """A logarithmic y axis with fewer than two powers of ten in its limits is ticked as a linear one."""
+    low, high = ax.get_ylim()
+    if sum(low <= tick <= high for tick in ax.get_yticks()) < 2:
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
 
 
 # ------------------------------------------------------------------------------------------------------------ image runs
@@ -100,6 +121,7 @@ def draw_curves(ax, groups, name):
     else:
         ax.set_yscale(scale)
     ax.yaxis.set_minor_formatter(NullFormatter())
+    label_ticks(ax)
 
 
 def linear_around_zero(ax, linear):
@@ -119,7 +141,7 @@ def linear_around_zero(ax, linear):
 def grouped(runs, file="metrics.npz"):
     """{data set and network: [(name, the arrays of runs that differ in their seed alone)]}"""
     loaded, panels = [load_arrays(Path(run) / file) for run in runs], {}
-    for name, members in group_by_seed([arrays["config"] for arrays in loaded]):
+    for name, members in group_by_seed(runs, [arrays["config"] for arrays in loaded]):
         flags = loaded[members[0]]["config"]["flags"]
         panels.setdefault(f"{flags['data']}, {flags['net']}", []).append((name, [loaded[i] for i in members]))
     return panels
@@ -152,11 +174,13 @@ def seeds_of(members):
     return f"{len(members)} seeds" + (f" ({diverged} diverged)" if diverged else "")
 
 
-def legend(figure, axes, side="lower center", columns=5):
-    """One legend outside all axes, each name once."""
+def legend(figure, axes, columns=5):
+    """One legend below all axes, each name once; the figure grows by its height."""
     named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
     fit = figure.get_size_inches()[0] / (0.08 * max(map(len, named), default=1) + 0.5)  # inches of a letter, of a handle
-    figure.legend(named.values(), named.keys(), loc=f"outside {side}", ncols=max(1, min(len(named), columns, int(fit))))
+    columns = max(1, min(len(named), columns, int(fit)))
+    figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(named) // columns))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)
 
 
 def samples(runs, save):
@@ -240,7 +264,8 @@ def importance_bound(runs, save):
     figure, axes = curves(runs, "iw_samples", "negative_iw_bound", xlabel="samples $K$", ylabel="negative bound (nats)", xscale="log")
     for ax in axes.flat:
         linear_around_zero(ax, LINEAR["negative_iw_bound"])
-    legend(figure, axes, "right center", columns=1)
+        label_ticks(ax)
+    legend(figure, axes)
     save_figure(figure, save)
 
 
@@ -250,7 +275,7 @@ def denoising(runs, save):
     for ax in axes.flat:
         sd = np.linspace(*ax.get_xlim(), 200)
         ax.plot(sd, sd**2, ":", color="gray", label="noisy image itself", scaley=False)
-    legend(figure, axes, "right center", columns=1)
+    legend(figure, axes)
     save_figure(figure, save)
 
 
@@ -291,9 +316,10 @@ def gradient_snr(runs, save):
 
 
 def draw_run(run):
-    """The PNGs of one finished image run, those that are not there yet. A diverged run has no pictures to show."""
-    arrays = load_arrays(Path(run) / "metrics.npz")
-    for name in ("training_curves", "samples", "reconstructions", "posterior_sd", "posterior_mean"):
+    """The PNGs of one finished image run, those that are not there yet. A diverged run has but its curves to show."""
+    arrays = load_finished(run)
+    pictures = ("samples", "reconstructions", "posterior_sd", "posterior_mean") if str(arrays["status"]) == "ok" else ()
+    for name in ("training_curves", *pictures):
         save = Path(run) / f"{name}.png"
         if not save.exists() and (name == "training_curves" or name in arrays):
             FIGURES[name]([run], save)
@@ -307,7 +333,7 @@ SWEEP_AXES = ("data", "learn", "infer", "estimator", "samples", "inner_steps", "
 
 def synthetic_samples(runs, save):
     """Samples of the member with the median NLL of every run (colour) over the test data (grey), one panel per run."""
-    loaded = list(map(finished, runs))
+    loaded = list(map(load_finished, runs))
     columns = min(len(runs), 5)
     figure, axes = new_figure(-(-len(runs) // columns), columns, size=(2.3, 2.7))
     for ax in axes.flat[len(runs):]:
@@ -329,13 +355,6 @@ def synthetic_samples(runs, save):
     save_figure(figure, save)
 
 
-def finished(run):
-    arrays = load_arrays(Path(run) / "metrics.npz")
-    if "status" not in arrays:
-        raise UserError(f"{run} has not ended; the command that began it resumes it")
-    return arrays
-
-
 def objective_name(arrays):
     """The pair as the paper names it, and what the paper does not vary: KLD-B released, N = 5."""
     flags = arrays["config"]["flags"]
@@ -348,8 +367,9 @@ def synthetic(runs, save):
 
     Mean +- s.e. over the members that did not diverge; the legend counts the others. NLL is shown above the data's entropy; where that, or
     the data's score, is not known, NLL and score-matching loss are shown above the lowest mean. Linear near zero, logarithmic beyond.
-    Dashed: the released estimator; dash-dotted: S and B with one sample; open squares: FD inference (diamonds: with another encoder step).
-    Runs at the same point of the sweep are pooled. Beside the PNG a Markdown file has every number. Raises UserError for runs that differ elsewhere.
+    Filled: KLD inference, open: FD inference. Circles: the formulas as they stand; crosses, dashed: the released estimator; triangles,
+    dash-dotted: S and B with one sample; diamonds: another encoder step. Runs at the same point of the sweep are pooled. Beside the PNG a
+    Markdown file has every number. Raises UserError for runs that differ elsewhere.
     """
     points = sweep_points(runs)
     datas, steps, inner = (sorted({point[key] for point in points}) for key in ("data", "J", "K"))
@@ -403,7 +423,7 @@ def vertical_axis(points, metric):
 def sweep_table(points, names, inner):
     """The numbers behind `synthetic`, two Markdown tables: a row per data set, J and objective, a column per K."""
     legend = ("Mean ± standard error / median over the members that did not diverge; d: members that diverged, c: members whose posterior "
-              "collapsed (sd above 0.9 at the end). The data's entropy is the least NLL.")
+              "collapsed (sd above 0.9 at the end in both latents), h: half collapsed (in one of the two). The data's entropy is the least NLL.")
     tables = [legend]
     for metric in ("nll", "divergence"):
         title = "NLL (nats)" if metric == "nll" else "Fisher divergence, or score-matching loss where the data's score is not known"
@@ -419,27 +439,31 @@ def sweep_cell(point, metric):
     if point is None:
         return ""
     mean, error, median = point[metric]
-    ends = [f"{count} {letter}" for count, letter in ((point["diverged"].sum(), "d"), (point["collapsed"].sum(), "c")) if count]
+    ends = [f"{sum(point[fate])} {fate[0]}" for fate in ("diverged", "collapsed", "half_collapsed") if any(point[fate])]
     return f"{mean:.4g} ± {error:.2g} / {median:.4g}" + (f" ({', '.join(ends)})" if ends else "")
 
 
 def sweep_points(runs):
     """One dict per data, J, name and K, with (mean, standard error, median) of each metric over the members of all runs there."""
-    loaded = list(map(finished, runs))
+    loaded = list(map(load_finished, runs))
     fixed = [{key: value for key, value in arrays["config"]["flags"].items() if key not in SWEEP_AXES} for arrays in loaded]
     differ = sorted(key for key in fixed[0] if any(flags.get(key) != fixed[0][key] for flags in fixed))
     if differ:
         raise UserError(f"the runs differ in {', '.join(differ)}; draw runs that differ in nothing but the objective, data, K, J and seeds")
     groups = {}
-    for arrays in loaded:
+    for run, arrays in zip(runs, loaded):
         flags = arrays["config"]["flags"]
-        groups.setdefault((flags["data"], flags["bilevel_steps"], objective_name(arrays), flags["inner_steps"]), []).append(arrays)
+        group = groups.setdefault((flags["data"], flags["bilevel_steps"], objective_name(arrays), flags["inner_steps"]), [])
+        group.append((run, range(flags["seed"], flags["seed"] + flags["seeds"]), arrays))
     points = []
-    for (data, J, name, K), group in groups.items():
+    for (data, J, name, K), members in groups.items():
+        refuse_twins([(run, seeds) for run, seeds, _ in members])
+        group = [arrays for *_, arrays in members]
+        unused = np.concatenate([arrays["posterior_sd"][-1] > 0.9 for arrays in group])  # [members, 2]
         divergence = "fisher_divergence" if "fisher_divergence" in group[0] else "sm_loss"
         points.append({"data": data, "J": J, "name": name, "K": K, "entropy": group[0].get("data_entropy"),
                        "diverged": np.concatenate([arrays["diverged_at"] >= 0 for arrays in group]),
-                       "collapsed": np.concatenate([(arrays["posterior_sd"][-1] > 0.9).all(-1) for arrays in group]),
+                       "collapsed": unused.all(-1), "half_collapsed": unused.any(-1) & ~unused.all(-1),
                        "nll": mean_and_error(np.concatenate([arrays["nll"] for arrays in group])),
                        "divergence": mean_and_error(np.concatenate([arrays[divergence] for arrays in group])),
                        "divergence_name": {"fisher_divergence": "Fisher divergence", "sm_loss": "score-matching loss"}[divergence]})
@@ -460,9 +484,10 @@ def objective_of(name):
 
 def sweep_style(name):
     one_sample = objective_of(name) in ("S", "B") and "N = " not in name
-    return {"color": COLORS[objective_of(name)], "linestyle": "--" if "released" in name else ":" if "unbiased" in name else "-." if one_sample else "-",
-            "marker": "D" if "step" in name else "s" if name.startswith("FD-") else "o",
-            "markerfacecolor": "white" if name.startswith("FD-") else None, "ms": 4, "lw": 1.2}
+    marker, dash = (("D", "-") if "step" in name else ("X", "--") if "released" in name else ("v", ":") if "unbiased" in name
+                    else ("^", "-.") if one_sample else ("o", "-"))
+    return {"color": COLORS[objective_of(name)], "linestyle": dash, "marker": marker,
+            "markerfacecolor": "white" if name.startswith("FD-") else None, "ms": 5, "lw": 1.2}
 
 
 # --------------------------------------------------------------------------------------------- parameter recovery (Figure 1)
@@ -732,23 +757,41 @@ def select(arrays, **values):
     return {name: arrays[name][keep] for name in ("part", "image", "net", "pair", "size", "mode", "precision", "seconds")}
 
 
-FIGURES = {figure.__name__: figure for figure in (
-    training_curves, trajectories, samples, reconstructions, posterior_sd, posterior_mean, importance_bound, denoising,
-    gradient_snr, synthetic, synthetic_samples, param_recovery, recovery_rules, toy_trajectories, toy_basins,
-    toy_mixtures, toy_gradients, benchmark)}
+DRAWN_FROM = {  # the script that makes the runs: its figures
+    "train_images": (training_curves, trajectories, samples, reconstructions, posterior_sd, posterior_mean, importance_bound, denoising,
+                     gradient_snr),
+    "train_synthetic": (synthetic, synthetic_samples),
+    "param_recovery": (param_recovery, recovery_rules),
+    "toy_inference": (toy_trajectories, toy_basins, toy_mixtures, toy_gradients),
+    "benchmark": (benchmark,),
+}
+FIGURES = {figure.__name__: figure for figures in DRAWN_FROM.values() for figure in figures}
+OF_MANY_RUNS = ("train_images", "train_synthetic")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=FIGURES)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument("--save", default=None, help="the PNG to write (default: FIGURE.png in the first run's folder)")
-    return parser.parse_args(argv)
+    parser.add_argument("--save", default=None, help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder)")
+    args = parser.parse_args(argv)
+    if args.save and Path(args.save).suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--save {args.save} must end in .png, .pdf or .svg")
+    return args
 
 
 def main(args):
+    script = next(script for script, figures in DRAWN_FROM.items() if FIGURES[args.figure] in figures)
+    for run in args.runs:
+        if (made_by := load_config(run).get("script")) != script:
+            raise UserError(f"{run} is a run of {made_by}.py; {args.figure} draws those of {script}.py")
+    if script not in OF_MANY_RUNS and len(args.runs) > 1:
+        raise UserError(f"{args.figure} draws one run, not {len(args.runs)}")
     save = args.save or Path(args.runs[0]) / f"{args.figure}.png"
-    FIGURES[args.figure](args.runs, save)
+    try:
+        FIGURES[args.figure](args.runs, save)
+    except KeyError as error:
+        raise UserError(f"{args.figure} cannot be drawn: one of these runs has no {error}; has it ended, and is it of this kind?") from error
     print(save)
 
 

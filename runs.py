@@ -146,11 +146,19 @@ def load_arrays(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except FileNotFoundError:
+        arrays["config"] = json.loads(str(arrays["config"])) if "config" in arrays else {}
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist; is {Path(path).parent} a finished run?") from None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}); run the command of its folder again with --overwrite") from error
-    arrays["config"] = json.loads(str(arrays["config"])) if "config" in arrays else {}
+    return arrays
+
+
+def load_finished(folder):
+    """`metrics.npz` of a run that has ended. Raises UserError for one that is missing, half or damaged."""
+    arrays = load_arrays(Path(folder) / "metrics.npz")
+    if "status" not in arrays:
+        raise UserError(f"{folder} has not ended; the command that began it resumes it")
     return arrays
 
 
@@ -158,10 +166,10 @@ def load_config(folder):
     """`config.json` of a run folder. Raises UserError for a folder that is none."""
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is not a run folder: it has no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error})") from error
 
 
@@ -175,11 +183,11 @@ def flag_name(key):
     return key.replace("_", "-")
 
 
-def group_by_seed(configs):
-    """Runs that differ in their seed alone: a list of names and indices into `configs`.
+def group_by_seed(runs, configs):
+    """Runs that differ in their seed alone: a list of names and indices into `runs` and their `configs`.
 
     The name is that of the objectives, with the flags in which it differs from others of the same data and network:
-    "KLD-F" or "KLD-F inner-steps=1".
+    "KLD-F" or "KLD-F inner-steps=1". Raises UserError for one seed twice: its copies would pass for a spread.
     """
     identity = [{key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")} for config in configs]
     groups = {}
@@ -187,11 +195,22 @@ def group_by_seed(configs):
         groups.setdefault(json.dumps(flags, sort_keys=True), []).append(i)
     named = []
     for members in groups.values():
+        refuse_twins([(runs[i], [configs[i]["flags"]["seed"]]) for i in members])
         mine = identity[members[0]]
         rivals = [flags for flags in identity if (flags.get("data"), flags.get("net")) == (mine.get("data"), mine.get("net"))]
         differ = [key for key in mine if key not in ("learn", "infer") and any(flags.get(key) != mine[key] for flags in rivals)]
         named.append((" ".join([configs[members[0]]["label"], *(f"{flag_name(key)}={mine[key]}" for key in differ)]), members))
     return named
+
+
+def refuse_twins(runs):
+    """Raises UserError where two of the `runs` of one experiment, (folder, seeds) each, share a seed."""
+    first = {}
+    for run, seeds in runs:
+        for seed in seeds:
+            if seed in first:
+                raise UserError(f"{first[seed]} and {run} are the same experiment with the same seed {seed}; leave one of them out")
+            first[seed] = run
 
 
 def environment(device):

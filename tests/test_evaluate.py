@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import plots
 import train_images
 from data import load_images
 from metrics import evaluate_images
-from runs import group_by_seed, load_arrays, load_config, save_arrays
+from runs import UserError, group_by_seed, load_arrays, load_config, save_arrays
 from training import EVALUATION, seed_of
 
 CPU = torch.device("cpu")
@@ -115,6 +116,47 @@ def test_missing_half_and_damaged_runs_are_named_and_skipped(runs, tmp_path, cap
     assert not (tmp_path / "none").exists()
 
 
+def test_a_run_whose_checkpoint_is_gone_keeps_its_evaluation(runs, tmp_path, capsys):
+    run_evaluate(tmp_path / "out", runs.a)
+    published = shutil.copytree(runs.a, tmp_path / "published")
+    (published / "checkpoint.pt").unlink()
+    bare = shutil.copytree(published, tmp_path / "bare")
+    (bare / "eval.npz").unlink()
+    run_evaluate(tmp_path / "out", published, bare)
+    printed = capsys.readouterr()
+    assert "its checkpoint is gone" in printed.out and "it has no checkpoint.pt" in printed.err
+    assert load_arrays(tmp_path / "out" / "table.npz")["n"].tolist() == [1]
+
+
+def test_the_note_on_mmd_tells_latent_spaces_apart(runs, digits, tmp_path):
+    wide = train(tmp_path / "wide", "--data-root", digits, "--dim-z", 12)
+    run_evaluate(tmp_path / "out", runs.a, wide)
+    sds = [f"{load_arrays(run / 'eval.npz')['latent_mmd_null_sd']:.2g} ({n} gaussian latents)" for run, n in ((runs.a, 4), (wide, 12))]
+    assert f"standard deviation of {', '.join(sds)}" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_figure_that_cannot_be_drawn_says_why(runs, tmp_path, fails):
+    assert "synthetic draws those of train_synthetic.py" in fails(plots, "synthetic", runs.a)
+    assert "has no 'posterior_mean_histogram'" in fails(plots, "posterior_mean", runs.a)
+    assert "not a run folder" in fails(plots, "samples", runs.a / "config.json")
+    assert "must end in .png" in fails(plots, "samples", runs.a, "--save", tmp_path)
+    assert "cannot write" in fails(plots, "samples", runs.a, "--save", runs.a / "config.json" / "a.png")
+    garbled = shutil.copytree(runs.a, tmp_path / "garbled")
+    np.savez(garbled / "metrics.npz", config="not JSON")
+    assert "is damaged" in fails(plots, "samples", garbled)
+
+
+def test_every_logarithmic_axis_has_numbers(tmp_path):
+    figure, axes = plots.new_figure(1, 3)
+    for ax, top in zip(axes.flat, (800, 8, 7e6)):
+        ax.plot([1, 2], [0.3 * top, 0.8 * top])
+        ax.set_yscale("log")
+        plots.label_ticks(ax)
+        figure.canvas.draw()
+        low, high = ax.get_ylim()
+        assert sum(bool(label.get_text()) and low <= label.get_position()[1] <= high for label in ax.get_yticklabels()) >= 2
+
+
 def test_a_run_of_another_version_is_refused_with_the_flags_that_differ(runs, tmp_path, fails):
     message = fails(evaluate, runs.a, runs.old, "--out", tmp_path / "out")
     assert str(runs.old) in message and "lacks --latent" in message and "has --nonesuch" in message
@@ -204,9 +246,12 @@ def test_groups_differ_in_their_seed_alone():
         return {"label": label, "flags": defaults | flags}
 
     configs = [config("F", seed=0), config("F", seed=1, out="x"), config("S", seed=0), config("F", seed=0, data="fashion")]
-    assert group_by_seed(configs) == [("F", [0, 1]), ("S", [2]), ("F", [3])]
+    folders = [Path(f"run{i}") for i in range(6)]
+    assert group_by_seed(folders, configs) == [("F", [0, 1]), ("S", [2]), ("F", [3])]
     configs.append(config("F", seed=0, inner_steps=1))
-    assert group_by_seed(configs) == [("F inner-steps=5", [0, 1]), ("S inner-steps=5", [2]), ("F", [3]), ("F inner-steps=1", [4])]
+    assert group_by_seed(folders, configs) == [("F inner-steps=5", [0, 1]), ("S inner-steps=5", [2]), ("F", [3]), ("F inner-steps=1", [4])]
+    with pytest.raises(UserError, match="run4 and run5 are the same experiment with the same seed 0"):
+        group_by_seed(folders, [*configs, configs[-1]])
 
 
 def test_figures_are_redrawn_from_the_arrays_alone(runs, tmp_path):

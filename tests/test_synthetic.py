@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import plots
 import train_synthetic
 from models import build_ensemble
 from objectives import HAS_ESTIMATOR, LEARN
-from runs import load_arrays, load_checkpoint
+from runs import load_arrays, load_checkpoint, save_arrays
 from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
 from training import cpp_compiler, infer_loss
 
@@ -307,8 +308,23 @@ def test_figures_are_redrawn_from_the_arrays(tmp_path, fails):
     assert len(rows) == 2 and f"| {nll.mean():.4g} ± {nll.std(ddof=1) / 2 ** 0.5:.2g} / {np.median(nll):.4g} |" in rows[0]
     half = {name: array for name, array in np.load(runs[0] / "metrics.npz").items() if name != "status"}
     (tmp_path / "half").mkdir()
+    shutil.copy(runs[0] / "config.json", tmp_path / "half")
     np.savez(tmp_path / "half" / "metrics.npz", **half)
     assert "has not ended" in fails(plots, "synthetic", tmp_path / "half")
-    assert "does not exist" in fails(plots, "synthetic", tmp_path / "nowhere")
+    assert "not a run folder" in fails(plots, "synthetic", tmp_path / "nowhere")
     train(tmp_path / "wider", "--hidden", 7)
     assert "the runs differ in hidden" in fails(plots, "synthetic", runs[0], tmp_path / "wider")
+
+
+def test_members_are_told_apart_by_the_latents_they_use(tmp_path, fails):
+    run = tmp_path / "run"
+    train(run)
+    arrays = load_arrays(run / "metrics.npz")
+    config, sd = arrays.pop("config"), arrays["posterior_sd"]
+    sd[-1] = 0.1
+    sd[-1, 0], sd[-1, 1, 0] = 0.95, 0.95
+    save_arrays(run / "metrics.npz", config, **arrays)
+    plots.main(plots.parse_args(["synthetic", str(run)]))
+    assert "(1 c, 1 h) |" in (run / "synthetic.md").read_text()
+    twin = shutil.copytree(run, tmp_path / "twin")
+    assert f"{run} and {twin} are the same experiment with the same seed 0" in fails(plots, "synthetic", run, twin)
