@@ -367,8 +367,8 @@ def synthetic(runs, save):
 
     Mean +- s.e. over the members that did not diverge; the legend counts the others. NLL is shown above the data's entropy; where that, or
     the data's score, is not known, NLL and score-matching loss are shown above the lowest mean. Linear near zero, logarithmic beyond.
-    Filled: KLD inference, open: FD inference. Circles: the formulas as they stand; crosses, dashed: the released estimator; triangles,
-    dash-dotted: S and B with one sample; diamonds: another encoder step. Runs at the same point of the sweep are pooled. Beside the PNG a
+    Filled: KLD inference, open: FD inference. Circles: several posterior samples, triangles, dash-dotted: one; crosses, dashed: the released
+    estimator; diamonds: another encoder step. Runs at the same point of the sweep are pooled. Beside the PNG a
     Markdown file has every number. Raises UserError for runs that differ elsewhere.
     """
     points = sweep_points(runs)
@@ -483,9 +483,8 @@ def objective_of(name):
 
 
 def sweep_style(name):
-    one_sample = objective_of(name) in ("S", "B") and "N = " not in name
     marker, dash = (("D", "-") if "step" in name else ("X", "--") if "released" in name else ("v", ":") if "unbiased" in name
-                    else ("^", "-.") if one_sample else ("o", "-"))
+                    else ("o", "-") if "N = " in name else ("^", "-."))
     return {"color": COLORS[objective_of(name)], "linestyle": dash, "marker": marker,
             "markerfacecolor": "white" if name.startswith("FD-") else None, "ms": 5, "lw": 1.2}
 
