@@ -60,10 +60,10 @@ def posterior_variance(w, alpha, gamma):
 
 
 def minimise(loss):
-    """The global minimum over w in [0, inf) and phi of loss(w, phi), which is quadratic in phi. Returns w and phi, float64.
+    """The global minimum over w in [0, 1273] and phi of loss(w, phi), which is quadratic in phi. Returns w and phi, float64.
 
-    loss takes w and phi with one trailing axis. phi is eliminated exactly; w = tan(angle) is searched on a grid that covers the
-    half line and contains w = 0 (the collapsed solution), then refined around its lowest local minima.
+    loss takes w and phi with one trailing axis. phi is eliminated exactly; w = tan(angle) is searched on an even grid of angles
+    that contains w = 0 (the collapsed solution), then refined around its lowest local minima.
     """
     def best_phi(w):
         low, middle, high = (loss(w, phi + 0 * w) for phi in (-1, 0, 1))
@@ -234,6 +234,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.samples < 2:
         parser.error("--samples must be at least 2: the unbiased estimators divide by N - 1")
+    if max(args.w_star, args.w_star_max) > 100 or not 1e-6 <= args.gamma <= 1e6:
+        parser.error("--w-star and --w-star-max go to 100 and --gamma from 1e-6 to 1e6: there the search for w is exact")
+    if not args.stochastic and any(getattr(args, name) != parser.get_default(name) for name in ("iterations", "lr", "batch", "samples", "seed")):
+        parser.error("--iterations, --lr, --batch, --samples and --seed have a meaning with --stochastic only")
     args.out = args.out or f"runs/param_recovery/{run_name(args, ('seed',), vars(parser.parse_args([])))}"
     return args
 

@@ -654,13 +654,18 @@ def toy_mixtures(runs, save):
         for r, ax in zip(range(repeats), axes[l * rows:(l + 1) * rows].flat):
             ax.set_axis_on()
             filled_contours(ax, arrays, l)
+            ax.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal")
+            if not np.isfinite(arrays["kl"][l, r]):
+                ax.set_title("diverged, or off the grid")
+                continue
             log_q = arrays["log_q"][l, r].astype(float)
             ax.contour(arrays["axis"], arrays["axis"], log_q.T, log_q.max() - np.array([4.5, 2, 0.4]), colors="tab:blue", linewidths=1,
                        linestyles="solid")
             ax.scatter(*arrays["mean"][:, l, r], s=120 * arrays["weight"][l, r], c="tab:red", alpha=0.6, linewidths=0, zorder=3)
-            ax.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal",
-                   title=f"KL {arrays['kl'][l, r]:.2f}, right {100 * arrays['right_mass'][l, r]:.0f} %")
-        axes[l * rows, 0].set_ylabel(f"{likelihood}\nexact: right {100 * arrays['exact_right_mass'][l]:.0f} %")
+            ax.set_title(f"KL {arrays['kl'][l, r]:.2f}, right {100 * arrays['right_mass'][l, r]:.0f} %")
+        axes[l * rows, 0].set_ylabel(f"{likelihood}\nexact: right {100 * arrays['exact_right_mass'][l]:.0f} %\n$z_2$")
+    for ax in axes[-1]:
+        ax.set_xlabel("$z_1$")
     save_figure(figure, save)
 
 

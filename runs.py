@@ -59,7 +59,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def number(kind, low, exclusive, name):
     def parse(text):
         value = kind(text)
-        if not (low < value < math.inf if exclusive else low <= value < math.inf):  # also refuses nan
+        high = 2**63 if kind is int else math.inf
+        if not (low < value < high if exclusive else low <= value < high):  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text} is not {name}")
         return value
 
@@ -67,8 +68,8 @@ def number(kind, low, exclusive, name):
     return parse
 
 
-count = number(int, 0, False, "a whole number of 0 or more")
-positive = number(int, 0, True, "a whole number of 1 or more")
+count = number(int, 0, False, "a whole number of 0 or more, below 2^63")
+positive = number(int, 0, True, "a whole number of 1 or more, below 2^63")
 nonnegative = number(float, 0, False, "a number of 0 or more")
 positive_float = number(float, 0, True, "a number above 0")
 

@@ -32,7 +32,7 @@ import plots
 from models import VAE
 from objectives import INFER
 from posteriors import LIKELIHOODS, Grid, Posterior
-from runs import Formatter, Run, command_line, count, pick_device, positive, positive_float, run_name
+from runs import Formatter, Run, command_line, count, flag_name, pick_device, positive, positive_float, run_name
 
 OBJECTIVES = ("fd-repar", "fd", "kld")
 OPTIMISERS = ("sgd", "adam")
@@ -232,11 +232,15 @@ def descend(args, device, run):
 # ------------------------------------------------------------------------------------------------------ numbers for claims
 
 
+def quadrature(family, device):
+    """Nodes e [2, 1, n, 1, 1, 1] and weights [n, 1, 1, 1] of expectations over both coordinates of e."""
+    nodes, weights = (torch.as_tensor(value, device=device) for value in family.nodes())
+    return torch.stack(torch.meshgrid(nodes, nodes, indexing="ij")).flatten(1).view(2, 1, -1, 1, 1, 1), torch.outer(weights, weights).view(-1, 1, 1, 1)
+
+
 def kl_and_fd(params, family, posterior, grid):
     """KL(q || p(z|x)) in nats and FD(q || p(z|x)) = E_q 1/2 ||c||^2, [L, I, P, K], by quadrature over e. Differentiable."""
-    nodes, weights = (torch.as_tensor(value, device=params.device) for value in family.nodes())
-    e = torch.stack(torch.meshgrid(nodes, nodes, indexing="ij")).flatten(1).view(2, 1, -1, 1, 1, 1)
-    weight = torch.outer(weights, weights).view(1, -1, 1, 1, 1)
+    e, weight = quadrature(family, params.device)
     d = draw(params, e, family.score(e), posterior)
     entropy = 2 * family.entropy + params[1].sum(0)
     evidence = grid.log_evidence.view(-1, 1, 1, 1)
@@ -287,9 +291,7 @@ def judge(descent, grid):
 def location_gradients(descent, grid):
     """Gradients of FD(q || p(z|x)) by location at the starts, [3, 2, L, K]: expected biased, expected unbiased, finite differences."""
     family, posterior, params = descent.family, descent.posterior, descent.trajectory[0].double()
-    nodes, weights = (torch.as_tensor(value, device=params.device) for value in family.nodes())
-    e = torch.stack(torch.meshgrid(nodes, nodes, indexing="ij")).flatten(1).view(2, 1, -1, 1, 1, 1)
-    weight = torch.outer(weights, weights).view(-1, 1, 1, 1)
+    e, weight = quadrature(family, params.device)
     expected = (weight * gradients(params, e, family.score(e), family, posterior)[0]).sum(2)  # [2, L, I, P, K]
     unbiased, biased = (expected[:, :, OBJECTIVES.index(name), 0] for name in ("fd-repar", "fd"))
     differences = []
@@ -335,7 +337,9 @@ def compare_with_loop(args, device):
     axes = (args.likelihoods, OBJECTIVES, OPTIMISERS, range(batched.starts.shape[1]))
     for (l, likelihood), (i, objective), (p, optimiser), (k, _) in itertools.product(*map(enumerate, axes)):
         alone = plain_run(likelihood, objective, optimiser, batched.starts[:, k], noise[..., k], args)
-        difference = max(difference, (alone - batched.params[:, :, l, i, p, k].flatten()).abs().nan_to_num().max().item())
+        ours = batched.params[:, :, l, i, p, k].flatten()
+        same = (alone == ours) | (alone.isnan() & ours.isnan())
+        difference = max(difference, (alone - ours).abs().masked_fill(same, 0).nan_to_num(nan=math.inf).max().item())
     rate = batched.params[0, 0].numel() * args.compare_loop / (time.perf_counter() - began)
     return {"loop_rate": torch.tensor(rate), "loop_difference": torch.tensor(difference)}
 
@@ -402,7 +406,8 @@ def fit_mixtures(args, device, run):
     adam = torch.optim.Adam([logits, mean, log_sd], lr=args.lr)
     for _ in tqdm(range(args.iterations), unit="it"):
         with torch.no_grad():
-            component = torch.multinomial(logits.softmax(-1).flatten(0, 1), N, replacement=True, generator=generator).view(1, L, R, N)
+            weight = logits.softmax(-1).nan_to_num(1.0)  # a diverged mixture stays so, and holds up no other
+            component = torch.multinomial(weight.flatten(0, 1), N, replacement=True, generator=generator).view(1, L, R, N)
             component = component.expand(2, -1, -1, -1)
             z = mean.gather(-1, component) + log_sd.gather(-1, component).exp() * normal_noise((2, L, R, N), generator, device)
             target = posterior.score(z)
@@ -412,12 +417,14 @@ def fit_mixtures(args, device, run):
     fit = [value.detach() for value in (logits, mean, log_sd)]
     arrays = {"weight": fit[0].softmax(-1), "mean": fit[1], "sd": fit[2].exp(), **judge_mixtures(fit, posterior, Grid(posterior, device))}
     report_mixtures(arrays, args)
-    finite = all(value.isfinite().all() for value in fit)
-    return {"status": "ok" if finite else f"diverged@{args.iterations}", **to_numpy(arrays)}
+    return {"status": "ok" if arrays["kl"].isfinite().any() else f"diverged@{args.iterations}", **to_numpy(arrays)}
 
 
 def judge_mixtures(fit, posterior, grid):
-    """KL(q || p(z|x)) of every fit [L, R], split by the sides z1 + z2 > 0 and < 0: KL between their masses, and the mean KL within them."""
+    """KL(q || p(z|x)) of every fit [L, R], split by the sides z1 + z2 > 0 and < 0: KL between their masses, and the mean KL within them.
+
+    All by sums over the grid, and so nan for a fit that diverged or has more than a hundredth of its mass beyond it.
+    """
     right = grid.z.sum(0) > 0
     columns = []
     for r in range(fit[0].shape[1]):
@@ -429,7 +436,9 @@ def judge_mixtures(fit, posterior, grid):
         kl = (q * (log_q - grid.log_posterior)).sum((1, 2))
         q_right, p_right = q[:, right].sum(-1), p[:, right].sum(-1)
         between = sum(a * (a / b).log() for a, b in ((q_right, p_right), (1 - q_right, 1 - p_right)))
-        columns.append((kl, between, kl - between, q_right, (q * FD).sum((1, 2)), log_q[:, ::2, ::2].half()))
+        numbers = torch.stack((kl, between, kl - between, q_right, (q * FD).sum((1, 2))))
+        on_grid = (q.sum((1, 2)) - 1).abs() < 0.01  # false for nan
+        columns.append((*numbers.masked_fill(~on_grid, math.nan), log_q[:, ::2, ::2].half()))
     names = ("kl", "kl_between_sides", "kl_within_sides", "right_mass", "fd", "log_q")
     exact = (grid.log_posterior.exp() * right).sum((1, 2)) * grid.cell
     return {**{name: torch.stack(column, 1) for name, column in zip(names, zip(*columns))}, "exact_right_mass": exact,
@@ -438,10 +447,13 @@ def judge_mixtures(fit, posterior, grid):
 
 def report_mixtures(arrays, args):
     for l, likelihood in enumerate(args.likelihoods):
-        columns = {key: arrays[key][l] for key in ("kl", "kl_between_sides", "kl_within_sides", "right_mass", "fd")}
-        print(f"{likelihood}: {args.repeats} runs, mean +- sd of", ", ".join(
-            f"{key} {value.mean():.3f} +- {value.std():.3f}" for key, value in columns.items()),
-            f"(exact right mass {arrays['exact_right_mass'][l]:.3f}, fitted {columns['right_mass'].min():.2f} to {columns['right_mass'].max():.2f})")
+        known = arrays["kl"][l].isfinite()
+        n, lost = int(known.sum()), int((~known).sum())
+        columns = {key: arrays[key][l][known] for key in ("kl", "kl_between_sides", "kl_within_sides", "right_mass", "fd")}
+        print(f"{likelihood}: {n} runs" + (f" ({lost} more diverged or left the grid)" if lost else "") + (", mean +- sd of" if n > 1 else ""),
+              ", ".join(f"{key} {value.mean():.3f}" + (f" +- {value.std():.3f}" if n > 1 else "") for key, value in columns.items() if n),
+              f"(exact right mass {arrays['exact_right_mass'][l]:.3f}"
+              + (f", fitted {columns['right_mass'].min():.2f} to {columns['right_mass'].max():.2f})" if n else ")"))
 
 
 # -------------------------------------------------------------------------- gradients between two Gaussians (appendix A.5.1)
@@ -491,6 +503,9 @@ def to_numpy(arrays):
 
 EXPERIMENTS = {"gaussian": (descend, ("toy_trajectories", "toy_basins")), "laplace": (descend, ("toy_trajectories",)),
                "mixture": (fit_mixtures, ("toy_mixtures",)), "gradients": (compare_gradients, ("toy_gradients",))}
+BELONGS = {  # flags that only some experiments read
+    **dict.fromkeys(("grid", "extent", "frames"), ("gaussian", "laplace")), **dict.fromkeys(("components", "repeats"), ("mixture",)),
+    "target_sd": ("gradients",), **dict.fromkeys(("family", "likelihoods", "x", "seed", "lr", "samples", "iterations"), ("gaussian", "laplace", "mixture"))}
 DEFAULTS = {"gaussian": {"lr": 1e-4, "samples": 1, "iterations": 1_000_000}, "laplace": {"lr": 1e-4, "samples": 1, "iterations": 300_000},
             "mixture": {"lr": 1e-3, "samples": 10, "iterations": 5000}, "gradients": {}}
 
@@ -527,7 +542,12 @@ def parse_args(argv=None):
         parser.error("--compare-loop runs the objectives of objectives.py, whose q is Gaussian: it goes with --family gaussian")
     if len(set(args.likelihoods)) < len(args.likelihoods):
         parser.error("--likelihoods names one twice")
+    if not 0.01 <= args.target_sd <= 100:
+        parser.error(f"--target-sd must lie between 0.01 and 100, not at {args.target_sd:g}")
     experiment = "gradients" if args.gradients else args.family
+    for name, experiments in BELONGS.items():
+        if experiment not in experiments and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{flag_name(name)} has no meaning for {experiment}; it goes with {', '.join(experiments)}")
     for name, value in DEFAULTS[experiment].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -106,7 +106,7 @@ def test_held_and_following_rules_are_stationary_and_increase_beyond(rule, alpha
 
 @pytest.mark.parametrize("rule", ["JKLD", "JFD", "held S", "following B"])
 def test_samples_and_adam_reach_the_closed_forms(rule):
-    args = param_recovery.parse_args(["--iterations", "1200", "--batch", "200", "--lr", "0.1"])
+    args = param_recovery.parse_args(["--stochastic", "--iterations", "1200", "--batch", "200", "--lr", "0.1"])
     alpha, w_star = np.array([0.5, 2.0, 0.5]), np.array([1.5, 1.5, 0.5])
     w, phi = param_recovery.sampled(rule, alpha, w_star, args, torch.device("cpu"))
     exact_w, exact_phi = recover(rule, alpha, 1.0, w_star)
@@ -166,3 +166,20 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     param_recovery.main(param_recovery.parse_args(["--dry-run", "--out", str(tmp_path / "run")]))
     assert not (tmp_path / "run").exists()
     assert "would write" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, words", [(["--iterations", 5], "have a meaning with --stochastic only"), (["--seed", 1], "with --stochastic only"),
+                                         (["--w-star", 1500], "there the search for w is exact"), (["--gamma", "1e-12"], "is exact"),
+                                         (["--seed", 2**63, "--stochastic"], "below 2^63")])
+def test_flags_that_would_do_nothing_or_harm_are_refused(fails, tmp_path, argv, words):
+    assert words in fails(param_recovery, *argv, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_search_finds_the_lowest_w_of_a_dense_profile():
+    dense = np.concatenate(([0.0], np.geomspace(1e-3, 1200, 400_001)))
+    for gamma, w_star in ((1e-6, 100.0), (1.0, 100.0), (1e6, 100.0), (1.0, 0.6)):
+        w, phi = recover("JFD", 0.5, gamma, w_star)
+        low, middle, high = (joint_fd(dense, phi0, 0.5, gamma, w_star) for phi0 in (-1, 0, 1))
+        best = joint_fd(dense, (low - high) / (2 * (low + high - 2 * middle)), 0.5, gamma, w_star).min()
+        assert joint_fd(w, phi, 0.5, gamma, w_star) <= best * (1 + 1e-9) + 1e-12

@@ -261,10 +261,30 @@ def test_refuses_a_folder_made_with_other_flags(fails, tmp_path):
 
 @pytest.mark.parametrize("argv", [["--likelihoods", "cubic"], ["--likelihoods", "sym", "sym"], ["--lr", "0"], ["--x", "nan"], ["--x", "11"],
                                   ["--grid", "0"], ["--family", "cauchy"], ["--device", "cuda:9"], ["--seed", "-1"],
-                                  ["--family", "laplace", "--compare-loop", "5"], ["--iterations", "1e6"]])
+                                  ["--family", "laplace", "--compare-loop", "5"], ["--iterations", "1e6"], ["--components", "3"],
+                                  ["--target-sd", "2"], ["--gradients", "--seed", "1"], ["--gradients", "--family", "mixture"],
+                                  ["--family", "mixture", "--grid", "3"], ["--gradients", "--target-sd", "1e-200"], ["--seed", str(2**63)]])
 def test_bad_input_is_one_sentence(fails, argv, tmp_path):
     fails(toy, *argv, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_mixtures_that_leave_the_grid_are_no_perfect_fit(tmp_path, capsys):
+    posterior = toy.Posterior(["soft"], 2.0, CPU)
+    mean = torch.tensor([0.0, 4.9, 50.0]).view(1, 1, 3, 1).repeat(2, 1, 1, 1)  # on the grid [-5, 5]^2, half off it, beyond it
+    arrays = toy.judge_mixtures([torch.zeros(1, 3, 1), mean, torch.full_like(mean, -1.5)], posterior, toy.Grid(posterior, CPU))
+    for name in ("kl", "kl_within_sides", "right_mass", "fd"):
+        assert arrays[name].isfinite().tolist() == [[True, False, False]], name
+    arrays = run(tmp_path / "diverged", "--family", "mixture", "--lr", 100, "--repeats", 1, "--iterations", 50)
+    assert "0 runs (1 more diverged or left the grid)" in capsys.readouterr().out
+    assert str(arrays["status"]) == "diverged@50" and (tmp_path / "diverged" / "toy_mixtures.png").exists()
+
+
+def test_a_run_that_diverged_in_one_version_alone_is_no_agreement(monkeypatch):
+    args = parsed("--grid", 1, "--likelihoods", "sym", "--compare-loop", 3)
+    assert toy.compare_with_loop(args, CPU)["loop_difference"] < 1e-6
+    monkeypatch.setattr(toy, "plain_run", lambda *_: torch.full((4,), np.nan))
+    assert toy.compare_with_loop(args, CPU)["loop_difference"] == np.inf
 
 
 @pytest.mark.parametrize("argv", [[], ["--family", "mixture"], ["--gradients"]])
