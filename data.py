@@ -160,13 +160,19 @@ class Pictures:
         self.read = archive.read if archive else lambda name: (source / name).read_bytes()
         names = archive.namelist() if archive else [path.relative_to(source).as_posix() for path in source.rglob("*")]
         self.names = sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith("."))
-        files = [source.stat()] if archive else [(source / name).stat() for name in self.names]
+        try:
+            files = [source.stat()] if archive else [(source / name).stat() for name in self.names]
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend it or take it away") from error
         self.stamp = [len(self.names), sum(file.st_size for file in files), max((file.st_mtime_ns for file in files), default=0)]
 
     def open(self, name):
-        """A picture as RGB, upright. Raises UserError for a damaged one."""
+        """A picture as RGB, upright. Raises UserError for a damaged one, or one of more than 8 bits, which Pillow would clip to white."""
         try:
-            return ImageOps.exif_transpose(Image.open(io.BytesIO(self.read(name)))).convert("RGB")
+            picture = Image.open(io.BytesIO(self.read(name)))
+            if picture.mode.startswith(("I", "F")):
+                raise UserError(f"{self.source}/{name} has more than 8 bits a channel; save it with 8 first")
+            return ImageOps.exif_transpose(picture).convert("RGB")
         except DAMAGE as error:
             raise UserError(f"{self.source}/{name} is damaged ({type(error).__name__})") from error
 

@@ -705,14 +705,16 @@ FLOOR = {"color": "black", "linestyle": ":", "label": "convolutions alone"}
 def benchmark(runs, save):
     """Images per second of every pair with the smallest and largest of the turns, beside what its convolutions alone allow."""
     arrays = load_arrays(Path(runs[0]) / "metrics.npz")
-    images = select(arrays, part="images", precision="float32")
-    panels = sorted(set(zip(images["image"], images["net"])))
-    batches = select(arrays, part="batch", precision="float32")
+    images, batches = (select(arrays, part=part) for part in ("images", "batch"))
+    panels = sorted({(image, net, precision) for image, net, precision, mode in zip(images["image"], images["net"], images["precision"], images["mode"]) if mode == "floor"})
+    batches = select(batches, precision=batches["precision"][0]) if len(batches["size"]) else batches
     others = [rows for part in ("sweep", "ensemble", "toy", "importance") if len((rows := select(arrays, part=part))["size"])]
     figure, axes = new_figure(len(panels) + bool(len(batches["size"])) + len(others), 1, size=(7.2, 2.6))
-    for ax, (image, net) in zip(axes[:, 0], panels):
-        rate_bars(ax, select(images, image=image, net=net))
-        ax.set_title(f"{net}, {image.replace('x', ' x ')} x {image.split('x')[1]} pixels, float32, {arrays['config']['device']}")
+    for ax, (image, net, precision) in zip(axes[:, 0], panels):
+        here = select(images, image=image, net=net)
+        keep = (here["precision"] == precision) | (here["mode"] == "plain")  # plain is float32
+        rate_bars(ax, {name: column[keep] for name, column in here.items()})
+        ax.set_title(f"{net}, {image.replace('x', ' x ')} x {image.split('x')[1]} pixels, {precision}, {arrays['config']['device']}")
     if len(batches["size"]):
         for mode, style in (MODES | {"floor": FLOOR}).items():
             rows = select(batches, mode=mode)
@@ -731,6 +733,7 @@ def benchmark(runs, save):
         ax.set(xlabel=unit, ylabel="ms", xscale="log", yscale="log", title=rows["part"][0])
         ax.set_xticks(sizes := np.unique(rows["size"]), sizes)
         ax.minorticks_off()
+        label_ticks(ax)
         ax.legend()
     if axes[0, 0].get_legend() is None:
         axes[0, 0].legend(loc="upper right", ncols=4)

@@ -77,6 +77,8 @@ def main(args):
     data = load_images(args.data, args.data_root, args.limit, args.test_limit)
     if args.batch > len(data.train):
         raise UserError(f"--batch {args.batch} is more than the {len(data.train)} training images")
+    if len(data.test) < 2:
+        raise UserError(f"{args.data} has one test image here; MMD and FID are over pairs of images and want at least two")
     torch.manual_seed(seed_of(args.seed, INIT))
     vae = vae_of(vars(args), data.train.shape[1:]).to(device)
     if args.dry_run:

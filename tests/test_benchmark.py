@@ -107,6 +107,22 @@ def test_kept_memory_costs_no_page_faults():
     assert faults() < given_back / 10
 
 
+def test_quick_sets_defaults_only_and_bf16_alone_is_drawn(tmp_path):
+    argv = ["--quick", "--pairs", "FD-S", "--precision", "bf16", "--device", "cpu", "--out", str(tmp_path / "run")]
+    benchmark.main(benchmark.parse_args(argv))
+    arrays, picture = load_arrays(tmp_path / "run" / "metrics.npz"), tmp_path / "run" / "benchmark.png"
+    assert set(arrays["pair"]) == {"FD-S"} and set(arrays["precision"][arrays["mode"] == "eager"]) == {"bf16"}
+    picture.unlink()
+    benchmark.main(benchmark.parse_args(argv))
+    assert picture.exists()
+
+
+def test_hours_of_table_1_are_of_its_recipe_alone():
+    assert benchmark.recipe_of_the_paper(benchmark.parse_args([]))
+    for argv in (["--width", "2"], ["--samples", "1"], ["--inner-steps", "1"], ["--dim-z", "2"]):
+        assert not benchmark.recipe_of_the_paper(benchmark.parse_args(argv))
+
+
 def test_table_1_adds_up():
     rows = [{"part": "images", "image": image, "net": "conv", "pair": pair, "size": 100, "mode": "eager", "precision": "float32",
              "seconds": np.array([1.0, 3.6, 9.0])} for image in benchmark.RUN_STEPS for pair in benchmark.TABLE1]
@@ -116,7 +132,8 @@ def test_table_1_adds_up():
 
 
 @pytest.mark.parametrize("flags, words", [(["--precision", "tf32", "--device", "cpu"], "tf32 is a mode of CUDA GPUs"),
-                                          (["--device", "tpu"], "not one of auto, cpu"), (["--pairs", "KLD-X"], "invalid choice")])
+                                          (["--device", "tpu"], "not one of auto, cpu"), (["--pairs", "KLD-X"], "invalid choice"),
+                                          (["--pairs", "KLD-F", "KLD-F"], "--pairs names one twice")])
 def test_mistakes_get_one_sentence(tmp_path, fails, flags, words):
     assert words in fails(benchmark, *flags, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -331,6 +331,20 @@ def test_folder_of_any_pictures(tmp_path):
     assert data.load_images(f"folder:{small}").train.shape == (1, 3, 32, 32)
 
 
+def test_what_would_be_read_wrongly_is_refused(tmp_path):
+    for i in range(3):
+        picture(i, 64, 64).save(tmp_path / f"{i}.png")
+    Image.fromarray(np.full((64, 64), 30_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError) as error:
+        data.load_images(f"folder:{tmp_path}")
+    one_line(error, tmp_path / "deep.png", "more than 8 bits")
+    (tmp_path / "deep.png").unlink()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError) as error:
+        data.load_images(f"folder:{tmp_path}")
+    one_line(error, tmp_path / "link.png", "cannot be read")
+
+
 def test_rotated_by_its_camera(tmp_path):
     upright = picture(1, 64, 100)
     for i in range(2):

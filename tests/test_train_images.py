@@ -178,6 +178,7 @@ def test_default_folders_of_a_sweep_never_collide():
     (["--samples", "0"], "0 is not a whole number of 1 or more"),
     (["--lr", "nan"], "nan is not a number above 0"),
     (["--batch", "301"], "more than the 300 training images"),
+    (["--test-limit", "1"], "want at least two"),
     (["--precision", "tf32"], "GPU"),
     (["--learn", "sliced"], "invalid choice"),
 ])
