@@ -536,7 +536,7 @@ def parse_args(argv=None):
     flag("--runs", nargs="+", type=positive, default=[2], help="how many runs at once in --part sweep")
     flag("--members", nargs="+", type=positive, default=[1, 3, 10, 30], help="sizes of --part ensemble")
     flag("--importance-samples", nargs="+", type=positive, default=[1000, 3000, 10_000, 30_000], help="sizes of --part importance")
-    flag("--quick", action="store_true", help="a tiny model, three pairs and two turns: does it run, not how fast")
+    flag("--quick", action="store_true", help="unless given: a tiny model, three pairs and two turns; does it run, not how fast")
     flag = parser.add_argument_group("model").add_argument
     flag("--net", nargs="+", choices=("conv", "resnet"), default=["conv", "resnet"], help="networks; --part batch takes the first")
     flag("--image", nargs="+", choices=RUN_STEPS, default=["1x32"], help="channels and side of the images")

@@ -119,7 +119,8 @@ def latent_score_gap(vae, x, q, z, a=None):
         if a is None or w is not z:
             a, _ = likelihood_score(vae, x, q, w)
         gamma = vae.log_gamma.exp()[..., None, None]
-        (minus_likelihood,) = grad(a, w, gamma * a, create_graph=_requires_grad(vae.decoder, z))  # da/dz = J_g / gamma
+        keep = vae.log_gamma.requires_grad or _requires_grad(vae.decoder, z)
+        (minus_likelihood,) = grad(a, w, gamma * a, create_graph=keep)  # da/dz = J_g / gamma
     return -(z - q.base_dist.loc) / q.base_dist.scale**2 + z + minus_likelihood
 
 

@@ -697,7 +697,7 @@ def toy_gradients(runs, save):
 
 # ------------------------------------------------------------------------------------------------------------- benchmark
 
-MODES = {"plain": {"color": "0.6", "label": "plain"}, "eager": {"color": "tab:blue", "label": "eager"},
+MODES = {"plain": {"color": "0.6", "label": "plain, float32"}, "eager": {"color": "tab:blue", "label": "eager"},
          "captured": {"color": "tab:orange", "label": "captured"}}
 FLOOR = {"color": "black", "linestyle": ":", "label": "convolutions alone"}
 
@@ -707,22 +707,19 @@ def benchmark(runs, save):
     arrays = load_arrays(Path(runs[0]) / "metrics.npz")
     images, batches = (select(arrays, part=part) for part in ("images", "batch"))
     panels = sorted({(image, net, precision) for image, net, precision, mode in zip(images["image"], images["net"], images["precision"], images["mode"]) if mode == "floor"})
-    batches = select(batches, precision=batches["precision"][0]) if len(batches["size"]) else batches
+    of_batches = np.unique(batches["precision"][batches["mode"] == "floor"])
     others = [rows for part in ("sweep", "ensemble", "toy", "importance") if len((rows := select(arrays, part=part))["size"])]
-    figure, axes = new_figure(len(panels) + bool(len(batches["size"])) + len(others), 1, size=(7.2, 2.6))
+    figure, axes = new_figure(len(panels) + len(of_batches) + len(others), 1, size=(7.2, 2.6))
     for ax, (image, net, precision) in zip(axes[:, 0], panels):
-        here = select(images, image=image, net=net)
-        keep = (here["precision"] == precision) | (here["mode"] == "plain")  # plain is float32
-        rate_bars(ax, {name: column[keep] for name, column in here.items()})
+        rate_bars(ax, beside_plain(select(images, image=image, net=net), precision))
         ax.set_title(f"{net}, {image.replace('x', ' x ')} x {image.split('x')[1]} pixels, {precision}, {arrays['config']['device']}")
-    if len(batches["size"]):
+    for ax, precision in zip(axes[len(panels):, 0], of_batches):
         for mode, style in (MODES | {"floor": FLOOR}).items():
-            rows = select(batches, mode=mode)
+            rows = select(beside_plain(batches, precision), mode=mode)
             if len(rows["size"]):
-                ax = axes[len(panels), 0]
                 ax.plot(rows["size"], 1e3 / np.median(rates(rows), 1), marker=".", **style)
         ax.set(xlabel="images per minibatch", ylabel="ms per image", xscale="log", ylim=(0, None),
-               title=f"{batches['pair'][0]}, {batches['net'][0]}")
+               title=f"{batches['pair'][0]}, {batches['net'][0]}, {precision}")
         ax.set_xticks(sizes := np.unique(batches["size"]), sizes)
         ax.minorticks_off()
     for ax, rows in zip(axes[len(axes) - len(others):, 0], others):
@@ -752,6 +749,12 @@ def rate_bars(ax, rows):
     ax.hlines(floor, at - 0.42, at + 0.42, **FLOOR)
     ax.set(ylabel="images/s", ylim=(0, 1.25 * floor.max()))
     ax.set_xticks(at, pairs, rotation=35, ha="right", rotation_mode="anchor")
+
+
+def beside_plain(rows, precision):
+    """The rows of one precision and those of plain, which is float32 alone."""
+    keep = (rows["precision"] == precision) | (rows["mode"] == "plain")
+    return {name: column[keep] for name, column in rows.items()}
 
 
 def rates(rows):

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,10 @@ def command_line(parse_args, main):
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        print(f"{Path(sys.argv[0]).name}: error: out of GPU memory; a smaller --batch, --samples or --width needs less",
-              file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: out of memory; a smaller --batch, --samples, --width or --hidden needs less", file=sys.stderr)
         sys.exit(2)
 
 
@@ -58,13 +60,12 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 def number(kind, low, exclusive, name):
     def parse(text):
-        value = kind(text)
-        high = 2**63 if kind is int else math.inf
-        if not (low < value < high if exclusive else low <= value < high):  # also refuses nan
-            raise argparse.ArgumentTypeError(f"{text} is not {name}")
-        return value
+        with contextlib.suppress(ValueError):
+            value, high = kind(text), 2**63 if kind is int else math.inf
+            if low < value < high if exclusive else low <= value < high:  # also refuses nan
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {name}")
 
-    parse.__name__ = name
     return parse
 
 
@@ -150,7 +151,7 @@ def load_arrays(path):
         arrays["config"] = json.loads(str(arrays["config"])) if "config" in arrays else {}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist; is {Path(path).parent} a finished run?") from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); run the command of its folder again with --overwrite") from error
     return arrays
 
@@ -164,14 +165,17 @@ def load_finished(folder):
 
 
 def load_config(folder):
-    """`config.json` of a run folder. Raises UserError for a folder that is none."""
+    """`config.json` of a run folder. Raises UserError for a folder that is none, or whose config.json is damaged or not of a run."""
     path = Path(folder) / "config.json"
     try:
-        return dict(json.loads(path.read_text()))
+        config = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is not a run folder: it has no config.json") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove {folder}, or leave it alone and choose another") from error
+    if not (isinstance(config, dict) and "script" in config and isinstance(config.get("flags"), dict)):
+        raise UserError(f"{folder} is not a run folder: its config.json is not that of a run")
+    return config
 
 
 def status_of(folder):
@@ -263,15 +267,16 @@ class Run:
         self._lock.close()
 
     def _claim(self):
-        files = [file for file in self.path.iterdir() if file.name != ".lock"]
+        files = [file for file in self.path.iterdir() if file.name != ".lock" and file.suffix != ".tmp"]
         if files and not (self.path / "config.json").exists():
             raise UserError(f"{self.path} holds files but no config.json, so it is not a run folder; choose another --out")
+        old = load_config(self.path) if files else None  # never clears a folder that is not a run's
         if self.overwrite:
             for file in files:
                 if file.is_file():
                     file.unlink()
         elif files:
-            self._refuse_other_flags(load_config(self.path))
+            self._refuse_other_flags(old)
             self.status = status_of(self.path)
             if self.status:
                 print(f"{self.path}: finished before ({self.status}); --overwrite redoes it")
@@ -305,6 +310,9 @@ class Run:
 def load_checkpoint(path, device="cpu"):
     """Tensors and plain Python of a checkpoint (`weights_only=True`). Raises UserError for a damaged or foreign file."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load compares no checksum
+                raise ValueError(f"checksum of {damaged}")
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

@@ -57,7 +57,7 @@ def parse_args(argv=None):
     flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
     flag("--out", default=None, help="the run's folder (default: runs/images/ and the flags that matter)")
     flag("--overwrite", action="store_true", help="redo a run that is there")
-    flag("--dry-run", action="store_true", help="say what would run, train nothing, write nothing")
+    flag("--dry-run", action="store_true", help="say what would run, train nothing, write no run (data may be downloaded or converted)")
     args = parser.parse_args(argv)
     resolve_pair(parser, args)
     args.width = args.width or WIDTH[args.net]

@@ -33,6 +33,8 @@ from training import (
     learn_loss,
     refuse_to_compile,
     resolve_pair,
+    restore,
+    restore_generator,
     seed_of,
     set_gradients,
     stack,
@@ -74,12 +76,12 @@ class EnsembleTrainer:
         self.args, self.law, self.device, self.steps_per_epoch = args, LAWS[args.data], device, args.steps_per_epoch
         self.vae = build_ensemble(2, 2, args.hidden, [seed_of(seed, INIT) for seed in seeds], init_sd=args.init_sd).to(device)
         self.phi, self.theta = list(self.vae.encoder.parameters()), [*self.vae.decoder.parameters(), self.vae.log_gamma]
-        self.adam = adam(self.theta, args.lr)
         self.generators = [torch.Generator(device).manual_seed(seed_of(seed, NOISE)) for seed in seeds]
         self.clock = torch.zeros((), dtype=torch.int64, device=device)
         self.diverged_at = torch.full((len(seeds),), torch.iinfo(torch.int64).max, device=device)
         self.sums = torch.zeros(3, len(seeds), device=device)  # of the losses of phi and theta, and their number
         self.step, self.graph, self.captured = 0, device.type == "cuda" and not args.no_graph, None
+        self.adam = adam(self.theta, args.lr, capturable=self.graph)
         if args.compile:
             self.infer, self.learn = compiled(self.infer), compiled(self.learn)
 
@@ -151,11 +153,10 @@ class EnsembleTrainer:
                 "tensors": {name: tensor.cpu() for name, tensor in self.state().items()}}
 
     def load(self, saved):
+        restore(self.state(), saved["tensors"])
         self.step = saved["step"]
-        for generator, state in zip(self.generators, saved["generators"]):
-            generator.set_state(state)
-        for name, tensor in self.state().items():
-            tensor.copy_(saved["tensors"][name])
+        for i, (generator, state) in enumerate(zip(self.generators, saved["generators"])):
+            restore_generator(generator, state, seed_of(self.args.seed + i, NOISE, self.step))
 
     def progress(self, rate):
         infer, learn = (self.sums[:2] / self.sums[2]).nanmedian(1).values.tolist()

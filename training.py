@@ -83,7 +83,7 @@ class Trainer:
         self.generator = torch.Generator(self.device).manual_seed(seed_of(seed, NOISE))
 
         self.phi, self.theta = list(vae.encoder.parameters()), [*vae.decoder.parameters(), vae.log_gamma]
-        self.optimisers = [adam(self.phi, lr), adam(self.theta, lr)]
+        self.optimisers = [adam(params, lr, capturable=self.graph) for params in (self.phi, self.theta)]
         self.steps_per_epoch = len(images) // batch
         self.order = torch.arange(len(images), device=self.device)
         self.cursor = torch.arange(batch, device=self.device)  # rows of `order` that make the next minibatch
@@ -161,13 +161,9 @@ class Trainer:
         return {"step": self.step, "generator": self.generator.get_state(), "tensors": {k: v.cpu() for k, v in self.state().items()}}
 
     def load(self, saved):
+        restore(self.state(), saved["tensors"])
         self.step = saved["step"]
-        if len(saved["generator"]) == len(self.generator.get_state()):
-            self.generator.set_state(saved["generator"].cpu())
-        else:  # saved on another kind of device, whose generator has another state
-            self.generator.manual_seed(seed_of(self.seed, NOISE, self.step))
-        for name, tensor in self.state().items():
-            tensor.copy_(saved["tensors"][name])
+        restore_generator(self.generator, saved["generator"], seed_of(self.seed, NOISE, self.step))
 
     def progress(self, rate):
         infer, learn = (self.sums[:, 0] / self.sums[:, 2]).tolist()
@@ -182,10 +178,9 @@ class Trainer:
         return dict(zip(("infer_loss", "learn_loss", "infer_grad_norm", "learn_grad_norm"), values.flatten().cpu()))
 
 
-def adam(params, lr):
+def adam(params, lr, capturable):
     """Fused Adam with its state made at once, so that it can be captured, saved and loaded in place."""
-    cuda = params[0].is_cuda
-    optimiser = torch.optim.Adam(params, lr, fused=True, capturable=cuda)
+    optimiser = torch.optim.Adam(params, lr, fused=True, capturable=capturable)
     for p in params:
         optimiser.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
@@ -207,13 +202,31 @@ def state_of(vae, *optimisers):
     return state
 
 
+def restore(state, saved):
+    """Copy saved tensors into those of `state`, by name. Raises UserError, having copied nothing, where names or shapes differ."""
+    if {name: tensor.shape for name, tensor in state.items()} != {name: tensor.shape for name, tensor in saved.items()}:
+        raise UserError("the checkpoint is of another model than these flags make and is kept as it is; "
+                        "move it away or use --overwrite to start the run again")
+    for name, tensor in state.items():
+        tensor.copy_(saved[name])
+
+
+def restore_generator(generator, state, seed):
+    """A generator's state; where it was saved on another kind of device, whose states are of another form, a new stream from `seed`."""
+    if len(state) == len(generator.get_state()):
+        generator.set_state(state.cpu())
+    else:
+        generator.manual_seed(seed)
+
+
 def capture(update, state, generators=()):
     """update() as a CUDA graph. The calls that warm it up are undone, so that a replayed run equals an eager one."""
     before, drawn = [tensor.clone() for tensor in state.values()], [generator.get_state() for generator in generators]
     device = next(iter(state.values())).device
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*capturable=True.*")  # Adam's, of steps that are not captured
         for _ in range(3):
             update()
             for tensor, value in zip(state.values(), before):
@@ -285,6 +298,8 @@ def train(run, trainer, epochs, eval_every, evaluate):
     Returns the status, `ok` or `diverged@<step>` (a non-finite loss is a result), and the history: a list per metric.
     """
     saved = run.load_checkpoint()
+    if saved and not (isinstance(saved, dict) and saved.keys() == {"trainer", "history", "seconds"}):
+        raise UserError(f"{run.path}/checkpoint.pt is not a checkpoint of this script and is kept as it is; move it away")
     history, seconds = (saved["history"], saved["seconds"]) if saved else ({}, 0.0)
     if saved:
         trainer.load(saved["trainer"])

@@ -13,7 +13,7 @@ import benchmark
 import plots
 from benchmark import PAIRS, Floor, Plain, plain_loss
 from models import build_vae
-from runs import keep_freed_memory, load_arrays
+from runs import keep_freed_memory, load_arrays, save_arrays
 from training import Trainer, infer_loss, joint_loss, learn_loss
 
 OPTIONS = {"samples": 3, "inner_steps": 2, "noise": 0.1, "batch": 8, "lr": 1e-4}
@@ -115,6 +115,20 @@ def test_quick_sets_defaults_only_and_bf16_alone_is_drawn(tmp_path):
     picture.unlink()
     benchmark.main(benchmark.parse_args(argv))
     assert picture.exists()
+
+
+def test_every_precision_is_drawn_beside_plain(tmp_path, monkeypatch):
+    measured = [("plain", "float32")] + [(mode, precision) for precision in ("bf16", "tf32") for mode in ("eager", "floor")]
+    rows = [benchmark.small_row(part, "KLD-F", 10, mode, np.ones(2), 0, precision) | {"image": "1x32"}
+            for part in ("images", "batch") for mode, precision in measured]
+    save_arrays(tmp_path / "metrics.npz", {"device": "cpu"}, **{name: np.array([row[name] for row in rows]) for name in rows[0]})
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, save: drawn.append(figure))
+    plots.benchmark([tmp_path], None)
+    panels = drawn[0].axes
+    assert [precision in ax.get_title() for ax, precision in zip(panels, 2 * ["bf16", "tf32"])] == 4 * [True] and len(panels) == 4
+    for ax in panels:
+        assert set(ax.get_legend_handles_labels()[1]) == {"plain, float32", "eager", "convolutions alone"}
 
 
 def test_hours_of_table_1_are_of_its_recipe_alone():

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import train_images
+import train_synthetic
+from distributions import LAWS
 from models import build_vae
 from runs import load_arrays
 from training import Trainer, capture
@@ -167,3 +169,17 @@ def test_runs_with_and_without_graphs_agree(digits, tmp_path):
     assert str(captured["status"]) == str(eager["status"]) == "ok"
     for name in ("negative_elbo", "reconstruction_mse", "log_gamma"):
         torch.testing.assert_close(torch.tensor(captured[name]), torch.tensor(eager[name]), rtol=2e-2, atol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("data", LAWS)
+def test_a_captured_ensemble_equals_an_eager_one(data):
+    ensembles = []
+    for mode in ([], ["--no-graph"]):
+        args = train_synthetic.parse_args(["--data", data, "--learn", "bao", "--samples", "2", "--seeds", "3", "--batch", "50", "--hidden", "8",
+                                           "--inner-steps", "2", "--bilevel-steps", "1", "--device", "cuda", *mode])
+        ensembles.append(run(train_synthetic.EnsembleTrainer(args, torch.device("cuda"))))
+    captured, eager = (ensemble.state() for ensemble in ensembles)
+    assert captured.keys() == eager.keys() and torch.equal(captured["clock"], eager["clock"])
+    for name, tensor in captured.items():
+        torch.testing.assert_close(tensor, eager[name], rtol=1e-3, atol=3e-4, msg=lambda text, name=name: f"{name}: {text}")

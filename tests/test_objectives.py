@@ -319,3 +319,17 @@ def test_unbiased_needs_two_samples_and_names_are_the_papers():
     with pytest.raises(ValueError, match="at least 2"):
         LEARN["swersky"](vae, x, vae.encode(x), torch.randn(1, 4, 2), estimator="unbiased")
     assert [label("fd", "kld"), label("elbo", "kld"), label("bao", "fd"), label("fae", "fae")] == ["KLD-F", "KLD-ELBO", "FD-B", "FAE"]
+
+
+@pytest.mark.parametrize("loss", [LEARN["fae"], INFER["fd"]])
+def test_gamma_has_its_gradient_with_a_frozen_decoder(loss):
+    """Also through c, whose part grad_z log p(x|z) is divided by gamma."""
+    def gradient(frozen):
+        torch.manual_seed(0)
+        vae = build_vae("mlp", (5,), 3, width=8).double()
+        vae.decoder.requires_grad_(not frozen)
+        x = torch.randn(4, 5, dtype=torch.float64).requires_grad_()
+        q = vae.encode(x)
+        return torch.autograd.grad(loss(vae, x, q, q.sample((2,))).mean(), vae.log_gamma)[0]
+
+    assert torch.equal(gradient(frozen=True), gradient(frozen=False))

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd import grad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import plots
 import train_synthetic
+from distributions import LAWS
 from models import build_ensemble
 from objectives import HAS_ESTIMATOR, LEARN
 from runs import load_arrays, load_checkpoint, save_arrays
@@ -314,6 +316,55 @@ def test_figures_are_redrawn_from_the_arrays(tmp_path, fails):
     assert "not a run folder" in fails(plots, "synthetic", tmp_path / "nowhere")
     train(tmp_path / "wider", "--hidden", 7)
     assert "the runs differ in hidden" in fails(plots, "synthetic", runs[0], tmp_path / "wider")
+
+
+@pytest.mark.parametrize("data", LAWS)
+def test_an_update_copies_nothing_from_the_host(data):
+    """A constant made on the host (lift_fresh) is copied to the device at each update, which a CUDA graph cannot capture."""
+    trainer = EnsembleTrainer(arguments("--data", data), CPU)
+    trainer.update()
+    with HostConstants() as log:
+        trainer.update()
+    assert not log.seen
+
+
+class HostConstants(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "lift_fresh" in str(function) or "_local_scalar_dense" in str(function):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_sparse_is_what_the_design_says():
+    u = torch.randn(7, 4)
+    expected = (u[:, :2].sign() * u[:, :2] ** 2) @ torch.tensor([[0.1, 0.03], [-0.03, 0.1]]) + 0.01 * u[:, 2:]
+    assert torch.allclose(LAWS["sparse"].transform(u), expected)
+
+
+@pytest.mark.parametrize("flags, words", [(["--seeds", 3], "of another model"), (["--hidden", 7], "of another model")])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, fails, flags, words):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for out, argv in ((mine, []), (other, flags)):
+        train(out, *argv)
+    (mine / "metrics.npz").unlink()
+    shutil.copy(other / "checkpoint.pt", mine)
+    assert words in fails(train_synthetic, *SMALL, "--out", mine)
+    torch.save({"weight": torch.ones(3)}, mine / "checkpoint.pt")
+    assert "is not a checkpoint of this script" in fails(train_synthetic, *SMALL, "--out", mine)
+
+
+def test_a_run_goes_on_where_generators_have_another_form():
+    trainer = EnsembleTrainer(arguments(), CPU)
+    trainer.run_step()
+    saved = trainer.save() | {"generators": [torch.zeros(16, dtype=torch.uint8)] * 2}  # a GPU's
+    other = EnsembleTrainer(arguments(), CPU)
+    other.load(saved)
+    other.run_step()
+    assert other.step == 2 and not torch.equal(other.noise[0], other.noise[1])
 
 
 def test_members_are_told_apart_by_the_latents_they_use(tmp_path, fails):

@@ -179,6 +179,7 @@ def test_default_folders_of_a_sweep_never_collide():
     (["--lr", "nan"], "nan is not a number above 0"),
     (["--batch", "301"], "more than the 300 training images"),
     (["--test-limit", "1"], "want at least two"),
+    (["--batch", "1e3"], "1e3 is not a whole number of 1 or more"),
     (["--precision", "tf32"], "GPU"),
     (["--learn", "sliced"], "invalid choice"),
 ])
@@ -201,8 +202,11 @@ def test_a_folder_of_another_run_is_refused_and_names_the_flags(digits, tmp_path
     assert np.array_equal(before["negative_elbo"], load_arrays(tmp_path / "run" / "metrics.npz")["negative_elbo"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("all of it")
-    for argv in ([], ["--overwrite"]):
-        assert "not a run folder" in fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "mine", *argv)
+    for config in (None, {"model_type": "another program's"}):
+        if config:
+            (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+        for argv in ([], ["--overwrite"]):
+            assert "not a run folder" in fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "mine", *argv)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "all of it"
 
 
@@ -215,6 +219,36 @@ def test_a_truncated_checkpoint_is_named_and_kept(digits, tmp_path, fails, keep)
     message = fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "run")
     assert f"{checkpoint} is damaged" in message and "--overwrite" in message
     assert checkpoint.stat().st_size == keep
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(digits, tmp_path, fails):
+    train(digits, tmp_path / "run")
+    (tmp_path / "run" / "metrics.npz").unlink()
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    whole = bytearray(checkpoint.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    checkpoint.write_bytes(whole)
+    assert "checksum" in fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name, damage", [("metrics.npz", lambda data: data[:80] + bytes(40) + data[120:]), ("metrics.npz", lambda data: b""),
+                                          ("config.json", lambda data: b"[]"), ("config.json", lambda data: b'{"flags": null}')])
+def test_damaged_files_of_a_finished_run_are_named(digits, tmp_path, fails, name, damage):
+    run = tmp_path / "run"
+    train(digits, run)
+    (run / name).write_bytes(damage((run / name).read_bytes()))
+    message = fails(train_images, *SMALL, "--data-root", digits, "--out", run)
+    assert ("is damaged" if name == "metrics.npz" else "not a run folder") in message and str(run) in message
+
+
+def test_what_a_killed_first_write_leaves_is_no_obstacle(digits, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.123.tmp").write_text("")
+    train(digits, tmp_path / "run")
+
+
+def test_too_large_for_the_memory(digits, tmp_path, fails):
+    assert "out of memory" in fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "run", "--dim-z", 2_000_000_000)
 
 
 def test_a_second_process_on_one_folder_leaves(digits, tmp_path, fails):
