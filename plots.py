@@ -237,8 +237,8 @@ def posterior_mean(runs, save):
     def draw(ax, arrays, **style):
         share, averaged = arrays["posterior_mean_histogram"][-1], arrays["posterior_mean"][-1]
         edges = np.linspace(0, 1, len(share) + 1)
-        ax.stairs(share, edges, fill=True, alpha=0.4, **style)
-        ax.stairs(np.histogram(averaged, edges)[0] / len(averaged), edges, linestyle=":", **style)
+        ax.stairs(share, edges, fill=True, alpha=0.4, label="each image and latent", **style)
+        ax.stairs(np.histogram(averaged, edges)[0] / len(averaged), edges, linestyle=":", label="each latent, mean over images", **style)
 
     histograms(runs, save, draw, "posterior mean", "share")
 
@@ -256,6 +256,8 @@ def histograms(runs, save, draw, xlabel, ylabel):
         row[0].set_ylabel(f"{title}\n{ylabel}" if len(panels) > 1 else ylabel)
         for ax in row[len(groups):]:
             ax.set_axis_off()
+    if axes[0, 0].get_legend_handles_labels()[0]:
+        legend(figure, axes, columns=1)
     save_figure(figure, save)
 
 
