@@ -342,7 +342,9 @@ def draw(runs, out):
         if chosen:
             figure(chosen, out / f"{figure.__name__}.png")
     firsts = [next((runs[i] for i in members if not diverged[i]), None) for _, members in group_by_seed(runs, configs)]
-    plots.samples([run for run in firsts if run], out / "samples.png")
+    pictured = [run for run in firsts if run and "samples" in load_arrays(run / "metrics.npz")]  # published runs may come without
+    if pictured:
+        plots.samples(pictured, out / "samples.png")
 
 
 # ------------------------------------------------------------------------------------------- signal-to-noise of gradients
