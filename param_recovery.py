@@ -30,7 +30,7 @@ from models import EnsembleVAE
 from objectives import INFER, LEARN
 from runs import Formatter, Run, command_line, count, pick_device, positive, positive_float, run_name
 
-GRID, CELLS, ZOOMS = 2001, 3, 12  # points over w in [0, inf), local minima refined, refinements of each by a factor 10
+GRID, CELLS, ZOOMS = 2001, 3, 12  # points over w, local minima refined, refinements of each by a factor 10
 SWEEP = 2.0 ** np.linspace(-3, 3, 241)  # alphas of the comparison of all rules
 CHECKED = np.array([0.5, 1, 1.5, 2, 3])  # w* of the table and of the stochastic mode
 
@@ -234,8 +234,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.samples < 2:
         parser.error("--samples must be at least 2: the unbiased estimators divide by N - 1")
-    if max(args.w_star, args.w_star_max) > 100 or not 1e-6 <= args.gamma <= 1e6:
-        parser.error("--w-star and --w-star-max go to 100 and --gamma from 1e-6 to 1e6: there the search for w is exact")
+    if max(args.w_star, args.w_star_max) > 100 or not 1e-4 <= args.gamma <= 1e4 or not all(1e-3 <= a <= 1e3 for a in (args.alpha, *args.alphas)):
+        parser.error("--w-star and --w-star-max go to 100, --gamma from 1e-4 to 1e4, --alpha and --alphas from 1e-3 to 1e3: "
+                     "there the search finds w to a thousandth of the larger of w* and sqrt(gamma)")
     if not args.stochastic and any(getattr(args, name) != parser.get_default(name) for name in ("iterations", "lr", "batch", "samples", "seed")):
         parser.error("--iterations, --lr, --batch, --samples and --seed have a meaning with --stochastic only")
     args.out = args.out or f"runs/param_recovery/{run_name(args, ('seed',), vars(parser.parse_args([])))}"

@@ -326,7 +326,10 @@ class Unamortised(nn.Module):
 
 
 def compare_with_loop(args, device):
-    """The first steps again, run after run, by autograd, objectives.INFER and torch.optim: its rate, and how far it ends from ours."""
+    """The first steps again, run after run, by autograd, objectives.INFER and torch.optim: its rate, and how far it ends from ours.
+
+    Numbers that are finite in neither agree; one that is finite in one alone is a difference of inf.
+    """
     batched = Descent(argparse.Namespace(**{**vars(args), "iterations": args.compare_loop}), device)
     noise = []
     while batched.step < args.compare_loop:
@@ -338,8 +341,8 @@ def compare_with_loop(args, device):
     for (l, likelihood), (i, objective), (p, optimiser), (k, _) in itertools.product(*map(enumerate, axes)):
         alone = plain_run(likelihood, objective, optimiser, batched.starts[:, k], noise[..., k], args)
         ours = batched.params[:, :, l, i, p, k].flatten()
-        same = (alone == ours) | (alone.isnan() & ours.isnan())
-        difference = max(difference, (alone - ours).abs().masked_fill(same, 0).nan_to_num(nan=math.inf).max().item())
+        lost = ~(alone.isfinite() | ours.isfinite())
+        difference = max(difference, (alone - ours).abs().masked_fill(lost, 0).nan_to_num(nan=math.inf, posinf=math.inf).max().item())
     rate = batched.params[0, 0].numel() * args.compare_loop / (time.perf_counter() - began)
     return {"loop_rate": torch.tensor(rate), "loop_difference": torch.tensor(difference)}
 
@@ -374,7 +377,7 @@ def report(arrays, args):
         print(f"{likelihood:5} {objective:8} {optimiser:4} {int(arrays['caught'][l, i, p].sum()):4}/{K}"
               + (f", {K - int(ended.sum())} diverged" if not ended.all() else "") + " |", *(f"{value:7.3f}" for value in medians))
     print(f"{arrays['rate']:,.0f} runs x iterations per second" + (
-        f", {arrays['loop_rate']:,.0f} one run after another (they agree to {arrays['loop_difference']:.1e})" if args.compare_loop else ""))
+        f", {arrays['loop_rate']:,.0f} one run after another (they differ by at most {arrays['loop_difference']:.1e})" if args.compare_loop else ""))
     if "location_gradient" in arrays:
         biased, unbiased, differences = arrays["location_gradient"]
         print(f"location gradient of the FD at the starts: biased at most {biased.abs().max():g}, unbiased {unbiased.abs().mean():.3g} on "
@@ -423,7 +426,8 @@ def fit_mixtures(args, device, run):
 def judge_mixtures(fit, posterior, grid):
     """KL(q || p(z|x)) of every fit [L, R], split by the sides z1 + z2 > 0 and < 0: KL between their masses, and the mean KL within them.
 
-    All by sums over the grid, and so nan for a fit that diverged or has more than a hundredth of its mass beyond it.
+    All by sums over the grid, and so nan for a fit that diverged or whose mass there is not 1 to a hundredth: it lies beyond the grid, or is too
+    narrow for it.
     """
     right = grid.z.sum(0) > 0
     columns = []
@@ -435,7 +439,8 @@ def judge_mixtures(fit, posterior, grid):
         q, p = log_q.exp() * grid.cell, grid.log_posterior.exp() * grid.cell
         kl = (q * (log_q - grid.log_posterior)).sum((1, 2))
         q_right, p_right = q[:, right].sum(-1), p[:, right].sum(-1)
-        between = sum(a * (a / b).log() for a, b in ((q_right, p_right), (1 - q_right, 1 - p_right)))
+        sides = (q_right, p_right), ((1 - q_right).clamp(min=0), 1 - p_right)
+        between = sum(torch.xlogy(a, a / b) for a, b in sides)
         numbers = torch.stack((kl, between, kl - between, q_right, (q * FD).sum((1, 2))))
         on_grid = (q.sum((1, 2)) - 1).abs() < 0.01  # false for nan
         columns.append((*numbers.masked_fill(~on_grid, math.nan), log_q[:, ::2, ::2].half()))
@@ -450,10 +455,13 @@ def report_mixtures(arrays, args):
         known = arrays["kl"][l].isfinite()
         n, lost = int(known.sum()), int((~known).sum())
         columns = {key: arrays[key][l][known] for key in ("kl", "kl_between_sides", "kl_within_sides", "right_mass", "fd")}
-        print(f"{likelihood}: {n} runs" + (f" ({lost} more diverged or left the grid)" if lost else "") + (", mean +- sd of" if n > 1 else ""),
-              ", ".join(f"{key} {value.mean():.3f}" + (f" +- {value.std():.3f}" if n > 1 else "") for key, value in columns.items() if n),
-              f"(exact right mass {arrays['exact_right_mass'][l]:.3f}"
-              + (f", fitted {columns['right_mass'].min():.2f} to {columns['right_mass'].max():.2f})" if n else ")"))
+        line, fitted = f"{likelihood}: {n} run{'s' * (n != 1)}" + (f" ({lost} more diverged or left the grid)" if lost else ""), ""
+        if n == 1:
+            line += ", " + ", ".join(f"{key} {value.item():.3f}" for key, value in columns.items())
+        elif n > 1:
+            line += ", mean +- sd of " + ", ".join(f"{key} {value.mean():.3f} +- {value.std():.3f}" for key, value in columns.items())
+            fitted = f", fitted {columns['right_mass'].min():.2f} to {columns['right_mass'].max():.2f}"
+        print(line, f"(exact right mass {arrays['exact_right_mass'][l]:.3f}{fitted})")
 
 
 # -------------------------------------------------------------------------- gradients between two Gaussians (appendix A.5.1)

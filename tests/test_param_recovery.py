@@ -169,17 +169,23 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, words", [(["--iterations", 5], "have a meaning with --stochastic only"), (["--seed", 1], "with --stochastic only"),
-                                         (["--w-star", 1500], "there the search for w is exact"), (["--gamma", "1e-12"], "is exact"),
+                                         (["--w-star", 1500], "there the search finds w"), (["--gamma", "1e-6"], "there the search finds w"),
+                                         (["--alphas", "1e200"], "there the search finds w"), (["--alpha", "1e-4"], "there the search finds w"),
                                          (["--seed", 2**63, "--stochastic"], "below 2^63")])
 def test_flags_that_would_do_nothing_or_harm_are_refused(fails, tmp_path, argv, words):
     assert words in fails(param_recovery, *argv, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_search_finds_the_lowest_w_of_a_dense_profile():
-    dense = np.concatenate(([0.0], np.geomspace(1e-3, 1200, 400_001)))
-    for gamma, w_star in ((1e-6, 100.0), (1.0, 100.0), (1e6, 100.0), (1.0, 0.6)):
-        w, phi = recover("JFD", 0.5, gamma, w_star)
-        low, middle, high = (joint_fd(dense, phi0, 0.5, gamma, w_star) for phi0 in (-1, 0, 1))
-        best = joint_fd(dense, (low - high) / (2 * (low + high - 2 * middle)), 0.5, gamma, w_star).min()
-        assert joint_fd(w, phi, 0.5, gamma, w_star) <= best * (1 + 1e-9) + 1e-12
+@pytest.mark.parametrize("gamma", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("alpha", [1e-3, 0.5, 1.0, 1e3])
+def test_the_search_finds_the_lowest_w_of_a_dense_profile_in_all_that_the_flags_allow(gamma, alpha):
+    w = np.concatenate(([0.0], np.geomspace(1e-6, 1e4, 50_001)))
+    for w_star in (0.01, 0.6, 3.0, 100.0):
+        v, s2 = gamma + w_star**2, posterior_variance(w, alpha, gamma)  # phi by the derivative of joint_fd
+        phi = (w / gamma * (v / gamma - 1) + w / gamma + v * w / gamma * (1 + w**2 / gamma)) / (
+            v * (w / gamma) ** 2 + 1 / s2 + v * (1 + w**2 / gamma) ** 2)
+        lowest = w[joint_fd(w, phi, alpha, gamma, w_star).argmin()]
+        tolerance = 1e-3 * max(w_star, math.sqrt(gamma))
+        assert abs(recover("JFD", alpha, gamma, w_star)[0] - lowest) < tolerance, w_star
+        assert abs(recover("JKLD", alpha, gamma, w_star)[0] - w_star) < tolerance, w_star

@@ -1,6 +1,7 @@
 """Toy posteriors: gradients by hand are autograd's, numbers are what they are named, the runs resume bit by bit."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -280,11 +281,50 @@ def test_mixtures_that_leave_the_grid_are_no_perfect_fit(tmp_path, capsys):
     assert str(arrays["status"]) == "diverged@50" and (tmp_path / "diverged" / "toy_mixtures.png").exists()
 
 
+def test_a_mixture_on_one_side_has_all_its_numbers():
+    posterior = toy.Posterior(["sym"], 2.0, CPU)
+    mean = torch.tensor([1.3, -1.3], dtype=torch.float64).view(1, 1, 2, 1).repeat(2, 1, 1, 1)
+    arrays = toy.judge_mixtures([torch.zeros(1, 2, 1, dtype=torch.float64), mean, torch.full_like(mean, -3)], posterior, toy.Grid(posterior, CPU))
+    assert arrays["right_mass"].flatten().tolist() == pytest.approx([1, 0])
+    assert arrays["kl_between_sides"].flatten().tolist() == pytest.approx([math.log(2)] * 2, abs=1e-4)
+
+
+def test_a_mixture_that_diverges_leaves_the_others_as_they_are(monkeypatch, capsys):
+    args = parsed("--family", "mixture", "--repeats", 3, "--iterations", 30, "--lr", "1e-2", "--components", 4)
+    whole, normal_noise, calls = toy.fit_mixtures(args, CPU, None), toy.normal_noise, []
+
+    def poisoned(*of):
+        calls.append(of)
+        noise = normal_noise(*of)
+        if len(calls) == 1:
+            noise[..., 1, :] = math.nan  # the first means of one mixture
+        return noise
+
+    monkeypatch.setattr(toy, "normal_noise", poisoned)
+    capsys.readouterr()
+    arrays = toy.fit_mixtures(args, CPU, None)
+    assert "2 runs (1 more diverged or left the grid), mean +- sd of kl" in (out := capsys.readouterr().out) and "nan" not in out
+    assert arrays["status"] == "ok" and np.isnan(arrays["kl"][:, 1]).all()
+    for name in ("kl", "fd", "right_mass"):
+        assert np.array_equal(arrays[name][:, [0, 2]], whole[name][:, [0, 2]]), name
+
+
+def test_one_mixture_has_no_spread(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy.fit_mixtures(parsed("--family", "mixture", "--repeats", 1, "--iterations", 2), CPU, None)
+    out = capsys.readouterr().out
+    assert "sym: 1 run, kl " in out and "+-" not in out and "nan" not in out
+
+
 def test_a_run_that_diverged_in_one_version_alone_is_no_agreement(monkeypatch):
     args = parsed("--grid", 1, "--likelihoods", "sym", "--compare-loop", 3)
     assert toy.compare_with_loop(args, CPU)["loop_difference"] < 1e-6
-    monkeypatch.setattr(toy, "plain_run", lambda *_: torch.full((4,), np.nan))
-    assert toy.compare_with_loop(args, CPU)["loop_difference"] == np.inf
+    for value in (math.nan, math.inf):
+        monkeypatch.setattr(toy, "plain_run", lambda *_, value=value: torch.full((4,), value))
+        assert toy.compare_with_loop(args, CPU)["loop_difference"] == np.inf
+    monkeypatch.setattr(toy.Descent, "update", lambda descent, _: setattr(descent, "step", descent.step + 1) or descent.params.fill_(math.nan))
+    assert toy.compare_with_loop(args, CPU)["loop_difference"] == 0  # inf here, nan there: lost in both
 
 
 @pytest.mark.parametrize("argv", [[], ["--family", "mixture"], ["--gradients"]])
