@@ -36,8 +36,8 @@ class Sparse(Law):
     dim_noise = 4
 
     def transform(self, u):
-        ones = u.new_ones(2, 2)  # on the device: a constant copied from the host would end the capture of a CUDA graph
-        A = (ones.triu().tril() + 0.3 * (ones.triu(1) - ones.tril(-1))) / 10
+        one = torch.eye(2, dtype=u.dtype, device=u.device)  # torch.tensor would copy from the host and end the capture of a CUDA graph
+        A = (one + 0.3 * torch.stack((one[1], -one[0]))) / 10
         u, e = u.split(2, dim=-1)
         return (u.abs() * u) @ A + 0.01 * e
 

@@ -484,9 +484,12 @@ def objective_of(name):
     return name.replace(",", " ").split()[0].split("-")[-1]
 
 
+SWEEP_STYLES = {  # marker and line by what a name holds, the first that fits; the last is one posterior sample
+    "step": ("D", "-"), "released": ("X", "--"), "unbiased": ("v", ":"), "N = ": ("o", "-"), "": ("^", "-.")}
+
+
 def sweep_style(name):
-    marker, dash = (("D", "-") if "step" in name else ("X", "--") if "released" in name else ("v", ":") if "unbiased" in name
-                    else ("o", "-") if "N = " in name else ("^", "-."))
+    marker, dash = next(style for part, style in SWEEP_STYLES.items() if part in name)
     return {"color": COLORS[objective_of(name)], "linestyle": dash, "marker": marker,
             "markerfacecolor": "white" if name.startswith("FD-") else None, "ms": 5, "lw": 1.2}
 
@@ -795,7 +798,7 @@ def parse_args(argv=None):
 def main(args):
     script = next(script for script, figures in DRAWN_FROM.items() if FIGURES[args.figure] in figures)
     for run in args.runs:
-        if (made_by := load_config(run).get("script")) != script:
+        if (made_by := load_config(run)["script"]) != script:
             raise UserError(f"{run} is a run of {made_by}.py; {args.figure} draws those of {script}.py")
     if script not in OF_MANY_RUNS and len(args.runs) > 1:
         raise UserError(f"{args.figure} draws one run, not {len(args.runs)}")
