@@ -33,9 +33,11 @@ import train_synthetic
 from metrics import iw_log_likelihood
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN, label
-from runs import Formatter, Run, command_line, flag_name, keep_freed_memory, pick_device, positive
-from train_images import set_precision
-from training import Trainer, cpp_compiler
+from training import Trainer
+from vsm.cli import Formatter, command_line, positive
+from vsm.device import keep_freed_memory, pick_device, set_precision
+from vsm.runs import Run, flag_name
+from vsm.speed import cpp_compiler
 
 PAIRS = {label(learn, infer): (learn, infer) for infer in INFER for learn in LEARN if (learn == "fae") == (infer == "fae")}
 TABLE1 = ("KLD-ELBO", "KLD-F", "FD-F", "KLD-S", "FD-S", "KLD-B", "FD-B")

@@ -34,7 +34,8 @@ from torch.nn import functional as F
 from torchvision import datasets
 from tqdm import tqdm
 
-from runs import UserError, write_atomic
+from vsm.cli import UserError
+from vsm.runs import write_atomic
 
 IDX_FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST"}
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

@@ -26,25 +26,22 @@ import metrics
 import plots
 import train_images
 from data import cache_folder, load_images
-from features import Features, digest, features_of, kept
 from objectives import ESTIMATORS, HAS_ESTIMATOR, LABELS, LEARN, dot
-from runs import (
+from training import EVALUATION, joint_loss, learn_loss, seed_of
+from vsm.cli import Formatter, UserError, command_line, positive
+from vsm.device import pick_device, set_precision
+from vsm.features import Features, digest, features_of, kept
+from vsm.runs import (
     NOT_IDENTITY,
-    Formatter,
-    UserError,
-    command_line,
     flag_name,
     group_by_seed,
     load_arrays,
     load_checkpoint,
     load_config,
     load_finished,
-    pick_device,
-    positive,
     save_arrays,
     write_atomic,
 )
-from training import EVALUATION, joint_loss, learn_loss, seed_of
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -78,7 +75,7 @@ def parse_args(argv=None):
 
 def main(args):
     device = pick_device(args.device)
-    train_images.set_precision("float32", device)
+    set_precision("float32", device)
     refuse_other_versions(args.runs)
     evaluate, evaluated = gradient_snr if args.gradient_snr else evaluate_run, []
     for run in dict.fromkeys(map(Path, args.runs)):

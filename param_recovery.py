@@ -28,7 +28,9 @@ from tqdm import tqdm
 import plots
 from models import EnsembleVAE
 from objectives import INFER, LEARN
-from runs import Formatter, Run, command_line, count, pick_device, positive, positive_float, run_name
+from vsm.cli import Formatter, command_line, count, positive, positive_float
+from vsm.device import pick_device
+from vsm.runs import Run, run_name
 
 GRID, CELLS, ZOOMS = 2001, 3, 12  # points over w, local minima refined, refinements of each by a factor 10
 SWEEP = 2.0 ** np.linspace(-3, 3, 241)  # alphas of the comparison of all rules

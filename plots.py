@@ -17,17 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-from runs import (
-    NOT_IDENTITY,
-    UserError,
-    command_line,
-    group_by_seed,
-    load_arrays,
-    load_config,
-    load_finished,
-    refuse_twins,
-    write_atomic,
-)
+from vsm.cli import UserError, command_line
+from vsm.runs import NOT_IDENTITY, group_by_seed, load_arrays, load_config, load_finished, refuse_twins, write_atomic
 
 # One colour per learning objective in every figure.
 COLORS = {"ELBO": "black", "F": "tab:blue", "S": "tab:orange", "B": "tab:green", "FAE": "tab:red"}

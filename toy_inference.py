@@ -31,8 +31,10 @@ from tqdm import tqdm
 import plots
 from models import VAE
 from objectives import INFER
-from posteriors import LIKELIHOODS, Grid, Posterior
-from runs import Formatter, Run, command_line, count, flag_name, pick_device, positive, positive_float, run_name
+from vsm.cli import Formatter, command_line, count, positive, positive_float
+from vsm.device import pick_device
+from vsm.posteriors import LIKELIHOODS, Grid, Posterior
+from vsm.runs import Run, flag_name, run_name
 
 OBJECTIVES = ("fd-repar", "fd", "kld")
 OPTIMISERS = ("sgd", "adam")

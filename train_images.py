@@ -14,11 +14,13 @@ import torch
 
 import plots
 from data import load_images
-from metrics import evaluate_images, evaluating, quantise
+from metrics import evaluate_images, quantise
 from models import NORMS, WIDTH, build_vae
 from objectives import ESTIMATORS, INFER, LEARN, label
-from runs import Formatter, Run, UserError, command_line, count, nonnegative, pick_device, positive, positive_float, run_name
 from training import EVALUATION, INIT, Trainer, resolve_pair, seed_of, stack, train
+from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float
+from vsm.device import evaluating, pick_device, set_precision
+from vsm.runs import Run, run_name
 
 AXES = ("data", "net", "infer", "learn", "seed")
 
@@ -120,15 +122,6 @@ def pictures(vae, test, noise, seed, n=64):
         z = vae.sample(vae.prior, vae.noise(vae.prior, n, generator), relaxed=False)
         images = {"samples": vae.decode(z), "inputs": x, "reconstructions": vae.decode(vae.encode(x).mean)}
     return {name: quantise(image).cpu().numpy() for name, image in images.items()}
-
-
-def set_precision(precision, device):
-    """float32 means no TF32: scores divide by gamma, and TF32's error would be divided with them."""
-    if precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 is a mode of CUDA GPUs; use float32 or bf16 here")
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = True
 
 
 def describe(args, vae, data, device):

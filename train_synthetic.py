@@ -17,21 +17,16 @@ from torch.autograd import grad
 from torch.func import functional_call
 
 import plots
-from distributions import LAWS
-from metrics import evaluating, importance, negative_elbo, posterior_fd
+from metrics import importance, negative_elbo, posterior_fd
 from models import build_ensemble
 from objectives import ESTIMATORS, HAS_ESTIMATOR, INFER, LEARN, dot, label
-from runs import Formatter, Run, command_line, count, pick_device, positive, positive_float, run_name
 from training import (
     EVALUATION,
     INIT,
     NOISE,
     adam,
-    capture,
-    compiled,
     infer_loss,
     learn_loss,
-    refuse_to_compile,
     resolve_pair,
     restore,
     restore_generator,
@@ -41,6 +36,11 @@ from training import (
     state_of,
     train,
 )
+from vsm.cli import Formatter, command_line, count, positive, positive_float
+from vsm.device import evaluating, pick_device
+from vsm.laws import LAWS
+from vsm.runs import Run, run_name
+from vsm.speed import capture, compiled, refuse_to_compile
 
 AXES = ("data", "infer", "learn", "inner_steps", "bilevel_steps", "seed")
 

@@ -4,20 +4,16 @@ Read `Trainer.update` first: it is the whole of one step. `train_synthetic.py` s
 `capture` (a CUDA graph, on a GPU) and `compiled` (TorchInductor, on a CPU).
 """
 
-import os
-import resource
-import shutil
 import time
-import warnings
 
 import numpy as np
 import torch
-from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
 from tqdm import tqdm
 
 from objectives import HAS_ESTIMATOR, INFER, LEARN
-from runs import UserError
+from vsm.cli import UserError
+from vsm.device import peak_memory
+from vsm.speed import capture
 
 LOOK_SECONDS, CHECKPOINT_SECONDS = 1, 60
 
@@ -219,79 +215,6 @@ def restore_generator(generator, state, seed):
         generator.manual_seed(seed)
 
 
-def capture(update, state, generators=()):
-    """update() as a CUDA graph. The calls that warm it up are undone, so that a replayed run equals an eager one."""
-    before, drawn = [tensor.clone() for tensor in state.values()], [generator.get_state() for generator in generators]
-    device = next(iter(state.values())).device
-    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*capturable=True.*")  # Adam's, of steps that are not captured
-        for _ in range(3):
-            update()
-            for tensor, value in zip(state.values(), before):
-                tensor.copy_(value)
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    for generator, value in zip(generators, drawn):
-        generator.set_state(value)
-        if hasattr(graph, "register_generator_state"):
-            with warnings.catch_warnings():  # where torch finds the generators by itself, it deprecates this call
-                warnings.simplefilter("ignore")
-                graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, stream=stream):  # the warm-up's stream: library handles and workspaces are per stream
-        update()
-    return graph
-
-
-class Method(torch.nn.Module):
-    """function(module, *tensors) as a module of its own, so that functional_call can put other parameters in its place."""
-
-    def __init__(self, function, module):
-        super().__init__()
-        self.function, self.module = function, module
-
-    def forward(self, *tensors):
-        return self.function(self.module, *tensors)
-
-
-def compiled(function):
-    """function(module, *tensors) -> tensors, with what it differentiates by the module's parameters, as one compiled function on a CPU.
-
-    Traced at the first call, with the shapes of that call and with the parameters that require a gradient then; TorchInductor keeps
-    what it compiled on disk. Not for functions that change a buffer or draw random numbers.
-    """
-    code = None
-
-    def call(module, *tensors):
-        nonlocal code
-        params = {name: p.detach() for name, p in module.named_parameters()}
-        if code is None:
-            moves = {name: p.requires_grad for name, p in module.named_parameters()}
-
-            def pure(params, *tensors):
-                leaves = {f"module.{name}": p.detach().requires_grad_(moves[name]) for name, p in params.items()}
-                return functional_call(Method(function, module), leaves, tuple(tensor.detach() for tensor in tensors))
-
-            code = torch._inductor.compile(make_fx(pure)(params, *tensors), [params, *tensors])
-        with torch.no_grad():
-            return code(params, *tensors)
-
-    return call
-
-
-def refuse_to_compile(device):
-    """Raises UserError where `compiled` cannot work."""
-    if device.type != "cpu":
-        raise UserError("--compile is for a CPU; on a GPU the updates are captured in CUDA graphs")
-    if not cpp_compiler():
-        raise UserError("--compile needs a C++ compiler (g++ or clang++, or $CXX), and there is none")
-
-
-def cpp_compiler():
-    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
-
-
 def train(run, trainer, epochs, eval_every, evaluate):
     """Train to `epochs`, resuming from the run's checkpoint. evaluate() -> dict of CPU tensors, at epoch 0, every `eval_every` and the last.
 
@@ -344,10 +267,3 @@ def train(run, trainer, epochs, eval_every, evaluate):
 
 def stack(history):
     return {name: torch.stack(values).numpy() for name, values in history.items()}
-
-
-def peak_memory(device):
-    """Bytes: the allocator's peak on a GPU, the process's peak resident set on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from runs import command_line
+from vsm.cli import command_line
 
 torch.set_num_threads(1)
 

@@ -13,8 +13,9 @@ import benchmark
 import plots
 from benchmark import PAIRS, Floor, Plain, plain_loss
 from models import build_vae
-from runs import keep_freed_memory, load_arrays, save_arrays
 from training import Trainer, infer_loss, joint_loss, learn_loss
+from vsm.device import keep_freed_memory
+from vsm.runs import load_arrays, save_arrays
 
 OPTIONS = {"samples": 3, "inner_steps": 2, "noise": 0.1, "batch": 8, "lr": 1e-4}
 

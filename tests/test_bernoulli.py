@@ -11,8 +11,8 @@ import train_images
 from metrics import iw_log_likelihood
 from models import VAE
 from objectives import elbo, fd, latent_score_gap, posterior_score
-from runs import load_arrays
 from training import infer_loss
+from vsm.runs import load_arrays
 
 B, D, DZ = 5, 4, 3
 ALL_Z = torch.tensor(list(itertools.product((0.0, 1.0), repeat=DZ)), dtype=torch.float64)[:, None].expand(-1, B, -1)  # [8, B, Dz]

@@ -8,10 +8,12 @@ import torch
 
 import train_images
 import train_synthetic
-from distributions import LAWS
 from models import build_vae
-from runs import load_arrays
-from training import Trainer, capture
+from training import Trainer
+from vsm.device import set_precision
+from vsm.laws import LAWS
+from vsm.runs import load_arrays
+from vsm.speed import capture
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -152,9 +154,9 @@ def test_lower_precision_drifts_little(precision, drift):
     """The mean losses of 20 steps; learn_loss is divided by gamma^2, so a gamma that drifted would show."""
     losses = []
     for name in ("float32", precision):
-        train_images.set_precision(name, torch.device("cuda"))
+        set_precision(name, torch.device("cuda"))
         losses.append(run(trainer("fd", "kld", graph=True, bf16=name == "bf16")).averages())
-    train_images.set_precision("float32", torch.device("cuda"))
+    set_precision("float32", torch.device("cuda"))
     for name in ("infer_loss", "learn_loss"):
         assert abs(losses[1][name] / losses[0][name] - 1) < drift, name
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision import datasets, transforms
 
 import data
-from runs import UserError
+from vsm.cli import UserError
 
 REAL = Path(os.environ.get("VSM_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 

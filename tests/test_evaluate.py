@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 import evaluate
-import features
 import plots
 import train_images
 from data import load_images
 from metrics import evaluate_images
-from runs import UserError, group_by_seed, load_arrays, load_config, save_arrays
 from training import EVALUATION, seed_of
+from vsm import features
+from vsm.cli import UserError
+from vsm.runs import group_by_seed, load_arrays, load_config, save_arrays
 
 CPU = torch.device("cpu")
 QUICK = ["--images", "20", "--iw-samples", "8", "--device", "cpu"]

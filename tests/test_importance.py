@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.distributions import MultivariateNormal
 
-from distributions import LAWS
 from metrics import importance, iw_log_likelihood, score_matching_loss
 from models import VAE, build_ensemble, build_vae
+from vsm.laws import LAWS
 
 ROOT = Path(__file__).parent.parent
 

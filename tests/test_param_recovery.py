@@ -11,7 +11,7 @@ import plots
 from models import EnsembleVAE
 from objectives import LEARN
 from param_recovery import CHECKED, RULES, MismatchedEncoder, Scale, joint_fd, joint_kld, minimise, posterior_variance, recover
-from runs import load_arrays
+from vsm.runs import load_arrays
 
 POINTS = [(0.7, 0.2, 0.5, 1.3, 1.1), (1.5, 0.6, 2.0, 0.7, 0.4), (0.0, -0.3, 0.9, 1.0, 2.0)]  # w, phi, alpha, gamma, w*
 

@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import plots
 import train_synthetic
-from distributions import LAWS
 from models import build_ensemble
 from objectives import HAS_ESTIMATOR, LEARN
-from runs import load_arrays, load_checkpoint, save_arrays
 from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
-from training import cpp_compiler, infer_loss
+from training import infer_loss
+from vsm.laws import LAWS
+from vsm.runs import load_arrays, load_checkpoint, save_arrays
+from vsm.speed import cpp_compiler
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from torch.distributions import Categorical, Independent, Laplace, MixtureSameFa
 
 import plots
 import toy_inference as toy
-from runs import load_arrays
+from vsm.runs import load_arrays
 
 CPU = torch.device("cpu")
 ALL = ["sym", "soft", "relu", "bias"]

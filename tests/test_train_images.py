@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_images
-from runs import load_arrays, load_checkpoint
+from vsm.runs import load_arrays, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data", "mnist", "--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "2", "--inner-steps", "2",

@@ -15,8 +15,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data import cache_folder, load_images
-from metrics import evaluating
-from runs import UserError, load_arrays, save_arrays
+from vsm.cli import UserError
+from vsm.device import evaluating
+from vsm.runs import load_arrays, save_arrays
 
 
 class Features(NamedTuple):

@@ -1,4 +1,4 @@
-"""A run is a folder: its flags, its lock, its checkpoint, its arrays. Also how a script reports a user's mistake.
+"""A run is a folder: its flags, its lock, its checkpoint, its arrays.
 
     runs/<family>/<name>/config.json      every flag, versions, commit, device, data recipe
                          metrics.npz      plain arrays, `config` as a JSON string, `status`: ok | diverged@<step>
@@ -8,19 +8,15 @@
 The same command again resumes a half run, skips a finished one, and refuses a folder made with other flags.
 """
 
-import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import io
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -28,82 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vsm.cli import UserError
+
 # Flags that say where and how to compute, not what: they may change between two calls on one folder.
 NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile")
-
-
-class UserError(Exception):
-    """A mistake or a lack that the user can mend. Its text is the one sentence that stderr gets; exit code 2."""
-
-
-def command_line(parse_args, main):
-    """Run a script: `main(parse_args())`; user errors, full disks and Ctrl-C end in one sentence, never a traceback."""
-    try:
-        main(parse_args())
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: out of memory; a smaller --batch, --samples, --width or --hidden needs less", file=sys.stderr)
-        sys.exit(2)
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def number(kind, low, exclusive, name):
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            value, high = kind(text), 2**63 if kind is int else math.inf
-            if low < value < high if exclusive else low <= value < high:  # also refuses nan
-                return value
-        raise argparse.ArgumentTypeError(f"{text} is not {name}")
-
-    return parse
-
-
-count = number(int, 0, False, "a whole number of 0 or more, below 2^63")
-positive = number(int, 0, True, "a whole number of 1 or more, below 2^63")
-nonnegative = number(float, 0, False, "a number of 0 or more")
-positive_float = number(float, 0, True, "a number above 0")
-
-
-def pick_device(name):
-    """`auto` is the GPU where there is one. The device is made ready: a GPU becomes the current one, a CPU keeps memory and flushes denormals.
-
-    Raises UserError for a device that is not there.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if gpus else "cpu"
-    if name.startswith("cuda") and not gpus:
-        raise UserError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu or auto")
-    if name not in (names := ("cpu", "cuda", *(f"cuda:{i}" for i in range(gpus)))):
-        raise UserError(f"--device {name}: not one of auto, {', '.join(names)}")
-    device = torch.device(name)
-    if device.index is not None:
-        torch.cuda.set_device(device)  # CUDA graphs are captured on the current GPU
-    if device.type == "cpu":
-        torch.set_flush_denormal(True)
-        keep_freed_memory()
-    return device
-
-
-def keep_freed_memory(keep=True):
-    """Whether malloc keeps what is freed (glibc; elsewhere nothing changes). By itself it hands large tensors back to the system and
-    pays a page fault for each 4 kB of the next one, at every training step of images. False: the limits it comes to by itself.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: what is larger has a mapping of its own ...
-        mallopt(-4, 0 if keep else 2**16)  # ... of which there may be M_MMAP_MAX
-        mallopt(-1, -1 if keep else 2**26)  # M_TRIM_THRESHOLD, bytes free at the heap's end; -1: never trimmed
 
 
 def run_name(args, axes, defaults):

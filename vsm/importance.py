@@ -1,0 +1,94 @@
+"""Importance sampling of p(x) and of its derivatives."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from objectives import dot
+from vsm.device import evaluating
+
+
+class Importance(NamedTuple):
+    """p(x) and its derivatives per datum, float64: [B], or [S, B] of an ensemble.
+
+    The standard error of log_likelihood is sqrt(1 / ess - 1 / samples) by the delta method; no guide where ess is a few.
+    """
+    log_likelihood: torch.Tensor  # log p(x), nats
+    score: torch.Tensor  # grad_x log p(x) = E[a] under p(z|x) (Fisher's identity), [..., D]
+    laplacian: torch.Tensor  # laplacian_x log p(x) = E[lap + ||a||^2] - ||E a||^2
+    ess: torch.Tensor  # effective sample size, (sum w)^2 / sum w^2
+
+    @property
+    def score_matching_loss(self):
+        return 1 / 2 * dot(self.score, self.score) + self.laplacian
+
+
+def iw_log_likelihood(vae, x, samples, proposal="prior", generator=None, chunk=200):
+    """log p(x) = log E_r[p(x|z) p(z) / r(z)], r the prior or q(z|x): [B] or [S, B], nats; on average a lower bound."""
+    return importance(vae, x, samples, proposal, generator, chunk).log_likelihood
+
+
+def score_matching_loss(vae, x, samples, proposal="prior", generator=None, chunk=200):
+    """1/2 ||grad log p(x)||^2 + laplacian log p(x) (Hyvarinen 2005), [B] or [S, B]: the Fisher divergence but for a constant."""
+    return importance(vae, x, samples, proposal, generator, chunk).score_matching_loss
+
+
+def importance(vae, x, samples, proposal="prior", generator=None, chunk=200):
+    """Importance sampling of p(x), x [B, ...] or [S, B, D], by z from the prior (the same for all data) or from q(z|x).
+
+    Streamed, `chunk` samples at a time: memory O(B chunk) for the prior, O(B chunk D) for q, whatever `samples` is.
+    Raises ValueError for another proposal.
+    """
+    if proposal not in ("prior", "posterior"):
+        raise ValueError(f"the proposal is prior or posterior, not {proposal!r}")
+    shared = proposal == "prior"
+    with evaluating(vae):
+        S, batch = vae.log_gamma.numel(), x.shape[:vae.log_gamma.dim() + 1]  # [B] or [S, B]
+        q = vae.prior if shared else vae.encode(x)
+        rows = x.double().reshape(S, *((1, batch[-1]) if shared else (batch[-1], 1)), -1)
+        streams = [_Stream(x_i, gamma) for x_i, gamma in zip(rows, vae.log_gamma.double().exp().reshape(S))]
+        for start in range(0, samples, chunk):
+            n = min(chunk, samples - start)
+            z = vae.sample(q, vae.noise(q, n, generator), relaxed=False)  # [n, Dz], or [n, *batch, Dz]
+            if shared:
+                g = vae.decode(z.expand(*vae.log_gamma.shape, *z.shape)).reshape(S, 1, n, -1)
+                log_ratio = torch.zeros_like(g[..., 0])
+            else:
+                g = vae.decode(z).reshape(n, *rows.shape[:2], -1).movedim(0, 2)
+                log_ratio = (vae.prior.log_prob(z) - q.log_prob(z)).reshape(n, *rows.shape[:2]).movedim(0, 2)
+            for stream, g_i, log_ratio_i in zip(streams, g.double(), log_ratio.double()):
+                stream.add(g_i, log_ratio_i)
+        fields = zip(*(stream.result(samples) for stream in streams))
+        return Importance(*(torch.stack(field).reshape(*batch, *field[0].shape[2:]) for field in fields))
+
+
+class _Stream:
+    """Moments of g under the weights w = p(x|z) p(z) / r(z) of one model, held relative to the largest weight so far.
+
+    P sets of samples, Q data each: x [P, Q, D], g [P, n, D], log_ratio [P, n]. One matmul gives the squared distances of x and g
+    less ||x||^2, another the sums of w g, w ||g||^2 and w; float64, because the first of these cancel by up to 1 / gamma.
+    """
+
+    def __init__(self, x, gamma):
+        self.x, self.gamma = x, gamma
+        self.peak = torch.full_like(x[..., 0], -torch.inf)
+        self.sums, self.squares = x.new_zeros(*x.shape[:-1], x.shape[-1] + 2), torch.zeros_like(self.peak)
+
+    def add(self, g, log_ratio):
+        norms = dot(g, g)
+        log_w = torch.baddbmm((log_ratio - norms / (2 * self.gamma))[:, None], self.x / self.gamma, g.mT)  # [P, Q, n]
+        peak = torch.maximum(self.peak, log_w.amax(-1))
+        w, decay = log_w.sub_(peak[..., None]).exp_(), (self.peak - peak).exp()
+        columns = torch.cat([g, norms[..., None], torch.ones_like(norms)[..., None]], dim=-1)
+        self.sums = torch.baddbmm(decay[..., None] * self.sums, w, columns)
+        self.squares = decay**2 * self.squares + torch.linalg.vecdot(w, w)
+        self.peak = peak
+
+    def result(self, samples):
+        D = self.x.shape[-1]
+        total = self.sums[..., -1]
+        g, norm = self.sums[..., :D] / total[..., None], self.sums[..., D] / total  # E g, E ||g||^2 under p(z|x)
+        log_p = self.peak - dot(self.x, self.x) / (2 * self.gamma) + total.log() - math.log(samples)
+        return (log_p - D / 2 * (2 * math.pi * self.gamma).log(), (g - self.x) / self.gamma,
+                (norm - dot(g, g)) / self.gamma**2 - D / self.gamma, total**2 / self.squares)
