@@ -26,7 +26,7 @@ import metrics
 import plots
 import train_images
 from data import cache_folder, load_images
-from objectives import ESTIMATORS, HAS_ESTIMATOR, LABELS, LEARN, dot
+from objectives import ESTIMATORS, LEARN, dot
 from training import EVALUATION, joint_loss, learn_loss, seed_of
 from vsm.cli import Formatter, UserError, command_line, positive
 from vsm.device import pick_device, set_precision
@@ -360,12 +360,11 @@ def gradient_snr(run, args, device):
     data = load_images(flags["data"], args.data_root or flags["data_root"], flags["limit"], flags["test_limit"])
     vae = load_model(run, config, data.train.shape[1:], device).eval()
     vae.encoder.requires_grad_(False)
-    objectives = [(learn, estimator) for learn in LEARN for estimator in (ESTIMATORS if learn in HAS_ESTIMATOR else ("plugin",))]
+    objectives = [(learn, estimator) for learn in LEARN for estimator in (ESTIMATORS if LEARN[learn].has_estimator else ("plugin",))]
     objectives.remove(("swersky", "released"))  # on images the same as plugin
     if vae.latent == "bernoulli":
         objectives.remove(("fae", "plugin"))
-    titles = LABELS | {"fae": "FAE"}
-    names = [f"{titles[learn]} {estimator}" if learn in HAS_ESTIMATOR else titles[learn] for learn, estimator in objectives]
+    names = [f"{LEARN[learn].letter} {estimator}" if LEARN[learn].has_estimator else LEARN[learn].letter for learn, estimator in objectives]
     shape = len(objectives), len(SNR_SAMPLES)
     result = {name: np.full(shape, np.nan) for name in ("snr", "snr_log_gamma", "cosine_to_elbo", "gradient_norm")}
     images = data.train.to(device)
@@ -400,7 +399,7 @@ def gradient_moments(vae, images, flags, learn, estimator, samples, draws, gener
         def noise(q):
             return vae.noise(q, samples, generator)
 
-        loss = joint_loss(vae, x, noise) if learn == "fae" else learn_loss(vae, x, learn, noise, estimator)
+        loss = joint_loss(vae, x, learn, noise) if LEARN[learn].joint else learn_loss(vae, x, learn, noise, estimator)
         g = torch.cat([part.flatten() for part in torch.autograd.grad(loss.mean(), theta)]).double()
         total, squares = total + g, squares + halves(g)
     mean = total / draws

@@ -9,15 +9,40 @@ N posterior samples, B data, D = dim x, Dz = dim z; an ensemble of S models puts
     lap = laplacian_x log p(x|z) = -D / gamma                                 [B]
 
 Every Fisher-type loss carries the factor 1/2, sums over D or Dz, averages over N and is returned per datum, [B], unreduced;
-lower is better. Every objective is a pure function objective(vae, x, q, z). Whether z carries a gradient (reparametrised) or
-not is the caller's choice, and so is which parameters require one: gradients are kept through b and c exactly where
-the parameters behind them require a gradient, so a frozen network costs no double backward.
+lower is better. Every objective is a pure function objective(vae, x, q, z) of any model that has what `Model` lists. Whether z
+carries a gradient (reparametrised) or not is the caller's choice, and so is which parameters require one: gradients are kept
+through b and c exactly where the parameters behind them require a gradient, so a frozen network costs no double backward.
+
+This file depends on torch alone and can be copied. To add an objective, write its function and an entry of LEARN or INFER.
 """
 
+import inspect
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.autograd import grad
+from torch.distributions import Distribution
+
+
+class Model(Protocol):
+    """What an objective needs of a model with a Gaussian likelihood p(x|z) = N(g(z), gamma I)."""
+
+    latent: str  # "gaussian", or "bernoulli", for which the Fisher divergence of the posterior is refused
+    log_gamma: torch.Tensor  # log gamma, [] or, of an ensemble, [S]
+    encoder: torch.nn.Module  # asked only whether its parameters require a gradient
+    decoder: torch.nn.Module  # likewise
+
+    def encode(self, x: torch.Tensor) -> Distribution:
+        """q(z|x), batch [B], event [Dz]: Independent(Normal(mean, sd), 1), or Independent(Bernoulli(logits=...), 1)."""
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """g(z), the mean of p(x|z): [N, B, ...] of x's shape for z [N, B, Dz]."""
+
+    def kl(self, q: Distribution) -> torch.Tensor:
+        """KL(q(z|x) || p(z)) per latent dimension, [B, Dz], nats; the prior is N(0, I), or Bernoulli(1/2)."""
 
 
 def elbo(vae, x, q, z):
@@ -53,6 +78,12 @@ def posterior_fd(vae, x, q, z):
     return 1 / 2 * dot(c, c).mean(0)
 
 
+def posterior_fd_weighted(vae, x, q, z):
+    # The same divergence weighted by q's own covariance, held fixed: E_q 1/2 ||s c||^2, s the standard deviation of q(z|x)
+    c = q.base_dist.scale.detach() * latent_score_gap(vae, x, q, z)
+    return 1 / 2 * dot(c, c).mean(0)
+
+
 def fae(vae, x, q, z):
     # Fisher autoencoder, Elkhalil et al. 2021 (Eq. 8): the joint FD, E_q[1/2 ||c||^2 + 1/2 ||b||^2 + 1/2 ||a||^2] + lap
     a, lap = likelihood_score(vae, x, q, z)
@@ -61,17 +92,73 @@ def fae(vae, x, q, z):
     return 1 / 2 * (dot(c, c) + dot(b, b) + dot(a, a)).mean(0) + lap
 
 
-LEARN = {"elbo": elbo, "fd": fd, "swersky": swersky, "bao": bao, "fae": fae}
-INFER = {"kld": elbo, "fd": posterior_fd, "fd-repar": posterior_fd, "fae": fae}
+@dataclass(frozen=True)
+class Objective:
+    """An entry of LEARN or INFER: all that the scripts, figures and benchmark know of an objective. It is called as its function.
+
+    letter          its name in labels, as the paper has it: F, S, B, KLD, FD
+    color           in every figure, a matplotlib colour
+    needs_b         x must require a gradient before it is encoded, because the objective takes b
+    reparametrised  of INFER: z carries a gradient, where the posterior Fisher divergence of Algorithm 1 takes it as a constant
+    joint           one loss trains both halves; the same entry stands in LEARN and in INFER
+    alias           (N, estimator) -> the letter of the objective that this one equals there, or None
+    passes          N -> what an update needs of the encoder and of the decoder, for the benchmark's floor (vsm/speed); None: unknown
+    """
+    function: Callable
+    letter: str
+    color: str = "tab:gray"
+    needs_b: bool = False
+    reparametrised: bool = True
+    joint: bool = False
+    alias: Callable = lambda samples, estimator: None
+    passes: Callable | None = None
+
+    def __call__(self, vae, x, q, z, **options):
+        return self.function(vae, x, q, z, **options)
+
+    @property
+    def has_estimator(self):
+        return "estimator" in inspect.signature(self.function).parameters
+
+
+# Passes through the encoder (of B data) and the decoder (of N B samples) that an update cannot do without: forward, input gradient,
+# weight gradient, and input gradient of the first layer, which a network needs only where x or z itself is differentiated.
+# A double backward is a pass forward and one back; with weights that move, each input gradient has a weight gradient of its own.
+def _learn_passes(N):
+    return (1, 0, 0, 0), (1, 1, 1, 0)
+
+
+def _infer_passes(N):
+    return (1, 1, 1, 0), (1, 1, 0, 1)
+
+
+_FAE = Objective(fae, "FAE", "tab:red", needs_b=True, joint=True,
+                 passes=lambda N: ((1 + N, 1 + N, 1 + N, N), (2, 2, 2, 2)))
+LEARN = {
+    "elbo": Objective(elbo, "ELBO", "black", passes=_learn_passes),
+    "fd": Objective(fd, "F", "tab:blue", passes=_learn_passes),
+    "swersky": Objective(swersky, "S", "tab:orange", passes=_learn_passes,
+                         alias=lambda samples, estimator: "F" if samples == 1 and estimator == "plugin" else None),
+    "bao": Objective(bao, "B", "tab:green", needs_b=True, passes=lambda N: ((1, N, 0, N), (1, 1, 1, 0))),
+    "fae": _FAE,
+}
+INFER = {
+    "kld": Objective(elbo, "KLD", passes=_infer_passes),
+    "fd": Objective(posterior_fd, "FD", reparametrised=False, passes=_infer_passes),
+    "fd-weighted": Objective(posterior_fd_weighted, "FDW", reparametrised=False, passes=_infer_passes),
+    "fd-repar": Objective(posterior_fd, "FD-REPAR", passes=lambda N: ((1, 1, 1, 0), (2, 2, 0, 2))),
+    "fae": _FAE,
+}
 ESTIMATORS = ("plugin", "unbiased", "released")
-HAS_ESTIMATOR = ("swersky", "bao")
-
-LABELS = {"elbo": "ELBO", "fd": "F", "swersky": "S", "bao": "B"}
 
 
-def label(learn, infer):
-    """The paper's name of a pair, inference first: KLD-F, FD-S, FAE."""
-    return "FAE" if learn == "fae" else f"{infer.upper()}-{LABELS[learn]}"
+def label(learn, infer, samples=None, estimator="plugin"):
+    """The paper's name of a pair, inference first: KLD-F, FD-S, FAE; KLD-S=F where S with N = `samples` is F."""
+    learn, infer = LEARN[learn], INFER[infer]
+    if learn.joint:
+        return learn.letter
+    alias = learn.alias(samples, estimator)
+    return f"{infer.letter}-{learn.letter}" + (f"={alias}" if alias else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------- scores
@@ -89,12 +176,16 @@ def likelihood_score(vae, x, q, z):
 
 
 def posterior_score(vae, x, q, z):
-    """b_n [N, B, D]: N vector-Jacobian products through the encoder. Encodes again if x does not require a gradient.
+    """b_n [N, B, D]: N vector-Jacobian products through the encoder, of which q must come from an x that requires a gradient.
+
+    From another x, q is encoded here once more; ValueError where that would change the encoder's buffers (batch norm in training mode).
 
     A per-datum score only where the encoder treats data separately: not through batch norm in training mode.
     """
     with torch.enable_grad():
         if not x.requires_grad:
+            if vae.encoder.training and any(True for _ in vae.encoder.buffers()):
+                raise ValueError("b is a gradient with respect to x: let x require a gradient before it is encoded")
             x = x.detach().requires_grad_()
             q = vae.encode(x)
         if vae.latent == "bernoulli":

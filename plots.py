@@ -17,18 +17,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
+from objectives import LEARN
 from vsm.cli import UserError, command_line
 from vsm.runs import NOT_IDENTITY, group_by_seed, load_arrays, load_config, load_finished, refuse_twins, write_atomic
 
 # One colour per learning objective in every figure.
-COLORS = {"ELBO": "black", "F": "tab:blue", "S": "tab:orange", "B": "tab:green", "FAE": "tab:red"}
+COLORS = {entry.letter: entry.color for entry in LEARN.values()}
 
 matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
 
 
 def line_style(label):
     """Colour and dash of a pair named as in the paper: KLD-F, FD-S, FAE."""
-    return {"color": COLORS[label.split("-")[-1]], "linestyle": "--" if label.startswith("FD-") else "-"}
+    return {"color": COLORS.get(label.split("-")[-1].split("=")[-1], "tab:gray"), "linestyle": "--" if label.startswith("FD") else "-"}
 
 
 def new_figure(rows=1, columns=1, size=(3.2, 2.6), **options):

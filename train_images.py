@@ -18,7 +18,7 @@ from metrics import evaluate_images, quantise
 from models import NORMS, WIDTH, build_vae
 from objectives import ESTIMATORS, INFER, LEARN, label
 from training import EVALUATION, INIT, Trainer, resolve_pair, seed_of, stack, train
-from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float
+from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.runs import Run, run_name
 
@@ -36,8 +36,9 @@ def parse_args(argv=None):
     flag("--infer", choices=INFER, default=None, help="objective of the encoder (default: kld; fae with --learn fae)")
     flag("--estimator", choices=ESTIMATORS, default="plugin", help="how swersky and bao estimate squared expectations under q")
     flag("--samples", type=positive, default=5, help="posterior samples per image, N")
+    flag("--infer-samples", type=positive, default=None, metavar="M", help="posterior samples per image of the encoder's loss (default: N)")
     flag("--noise", type=nonnegative, default=0.1, help="sd of the noise added to every minibatch, and to the test images")
-    flag("--seed", type=count, default=0, help="of weights, data order and noise")
+    flag("--seed", type=seed_number, default=0, help="of weights, data order and noise")
     flag = parser.add_argument_group("model").add_argument
     flag("--net", choices=WIDTH, default="conv", help="mlp, DCGAN, or ResNet18")
     flag("--width", type=positive, default=None, help="base channels of conv and resnet (default: 64), hidden units of mlp (default: 400)")
@@ -50,6 +51,8 @@ def parse_args(argv=None):
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (fae moves both on each)")
     flag("--batch", type=positive, default=100, help="images per minibatch")
     flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for both halves")
+    flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS", help="the step size halves every so many epochs "
+         "(default: it stays)")
     flag("--epochs", type=positive, default=1000, help="passes over the training images")
     flag("--precision", choices=("float32", "tf32", "bf16"), default="float32",
          help="of the networks alone: tf32 (GPU only) or bf16 for their convolutions and matrix products")
@@ -69,7 +72,7 @@ def parse_args(argv=None):
         parser.error("--temperature has a meaning for --latent bernoulli only")
     if args.net == "mlp" and args.norm == "group":
         parser.error("--norm group has no meaning for --net mlp, which has no normalisation layers")
-    args.out = args.out or f"runs/images/{run_name(args, AXES, vars(parser.parse_args([])) | {'width': WIDTH[args.net]})}"
+    args.out = args.out or f"runs/images/{run_name(args, AXES, vars(parser.parse_args([])) | {'width': WIDTH[args.net], 'infer_samples': args.samples})}"
     return args
 
 
@@ -86,8 +89,8 @@ def main(args):
     if args.dry_run:
         describe(args, vae, data, device)
         return
-    with Run(args.out, "train_images", vars(args), device, args.overwrite, label=label(args.learn, args.infer),
-             data=data.recipe) as run:
+    with Run(args.out, "train_images", vars(args), device, args.overwrite,
+             label=label(args.learn, args.infer, args.samples, args.estimator), data=data.recipe) as run:
         if not run.status:
             fit(run, args, vae, data, device)
         plots.draw_run(run.path)
@@ -96,11 +99,12 @@ def main(args):
 def fit(run, args, vae, data, device):
     trainer = Trainer(vae, data.train.to(device), learn=args.learn, infer=args.infer, estimator=args.estimator,
                       samples=args.samples, inner_steps=args.inner_steps, noise=args.noise, batch=args.batch, lr=args.lr,
-                      seed=args.seed, graph=not args.no_graph)
+                      seed=args.seed, graph=not args.no_graph, infer_samples=args.infer_samples, lr_half_life=args.lr_half_life)
     test = data.test.to(device)
     status, history = train(run, trainer, args.epochs, args.eval_every,
                             lambda: evaluate_images(vae, test, args.noise, seed=seed_of(args.seed, EVALUATION)))
-    run.save_metrics(**stack(history), **pictures(vae, test, args.noise, args.seed), status=status)
+    shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}  # a diverged model depends on when the loop looked
+    run.save_metrics(**stack(history), **shown, status=status)
     print(f"{run.path}: {status}, negative ELBO {history['negative_elbo'][-1]:.1f} nats after {history['epoch'][-1]} epochs")
 
 
@@ -127,7 +131,7 @@ def pictures(vae, test, noise, seed, n=64):
 def describe(args, vae, data, device):
     parameters = {half: sum(p.numel() for p in getattr(vae, half).parameters()) for half in ("encoder", "decoder")}
     steps = len(data.train) // args.batch * args.epochs
-    decoder_steps = steps if args.learn == "fae" else steps // args.inner_steps
+    decoder_steps = steps if LEARN[args.learn].joint else steps // args.inner_steps
     print(f"{label(args.learn, args.infer)} on {args.data}: {len(data.train)} training and {len(data.test)} test images of "
           f"{tuple(data.train.shape[1:])}\n{args.net}: {parameters['encoder']:,} encoder and {parameters['decoder']:,} decoder parameters\n"
           f"{steps:,} encoder and {decoder_steps:,} decoder updates on {device}\nwould write {args.out}")

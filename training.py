@@ -1,21 +1,21 @@
-"""Training on images: the alternating update of Alg. 1, the loop around it, checkpoints that resume bit by bit.
+"""Training: the alternating update of Algorithm 1 on images, the ledger that every trainer keeps, and the loop around it.
 
-Read `Trainer.update` first: it is the whole of one step. `train_synthetic.py` shares the losses, the loop, and what makes steps fast:
-`capture` (a CUDA graph, on a GPU) and `compiled` (TorchInductor, on a CPU).
+Read `Trainer.update` first: it is the whole of one step. `train_synthetic.py` has the other trainer, of 2-D ensembles.
 """
 
 import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from objectives import HAS_ESTIMATOR, INFER, LEARN
-from vsm.cli import UserError
+from objectives import INFER, LEARN
+from vsm.cli import Stopped, UserError, progress, stopping
 from vsm.device import peak_memory
-from vsm.speed import capture
+from vsm.schema import mismatch
+from vsm.speed import Graphs
 
 LOOK_SECONDS, CHECKPOINT_SECONDS = 1, 60
+NEVER = torch.iinfo(torch.int64).max
 
 
 def seed_of(*key):
@@ -27,12 +27,18 @@ INIT, ORDER, NOISE, EVALUATION = range(4)  # streams of randomness: evaluating m
 
 
 def resolve_pair(parser, args):
-    """Fill in --infer; end with a sentence for a pair or an estimator that has no meaning."""
-    args.infer = args.infer or ("fae" if args.learn == "fae" else "kld")
-    if (args.learn == "fae") != (args.infer == "fae"):
-        parser.error("the Fisher autoencoder trains both halves by one loss: --learn fae goes with --infer fae and no other")
-    if args.estimator != "plugin" and args.learn not in HAS_ESTIMATOR:
-        parser.error(f"--estimator {args.estimator} has a meaning for --learn {' and '.join(HAS_ESTIMATOR)} only")
+    """Fill in --infer and --infer-samples; end with a sentence for a pair or an estimator that has no meaning."""
+    learn = LEARN[args.learn]
+    args.infer = args.infer or (args.learn if learn.joint else "kld")
+    args.infer_samples = args.infer_samples or args.samples
+    if (learn.joint or INFER[args.infer].joint) and args.infer != args.learn:
+        joint = args.learn if learn.joint else args.infer
+        parser.error(f"{joint} trains both halves by one loss: --learn {joint} goes with --infer {joint} and no other")
+    if learn.joint and args.infer_samples != args.samples:
+        parser.error(f"{args.learn} has one loss, and so one number of samples; --infer-samples has no meaning there")
+    if args.estimator != "plugin" and not learn.has_estimator:
+        names = " and ".join(name for name, entry in LEARN.items() if entry.has_estimator)
+        parser.error(f"--estimator {args.estimator} has a meaning for --learn {names} only")
     if args.estimator == "unbiased" and args.samples < 2:
         parser.error("--estimator unbiased needs --samples of at least 2: it divides by N - 1")
 
@@ -41,65 +47,154 @@ def infer_loss(vae, x, infer, noise):
     """The loss of phi per datum [B], from standard noise [N, B, Dz]. KLD reparametrises z; FD takes it as a constant (3.3.2)."""
     q = vae.encode(x)
     z = vae.sample(q, noise(q))
-    return INFER[infer](vae, x, q, z.detach() if infer == "fd" else z)
+    return INFER[infer](vae, x, q, z if INFER[infer].reparametrised else z.detach())
 
 
 def learn_loss(vae, x, learn, noise, estimator="plugin"):
     """The loss of theta per datum [B]: phi gets no gradient and z is a constant (Alg. 1)."""
-    x.requires_grad_(learn == "bao")  # b_n is the encoder's input gradient, a constant for theta
+    x.requires_grad_(LEARN[learn].needs_b)  # b_n is the encoder's input gradient, a constant for theta
     with torch.set_grad_enabled(x.requires_grad):
         q = vae.encode(x)
     z = vae.sample(q, noise(q), relaxed=False).detach()
-    return LEARN[learn](vae, x, q, z, **({"estimator": estimator} if learn in HAS_ESTIMATOR else {}))
+    return LEARN[learn](vae, x, q, z, **options_of(learn, estimator))
 
 
-def joint_loss(vae, x, noise):
-    """The Fisher autoencoder's loss of theta and phi together, per datum [B]: z reparametrised, everything differentiable."""
+def joint_loss(vae, x, learn, noise):
+    """One loss of theta and phi together, per datum [B] (the Fisher autoencoder): z reparametrised, everything differentiable."""
     x.requires_grad_()
     q = vae.encode(x)
-    return LEARN["fae"](vae, x, q, vae.sample(q, noise(q)))
+    return LEARN[learn](vae, x, q, vae.sample(q, noise(q)))
 
 
-class Trainer:
-    """A VAE, its two optimisers, the training images (uint8 [n, C, H, W] on the device) and the state that a step changes.
+def options_of(learn, estimator):
+    return {"estimator": estimator} if LEARN[learn].has_estimator else {}
+
+
+class Ledger:
+    """What a trainer keeps beside its model: the clock, losses, divergence, generators, checkpoints, and the switch to CUDA graphs.
+
+    The loop `train` asks a trainer for no more than the public members here. A subclass sets `steps_per_epoch`, defines `run_step`,
+    which calls `advance`, and puts what its update changes into `tensors`.
+
+    members: () or (S,) of an ensemble. sums: [2 halves (phi, theta), quantities, *members], the last quantity a count.
+    """
+
+    def __init__(self, vae, optimisers, generators, sums, members=(), graph=False, seeds=()):
+        self.vae, self.optimisers, self.generators, self.seeds = vae, optimisers, generators, seeds
+        self.device = device = vae.log_gamma.device
+        self.clock = torch.zeros((), dtype=torch.int64, device=device)
+        self.diverged_at = torch.full(members, NEVER, device=device)
+        self.sums = sums.to(device)
+        self.graphs = Graphs(device) if graph else None
+        self.step, self.tensors = 0, {}
+
+    def advance(self, kind, update):
+        """One update(), captured by its `kind` where there is a GPU, eager elsewhere."""
+        self.step += 1
+        if self.graphs is None:
+            update()
+        else:
+            self.graphs.run(kind, update, self.state(), self.captured_generators)
+
+    captured_generators = ()  # those that an update draws from
+
+    def note_divergence(self, *values):
+        """Keep the clock's reading at a member's first value that is not finite."""
+        finite = torch.stack([value.isfinite() for value in values]).all(0)
+        self.diverged_at.copy_(torch.minimum(self.diverged_at, torch.where(finite, NEVER, self.clock)))
+
+    @property
+    def diverged(self):
+        """The step at which every member had diverged, or None. Waits for the device."""
+        return self.diverged_at.max().item() if (self.diverged_at < self.clock).all() else None
+
+    def means(self, reset):
+        """The sums over their counts, [2, quantities - 1, *members], since the last reset."""
+        values = (self.sums[:, :-1] / self.sums[:, -1:]).cpu()
+        if reset:
+            self.sums.zero_()
+        return values
+
+    @torch.no_grad()
+    def state(self):
+        """Every tensor that a step changes, by name. Loading copies into these, so captured graphs stay valid."""
+        return state_of(self.vae, *self.optimisers) | {"clock": self.clock, "sums": self.sums, "diverged_at": self.diverged_at} | self.tensors
+
+    def save(self):
+        return {"step": self.step, "generators": [generator.get_state() for generator in self.generators],
+                "tensors": {name: tensor.cpu() for name, tensor in self.state().items()}}
+
+    def load(self, saved):
+        """Raises UserError, having changed nothing, where `saved` is not what save() makes of these flags."""
+        if isinstance(saved, dict) and "generator" in saved:  # of versions with one generator
+            saved = {key: value for key, value in saved.items() if key != "generator"} | {"generators": [saved["generator"]]}
+        mine = self.save()
+        if difference := mismatch(saved, {**mine, "generators": [torch.Tensor] * len(mine["generators"])}):
+            raise UserError(f"the checkpoint is of another model than these flags make ({difference}) and is kept as it is; "
+                            "move it away or use --overwrite to start the run again")
+        for name, tensor in self.state().items():
+            with torch.no_grad():
+                tensor.copy_(saved["tensors"][name])
+        self.step = saved["step"]
+        for generator, state, seed in zip(self.generators, saved["generators"], self.seeds):
+            restore_generator(generator, state, seed_of(seed, NOISE, self.step))
+
+
+class Half:
+    """The parameters that one loss moves, phi or theta, and their optimiser."""
+
+    def __init__(self, params, lr, capturable, scheduled):
+        self.params = list(params)
+        self.optimiser = adam(self.params, lr, capturable, scheduled)
+
+
+class Trainer(Ledger):
+    """A VAE, its two halves, the training images (uint8 [n, C, H, W] on the device) and the state that a step changes.
 
     On a GPU each kind of update is captured once in a CUDA graph and replayed, unless graph=False.
     Raises UserError for fewer images than one minibatch.
     """
 
-    def __init__(self, vae, images, *, learn, infer, estimator, samples, inner_steps, noise, batch, lr, seed, graph=True):
+    def __init__(self, vae, images, *, learn, infer, estimator, samples, inner_steps, noise, batch, lr, seed, graph=True,
+                 infer_samples=None, lr_half_life=None):
         if len(images) < batch:
             raise UserError(f"{len(images)} training images are fewer than one minibatch of {batch}; use a smaller --batch")
-        if learn != "fae" and infer != "fd-repar":  # double backward, of batch norm above all, is slower in channels_last
+        if not (LEARN[learn].joint or infer == "fd-repar"):  # double backward, of batch norm above all, is slower in channels_last
             vae.to(memory_format=torch.channels_last)
-        self.vae, self.images, self.device = vae, images, images.device
-        self.learn, self.infer, self.estimator = learn, infer, estimator
-        self.samples, self.inner_steps, self.noise, self.batch, self.seed = samples, inner_steps, noise, batch, seed
-        self.graph, self.graphs = graph and self.device.type == "cuda", {}
-        self.generator = torch.Generator(self.device).manual_seed(seed_of(seed, NOISE))
-
-        self.phi, self.theta = list(vae.encoder.parameters()), [*vae.decoder.parameters(), vae.log_gamma]
-        self.optimisers = [adam(params, lr, capturable=self.graph) for params in (self.phi, self.theta)]
+        self.images, self.learn, self.infer, self.estimator = images, learn, infer, estimator
+        self.samples, self.infer_samples, self.inner_steps = samples, infer_samples or samples, inner_steps
+        self.noise, self.batch, self.seed, self.lr, self.lr_half_life = noise, batch, seed, lr, lr_half_life
+        graph = graph and images.device.type == "cuda"
+        self.generator = torch.Generator(images.device).manual_seed(seed_of(seed, NOISE))
+        self.phi, self.theta = (Half(params, lr, graph, lr_half_life is not None)
+                                for params in (vae.encoder.parameters(), [*vae.decoder.parameters(), vae.log_gamma]))
+        super().__init__(vae, [self.phi.optimiser, self.theta.optimiser], [self.generator], graph=graph, seeds=[seed],
+                         sums=torch.zeros(2, 3, dtype=torch.float64))  # loss, gradient norm, count
+        self.captured_generators = self.generators
         self.steps_per_epoch = len(images) // batch
         self.order = torch.arange(len(images), device=self.device)
         self.cursor = torch.arange(batch, device=self.device)  # rows of `order` that make the next minibatch
-        self.clock = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.diverged_at = torch.full((), torch.iinfo(torch.int64).max, device=self.device)
-        self.sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)  # phi, theta: loss, gradient norm, count
-        self.step = 0
+        self.tensors = {"order": self.order, "cursor": self.cursor}
+
+    def run_step(self):
+        """Update number `step`, counted from 0: phi moves, and theta on every K-th."""
+        if self.step % self.steps_per_epoch == 0:
+            self.begin_epoch(self.step // self.steps_per_epoch)
+        if self.lr_half_life:
+            for optimiser in self.optimisers:
+                set_rate(optimiser, self.lr * decay(self.step, self.steps_per_epoch, self.lr_half_life))
+        with_decoder = (self.step + 1) % self.inner_steps == 0
+        self.advance(with_decoder, lambda: self.update(with_decoder))
 
     def update(self, with_decoder):
-        """One minibatch: phi moves; theta moves too on every K-th. The Fisher autoencoder moves both by one loss."""
+        """One minibatch: phi moves; theta moves too on every K-th. A joint objective moves both by one loss."""
         x = self.minibatch()
-        if self.learn == "fae":
-            self.differentiate(phi=True, theta=True)
-            self.descend(joint_loss(self.vae, x, self.draw), self.phi + self.theta)
+        if LEARN[self.learn].joint:
+            self.descend(lambda: joint_loss(self.vae, x, self.learn, self.draw(self.samples)), self.phi, self.theta)
         else:
-            self.differentiate(phi=True)
-            self.descend(infer_loss(self.vae, x, self.infer, self.draw), self.phi)
+            self.descend(lambda: infer_loss(self.vae, x, self.infer, self.draw(self.infer_samples)), self.phi)
             if with_decoder:
-                self.differentiate(theta=True)
-                self.descend(learn_loss(self.vae, x, self.learn, self.draw, self.estimator), self.theta)
+                self.descend(lambda: learn_loss(self.vae, x, self.learn, self.draw(self.samples), self.estimator), self.theta)
         self.clock += 1
 
     def minibatch(self):
@@ -108,79 +203,67 @@ class Trainer:
         self.cursor += self.batch
         return x + self.noise * torch.randn(x.shape, generator=self.generator, device=self.device)
 
-    def draw(self, q):
-        return self.vae.noise(q, self.samples, self.generator)
+    def draw(self, samples):
+        """q -> standard noise [samples, B, Dz]."""
+        return lambda q: self.vae.noise(q, samples, self.generator)
 
-    def differentiate(self, phi=False, theta=False):
-        """Freeze the half that does not move: its weights cost no gradient, and what depends on them no double backward."""
-        for params, moves in ((self.phi, phi), (self.theta, theta)):
-            for p in params:
-                p.requires_grad_(moves)
+    def descend(self, loss_of, *halves):
+        """One Adam step of `halves` on the mean of loss_of() [B] over the minibatch; nothing here waits for the device.
 
-    def descend(self, loss, params):
-        """One Adam step of `params` on the mean of `loss` [B] over the minibatch; nothing here waits for the device."""
-        loss = loss.mean()
+        A half that does not move is frozen meanwhile: its weights cost no gradient, and what depends on them no double backward.
+        """
+        for half in (self.phi, self.theta):
+            for p in half.params:
+                p.requires_grad_(half in halves)
+        loss, params = loss_of().mean(), [p for half in halves for p in half.params]
         set_gradients(params, torch.autograd.grad(loss, params))
-        for half, optimiser, sums in zip((self.phi, self.theta), self.optimisers, self.sums):
-            if half[0].requires_grad:
-                norm = torch.nn.utils.get_total_norm([p.grad for p in half])
+        for half, sums in zip((self.phi, self.theta), self.sums):
+            if half in halves:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in half.params])
                 sums += torch.stack([loss.detach(), norm, torch.ones_like(norm)])
-                optimiser.step()
-        bad = torch.where(loss.isfinite(), self.diverged_at, self.clock)
-        self.diverged_at.copy_(torch.minimum(self.diverged_at, bad))
-
-    def run_step(self):
-        """Update number `step`, counted from 0: captured where there is a GPU, eager elsewhere."""
-        if self.step % self.steps_per_epoch == 0:
-            self.begin_epoch(self.step // self.steps_per_epoch)
-        self.step += 1
-        with_decoder = self.step % self.inner_steps == 0
-        if not self.graph:
-            self.update(with_decoder)
-            return
-        if with_decoder not in self.graphs:
-            self.graphs[with_decoder] = capture(lambda: self.update(with_decoder), self.state(), [self.generator])
-        self.graphs[with_decoder].replay()
+                half.optimiser.step()
+        self.note_divergence(loss.detach())
 
     def begin_epoch(self, epoch):
         order = torch.randperm(len(self.order), generator=torch.Generator().manual_seed(seed_of(self.seed, ORDER, epoch)))
         self.order.copy_(order)
         self.cursor.copy_(torch.arange(self.batch))
 
-    @torch.no_grad()
-    def state(self):
-        """Every tensor that a step changes, by name. Loading copies into these, so captured graphs stay valid."""
-        return state_of(self.vae, *self.optimisers) | {"order": self.order, "cursor": self.cursor, "clock": self.clock,
-                                                       "sums": self.sums, "diverged_at": self.diverged_at}
-
-    def save(self):
-        return {"step": self.step, "generator": self.generator.get_state(), "tensors": {k: v.cpu() for k, v in self.state().items()}}
-
-    def load(self, saved):
-        restore(self.state(), saved["tensors"])
-        self.step = saved["step"]
-        restore_generator(self.generator, saved["generator"], seed_of(self.seed, NOISE, self.step))
-
     def progress(self, rate):
+        """What the bar shows, from updates a second."""
         infer, learn = (self.sums[:, 0] / self.sums[:, 2]).tolist()
         return {"infer": f"{infer:.4g}", "learn": f"{learn:.4g}", "gamma": f"{self.vae.log_gamma.exp().item():.2e}",
                 "images/s": f"{rate * self.batch:.0f}"}
 
-    def averages(self):
-        """Means since the last call: the two training losses (nats or Fisher divergence) and the two gradient norms."""
-        loss, norm, count = self.sums.T
-        values = torch.stack([loss, norm]) / count
-        self.sums.zero_()
-        return dict(zip(("infer_loss", "learn_loss", "infer_grad_norm", "learn_grad_norm"), values.flatten().cpu()))
+    def averages(self, reset=True):
+        """Means since the last reset: the two training losses (nats or Fisher divergence) and the two gradient norms."""
+        return dict(zip(("infer_loss", "learn_loss", "infer_grad_norm", "learn_grad_norm"), self.means(reset).T.flatten()))
 
 
-def adam(params, lr, capturable):
-    """Fused Adam with its state made at once, so that it can be captured, saved and loaded in place."""
-    optimiser = torch.optim.Adam(params, lr, fused=True, capturable=capturable)
+def adam(params, lr, capturable, scheduled=False):
+    """Fused Adam with its state made at once, so that it can be captured, saved and loaded in place.
+
+    A captured one whose step size is `scheduled` keeps it in a tensor.
+    """
+    rate = torch.tensor(lr, device=params[0].device) if capturable and scheduled else lr
+    optimiser = torch.optim.Adam(params, rate, fused=True, capturable=capturable)
     for p in params:
         optimiser.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
     return optimiser
+
+
+def decay(step, steps_per_epoch, half_life):
+    """The factor of the step size at this step: it halves every `half_life` epochs, whatever the budget is."""
+    return 0.5 ** (step // steps_per_epoch / half_life)
+
+
+def set_rate(optimiser, lr):
+    group = optimiser.param_groups[0]
+    if torch.is_tensor(group["lr"]):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def set_gradients(params, gradients):
@@ -198,15 +281,6 @@ def state_of(vae, *optimisers):
     return state
 
 
-def restore(state, saved):
-    """Copy saved tensors into those of `state`, by name. Raises UserError, having copied nothing, where names or shapes differ."""
-    if {name: tensor.shape for name, tensor in state.items()} != {name: tensor.shape for name, tensor in saved.items()}:
-        raise UserError("the checkpoint is of another model than these flags make and is kept as it is; "
-                        "move it away or use --overwrite to start the run again")
-    for name, tensor in state.items():
-        tensor.copy_(saved[name])
-
-
 def restore_generator(generator, state, seed):
     """A generator's state; where it was saved on another kind of device, whose states are of another form, a new stream from `seed`."""
     if len(state) == len(generator.get_state()):
@@ -215,35 +289,39 @@ def restore_generator(generator, state, seed):
         generator.manual_seed(seed)
 
 
+# --------------------------------------------------------------------------------------------------------------- the loop
+
+
 def train(run, trainer, epochs, eval_every, evaluate):
     """Train to `epochs`, resuming from the run's checkpoint. evaluate() -> dict of CPU tensors, at epoch 0, every `eval_every` and the last.
 
+    `epochs` is a budget: a run that ended with fewer goes on, and equals one that was longer from the start.
     Returns the status, `ok` or `diverged@<step>` (a non-finite loss is a result), and the history: a list per metric.
+    Ctrl-C and SIGTERM write a checkpoint and raise Stopped.
     """
-    saved = run.load_checkpoint()
-    if saved and not (isinstance(saved, dict) and saved.keys() == {"trainer", "history", "seconds"}):
-        raise UserError(f"{run.path}/checkpoint.pt is not a checkpoint of this script and is kept as it is; move it away")
-    history, seconds = (saved["history"], saved["seconds"]) if saved else ({}, 0.0)
-    if saved:
-        trainer.load(saved["trainer"])
+    history, seconds = resume(run, trainer, epochs, eval_every)
     total, started = epochs * trainer.steps_per_epoch, time.monotonic() - seconds
     last_look = last_save = time.monotonic()
 
     def checkpoint():
         run.save_checkpoint({"trainer": trainer.save(), "history": history, "seconds": time.monotonic() - started})
 
-    def record():
-        row = {"epoch": torch.tensor(trainer.step // trainer.steps_per_epoch), **evaluate(), **trainer.averages(),
+    def record(epoch):
+        row = {"epoch": torch.tensor(epoch), **evaluate(), **trainer.averages(reset=epoch % eval_every == 0),
                "seconds": torch.tensor(time.monotonic() - started), "peak_memory": torch.tensor(peak_memory(trainer.device))}
         for name, value in row.items():
             history.setdefault(name, []).append(value)
+        run.log(row, len(history["epoch"]) == 1)
         run.save_metrics(**stack(history))
         checkpoint()
 
-    if not saved:
-        record()
-    with tqdm(total=total, initial=trainer.step, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
+    with stopping() as stop, progress(total, trainer.step) as bar:
+        if not history:
+            record(0)
         while trainer.step < total:
+            if stop.requested:
+                checkpoint()
+                raise Stopped(stop.requested)
             trainer.run_step()
             bar.update()
             epoch, remainder = divmod(trainer.step, trainer.steps_per_epoch)
@@ -252,17 +330,35 @@ def train(run, trainer, epochs, eval_every, evaluate):
                 continue
             # Only from here on does the host wait for the device.
             last_look = time.monotonic()
-            if (trainer.diverged_at < trainer.clock).all():
-                return f"diverged@{trainer.diverged_at.max().item()}", history
+            if (diverged := trainer.diverged) is not None:
+                return f"diverged@{diverged}", history
             bar.set_postfix(trainer.progress(bar.format_dict["rate"] or 0), refresh=False)
             if evaluates:
-                record()
+                record(epoch)
             elif last_look - last_save > CHECKPOINT_SECONDS:
                 checkpoint()
             else:
                 continue
             last_save = time.monotonic()
     return "ok", history
+
+
+def resume(run, trainer, epochs, eval_every):
+    """History and seconds of the run's checkpoint, which the trainer loads; {} and 0 where there is none.
+
+    The row of a shorter budget's last epoch is dropped where the longer budget has none.
+    """
+    saved = run.load_checkpoint()
+    if saved is None:
+        return {}, 0.0
+    if difference := mismatch(saved, {"trainer": dict, "history": dict, "seconds": float}):
+        raise UserError(f"{run.path}/checkpoint.pt is not a checkpoint of this script ({difference}) and is kept as it is; move it away")
+    trainer.load(saved["trainer"])
+    history = saved["history"]
+    last = int(history["epoch"][-1]) if history.get("epoch") else 0
+    if last % eval_every and last < epochs:
+        history = {name: values[:-1] for name, values in history.items()}
+    return history, saved["seconds"]
 
 
 def stack(history):

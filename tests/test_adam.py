@@ -11,7 +11,7 @@ LR, STEPS = 1e-3, 5
 
 
 def assert_moves_as_plain_adam(trainer):
-    params = trainer.phi + trainer.theta if isinstance(trainer, Trainer) else trainer.theta
+    params = trainer.phi.params + trainer.theta.params if isinstance(trainer, Trainer) else trainer.theta
     copies = [p.detach().clone() for p in params]
     plain = torch.optim.Adam(copies, LR, fused=False, foreach=False)
     for _ in range(STEPS):

@@ -13,7 +13,7 @@ from training import Trainer
 from vsm.device import set_precision
 from vsm.laws import LAWS
 from vsm.runs import load_arrays
-from vsm.speed import capture
+from vsm.speed import Graphs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -64,7 +64,7 @@ def assert_same(first, second):
 
 class Stream:
     def __init__(self, device=None):
-        pass
+        self.device = device
 
     def wait_stream(self, other):
         pass
@@ -79,17 +79,18 @@ def test_what_capture_does_besides_cuda(monkeypatch):
             captured.update(self.with_decoder)
 
     @contextmanager
-    def record(graph, stream):
+    def record(graph, pool, stream):
         update = captured.update
         monkeypatch.setattr(captured, "update", lambda with_decoder: setattr(graph, "with_decoder", with_decoder))
         yield
         monkeypatch.setattr(captured, "update", update)
 
-    for name, value in {"Stream": Stream, "current_stream": Stream, "stream": nullcontext, "CUDAGraph": Graph, "graph": record}.items():
+    for name, value in {"Stream": Stream, "current_stream": Stream, "stream": nullcontext, "CUDAGraph": Graph, "graph": record,
+                        "graph_pool_handle": lambda: (0, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    captured.graph = True
+    captured.graphs = Graphs(captured.device)
     run(captured), run(eager)
-    assert len(captured.graphs) == 2
+    assert len(captured.graphs.graphs) == 2
     assert torch.equal(captured.generator.get_state(), eager.generator.get_state())
     for name, tensor in captured.state().items():
         assert torch.equal(tensor, eager.state()[name]), name
@@ -111,7 +112,7 @@ def test_a_checkpoint_from_another_kind_of_device_resumes():
 @pytest.mark.parametrize("learn, infer", PAIRS)
 def test_captured_equals_eager(learn, infer, net):
     captured, eager = (run(trainer(learn, infer, graph, net)) for graph in (True, False))
-    assert len(captured.graphs) == 2 and not eager.graphs
+    assert len(captured.graphs.graphs) == 2 and not eager.graphs
     assert_same(captured, eager)
 
 
@@ -121,7 +122,7 @@ def test_capture_itself_changes_nothing():
     captured.begin_epoch(0)
     before, generator_state = {name: t.clone() for name, t in captured.state().items()}, captured.generator.get_state()
     for with_decoder in (False, True):
-        capture(lambda with_decoder=with_decoder: captured.update(with_decoder), captured.state(), [captured.generator])
+        captured.graphs.run(with_decoder, lambda with_decoder=with_decoder: captured.update(with_decoder), captured.state(), [captured.generator])
     assert torch.equal(captured.generator.get_state(), generator_state)
     for name, tensor in captured.state().items():
         assert torch.equal(tensor, before[name]), name

@@ -252,7 +252,7 @@ def test_too_large_for_the_memory(digits, tmp_path, fails):
 
 
 def test_a_second_process_on_one_folder_leaves(digits, tmp_path, fails):
-    from runs import Run
+    from vsm.runs import Run
     with Run(tmp_path / "run", "train_images", {}, torch.device("cpu")):
         assert "another process is at work" in fails(train_images, *SMALL, "--data-root", digits, "--out", tmp_path / "run")
 

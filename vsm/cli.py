@@ -2,51 +2,141 @@
 
 import argparse
 import contextlib
-import math
+import os
+import signal
 import sys
+import threading
+import time
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
-import torch
+from tqdm import tqdm
 
 
 class UserError(Exception):
     """A mistake or a lack that the user can mend. Its text is the one sentence that stderr gets; exit code 2."""
 
 
+class Stopped(Exception):
+    """A signal asked the program to stop, and its state is on disk. Exit code 128 + the signal's number, as a shell has it."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stopping():
+    """SIGINT (Ctrl-C) and SIGTERM (a scheduler's preemption) set `.requested`, the signal's number, and interrupt nothing.
+
+    The loop inside writes its checkpoint and raises Stopped(stop.requested). A second signal acts as it did before.
+    """
+    stop, before = SimpleNamespace(requested=None), {}
+
+    def request(number, frame):
+        stop.requested = number
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        before.update({number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)})
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def progress(total, initial=0, unit="step"):
+    """A tqdm bar on a terminal; elsewhere, as in a log file, a line after five seconds and then one a minute."""
+    kind = tqdm if sys.stderr is not None and sys.stderr.isatty() else LogLines
+    return kind(total=total, initial=initial, unit=unit, smoothing=0.05, dynamic_ncols=True)
+
+
+class LogLines(tqdm):
+    """tqdm's text, a line at a time."""
+
+    def __init__(self, **options):
+        self.next_line = time.monotonic() + 5
+        super().__init__(**options, mininterval=1, ascii=True, bar_format="{n_fmt}/{total_fmt} [{elapsed}, {remaining} to go, {rate_fmt}]{postfix}")
+
+    def display(self, msg=None, pos=None):
+        if time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + 60
+            with contextlib.suppress(OSError, ValueError):
+                print(msg or str(self), file=sys.stderr, flush=True)
+
+
 def command_line(parse_args, main):
-    """Run a script: `main(parse_args())`; user errors, full disks and Ctrl-C end in one sentence, never a traceback."""
+    """Run a script: `main(parse_args())`. Whatever goes wrong ends in one sentence on stderr; $VSM_TRACEBACK=1 shows the traceback too.
+
+    Exit codes: 2 for a mistake, a full disk or a failure, 130 and 143 for Ctrl-C and SIGTERM.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
     try:
         main(parse_args())
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except Stopped as stopped:
+        end(f"stopped by {signal.Signals(stopped.number).name}; the same command goes on from the checkpoint just written", 128 + stopped.number)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: out of memory; a smaller --batch, --samples, --width or --hidden needs less", file=sys.stderr)
-        sys.exit(2)
+        end("interrupted; the same command resumes from the last checkpoint", 130)
+    except Exception as error:
+        if os.environ.get("VSM_TRACEBACK"):
+            traceback.print_exc()
+        end(f"{Path(sys.argv[0]).name}: error: {sentence(error)}", 2)
+
+
+def end(message, code):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def sentence(error):
+    """What a user needs to know of an exception."""
+    import torch
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or type(error) is RuntimeError and "can't allocate memory" in text:
+        return "out of memory; a smaller --batch, --samples, --width or --hidden needs less"
+    return f"{type(error).__name__}: {text[:300]} (VSM_TRACEBACK=1 in the environment shows where)"
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-def number(kind, low, exclusive, name):
+def whole_number(low, bits=31):
+    """argparse's type of whole numbers from `low` to 2^bits - 1."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            value, high = kind(text), 2**63 if kind is int else math.inf
-            if low < value < high if exclusive else low <= value < high:  # also refuses nan
-                return value
-        raise argparse.ArgumentTypeError(f"{text} is not {name}")
+            if low <= int(text) < 2**bits:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of {low} or more, below 2^{bits}")
 
     return parse
 
 
-count = number(int, 0, False, "a whole number of 0 or more, below 2^63")
-positive = number(int, 0, True, "a whole number of 1 or more, below 2^63")
-nonnegative = number(float, 0, False, "a number of 0 or more")
-positive_float = number(float, 0, True, "a number above 0")
+def real_number(accepts, name):
+    """argparse's type of finite numbers that float32 can hold and for which accepts(value)."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if accepts(value) and value < 3.4e38 and not 0 < value < 1e-37:
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {name} that a float32 can hold")
+
+    return parse
+
+
+count, positive, seed_number = whole_number(0), whole_number(1), whole_number(0, bits=63)
+nonnegative = real_number(lambda value: value >= 0, "a number of 0 or more")
+positive_float = real_number(lambda value: value > 0, "a number above 0")

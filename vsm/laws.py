@@ -1,6 +1,6 @@
 """2-D data: sparse, mixture, banana, ring, spiral. Each is a map of standard normals, so that one block of noise serves an ensemble.
 
-log_prob and score hold where the density is known in closed form: mixture, banana, ring.
+log_prob and score are closed forms for mixture, banana and ring, and one-dimensional integrals on a fine grid for sparse and spiral.
 """
 
 import math
@@ -23,11 +23,26 @@ class Law:
 
     def score(self, x):
         """grad_x log p(x), [..., 2]. Raises ValueError where the density is not known."""
+        return self._derivatives(x)[0]
+
+    def score_matching_loss(self, x):
+        """1/2 ||grad log p(x)||^2 + laplacian log p(x), [...]. Raises ValueError where the density is not known."""
+        score, laplacian = self._derivatives(x)
+        return 1 / 2 * (score**2).sum(-1) + laplacian
+
+    def _derivatives(self, x):
+        """grad_x log p(x) [..., 2] and laplacian_x log p(x) [...], a thousand points at a time."""
         if self.log_prob is None:
-            raise ValueError(f"the density of {type(self).__name__.lower()} is not known in closed form")
+            raise ValueError(f"the density of {type(self).__name__.lower()} is not known")
+        parts = []
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.log_prob(x).sum(), x)[0]
+            for some in x.reshape(-1, 2).split(1000):
+                some = some.detach().requires_grad_()
+                score = torch.autograd.grad(self.log_prob(some).sum(), some, create_graph=True)[0]
+                laplacian = sum(torch.autograd.grad(score[:, i].sum(), some, retain_graph=True)[0][:, i] for i in range(2))
+                parts.append((score.detach(), laplacian))
+        score, laplacian = (torch.cat(part) for part in zip(*parts))
+        return score.reshape(x.shape), laplacian.reshape(x.shape[:-1])
 
 
 class Sparse(Law):
@@ -40,6 +55,12 @@ class Sparse(Law):
         A = (one + 0.3 * torch.stack((one[1], -one[0]))) / 10
         u, e = u.split(2, dim=-1)
         return (u.abs() * u) @ A + 0.01 * e
+
+    def log_prob(self, x):
+        """A A' = 0.0109 I, so y = x A' / 0.0109 has independent coordinates sign(u) u^2 + N(0, sd^2): one integral over u for each."""
+        one = torch.eye(2, dtype=x.dtype, device=x.device)
+        A, sd = (one + 0.3 * torch.stack((one[1], -one[0]))) / 10, 0.01 / math.sqrt(0.0109)
+        return quadrature(x @ A.T / 0.0109, lambda u: u.abs() * u, sd).sum(-1) - math.log(0.0109)
 
 
 class Mixture(Law):
@@ -112,6 +133,21 @@ class Spiral(Law):
         t = torch.special.ndtr(u[..., 2:]).sqrt()
         angle = 3 * math.pi * t
         return t * torch.cat([angle.cos(), angle.sin()], dim=-1) + 0.04 * u[..., :2]
+
+    def log_prob(self, x):
+        """An integral over the uniform t, or over r = sqrt(t), of density 2 r, along which points move at even pace but for the radius."""
+        r = (torch.arange(4000, dtype=x.dtype, device=x.device) + 0.5) / 4000
+        angle = 3 * math.pi * r
+        centre = r[:, None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
+        squared = ((x[..., None, :] - centre) ** 2).sum(-1) / 0.04**2
+        return ((2 * r / 4000).log() - squared / 2).logsumexp(-1) - math.log(2 * math.pi * 0.04**2)
+
+
+def quadrature(y, transform, sd, nodes=4000):
+    """log of the density at y [...] of transform(u) + sd e for standard normal u and e, by the trapezoidal rule over u in [-8, 8]."""
+    u = torch.linspace(-8, 8, nodes, dtype=y.dtype, device=y.device)
+    log_weight = -(u**2) / 2 - math.log(2 * math.pi) + math.log(16 / (nodes - 1)) - math.log(sd)
+    return (log_weight - ((y[..., None] - transform(u)) / sd) ** 2 / 2).logsumexp(-1)
 
 
 def gaussian_mean(f, mean, sd):

@@ -226,6 +226,9 @@ class Run:
         path = self.path / "checkpoint.pt"
         return load_checkpoint(path, device) if path.exists() else None
 
+    def log(self, row, first):
+        """Append the scalars of one evaluation to log.csv."""
+
     def save_metrics(self, **arrays):
         """`metrics.npz`; with a `status` among the arrays the run counts as finished."""
         save_arrays(self.path / "metrics.npz", self.config, **arrays)

@@ -6,16 +6,30 @@ import warnings
 
 import torch
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.torch_version import TorchVersion
 
 from vsm.cli import UserError
 
 
-def capture(update, state, generators=()):
+class Graphs:
+    """The CUDA graphs of a trainer's updates, one per kind: captured at their first call and replayed from then on.
+
+    They share a stream and a memory pool, since only one of them runs at a time. `state` is every tensor that an update changes.
+    """
+
+    def __init__(self, device):
+        self.stream, self.pool, self.graphs = torch.cuda.Stream(device), torch.cuda.graph_pool_handle(), {}
+
+    def run(self, kind, update, state, generators=()):
+        if kind not in self.graphs:
+            self.graphs[kind] = capture(update, state, generators, self.stream, self.pool)
+        self.graphs[kind].replay()
+
+
+def capture(update, state, generators, stream, pool):
     """update() as a CUDA graph. The calls that warm it up are undone, so that a replayed run equals an eager one."""
     before, drawn = [tensor.clone() for tensor in state.values()], [generator.get_state() for generator in generators]
-    device = next(iter(state.values())).device
-    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*capturable=True.*")  # Adam's, of steps that are not captured
@@ -27,11 +41,9 @@ def capture(update, state, generators=()):
     graph = torch.cuda.CUDAGraph()
     for generator, value in zip(generators, drawn):
         generator.set_state(value)
-        if hasattr(graph, "register_generator_state"):
-            with warnings.catch_warnings():  # where torch finds the generators by itself, it deprecates this call
-                warnings.simplefilter("ignore")
-                graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, stream=stream):  # the warm-up's stream: library handles and workspaces are per stream
+        if TorchVersion(torch.__version__) < "2.14":  # later versions find the generators by themselves
+            graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, pool=pool, stream=stream):  # the warm-up's stream: library handles and workspaces are per stream
         update()
     return graph
 
@@ -53,6 +65,8 @@ def compiled(function):
     Traced at the first call, with the shapes of that call and with the parameters that require a gradient then; TorchInductor keeps
     what it compiled on disk. Not for functions that change a buffer or draw random numbers.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx  # slow to import, and few runs compile
+
     code = None
 
     def call(module, *tensors):
