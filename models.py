@@ -4,7 +4,9 @@ Shapes: B data, Dz = dim z, N posterior samples; an ensemble of S small models p
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -188,30 +190,56 @@ def resnet_decoder(image_shape, dim_z, width, norm):
     return nn.Sequential(*layers, nn.Upsample(scale_factor=2), nn.Conv2d(width, channels, 3, 1, 1), nn.Sigmoid())
 
 
-WIDTH = {"mlp": 400, "conv": 64, "resnet": 64}  # hidden units; channels after the first convolution
+def mlp_pair(image_shape, dim_z, dim_out, width, norm):
+    """Two hidden layers each; a sigmoid output for images, a linear one for vectors."""
+    dim_x = math.prod(image_shape)
+    encoder = nn.Sequential(nn.Flatten(), mlp([dim_x, width, width, dim_out]))
+    decoder = [mlp([dim_z, width, width, dim_x])]
+    if len(image_shape) > 1:
+        decoder += [nn.Sigmoid(), nn.Unflatten(-1, image_shape)]
+    return encoder, nn.Sequential(*decoder)
+
+
+def conv_pair(image_shape, dim_z, dim_out, width, norm):
+    square_of_32_or_64(image_shape)
+    return conv_encoder(image_shape, dim_out, width, norm), conv_decoder(image_shape, dim_z, width, norm)
+
+
+def resnet_pair(image_shape, dim_z, dim_out, width, norm):
+    square_of_32_or_64(image_shape)
+    return resnet_encoder(image_shape, dim_out, width, norm), resnet_decoder(image_shape, dim_z, width, norm)
+
+
+def square_of_32_or_64(image_shape):
+    if len(image_shape) != 3 or image_shape[1] != image_shape[2] or image_shape[1] not in (32, 64):
+        raise ValueError(f"this network takes square images of 32 or 64 pixels, not {image_shape}")
+
+
+class Network(NamedTuple):
+    """An entry of NETS: what `--net` chooses.
+
+    build(image_shape, dim_z, dim_out, width, norm) -> encoder, decoder: x [B, *image_shape] to [B, dim_out] and z [n, dim_z] to
+    [n, *image_shape]; norm makes a normalisation layer for a number of channels. Raises ValueError for images that it does not take.
+    """
+    build: Callable
+    width: int  # the default of --width: hidden units, or channels after the first convolution
+    has_norm: bool = True  # whether --norm has a meaning
+
+
+NETS = {"mlp": Network(mlp_pair, 400, has_norm=False), "conv": Network(conv_pair, 64), "resnet": Network(resnet_pair, 64)}
 
 
 def build_vae(net, image_shape, dim_z, width=None, norm="batch", latent="gaussian", **options):
     """A VAE for images [C, H, W] in [0, 1] (sigmoid output) or, with net="mlp", for vectors [D] (linear output).
 
-    net: mlp | conv | resnet, conv and resnet for square images of 32 or 64 pixels; norm: batch | group | none (conv and resnet).
+    net: a name of NETS; conv and resnet are for square images of 32 or 64 pixels. norm: batch | group | none.
     `options` go to VAE: std, init_sd, temperature, bf16. Raises ValueError for another net, norm or image size.
     """
-    if net not in WIDTH or norm not in NORMS:
-        raise ValueError(f"net is one of {', '.join(WIDTH)} and norm one of {', '.join(NORMS)}, not {net!r} and {norm!r}")
-    width, dim_out = width or WIDTH[net], dim_z if latent == "bernoulli" else 2 * dim_z
-    if net == "mlp":
-        dim_x = math.prod(image_shape)
-        encoder = nn.Sequential(nn.Flatten(), mlp([dim_x, width, width, dim_out]))
-        decoder = [mlp([dim_z, width, width, dim_x])]
-        if len(image_shape) > 1:
-            decoder += [nn.Sigmoid(), nn.Unflatten(-1, tuple(image_shape))]
-        return VAE(encoder, nn.Sequential(*decoder), dim_z, latent, **options)
-    if len(image_shape) != 3 or image_shape[1] != image_shape[2] or image_shape[1] not in (32, 64):
-        raise ValueError(f"net {net} takes square images of 32 or 64 pixels, not {tuple(image_shape)}")
-    make_encoder, make_decoder = {"conv": (conv_encoder, conv_decoder), "resnet": (resnet_encoder, resnet_decoder)}[net]
-    return VAE(make_encoder(image_shape, dim_out, width, NORMS[norm]), make_decoder(image_shape, dim_z, width, NORMS[norm]),
-               dim_z, latent, **options)
+    if net not in NETS or norm not in NORMS:
+        raise ValueError(f"net is one of {', '.join(NETS)} and norm one of {', '.join(NORMS)}, not {net!r} and {norm!r}")
+    dim_out = dim_z if latent == "bernoulli" else 2 * dim_z
+    encoder, decoder = NETS[net].build(tuple(image_shape), dim_z, dim_out, width or NETS[net].width, NORMS[norm])
+    return VAE(encoder, decoder, dim_z, latent, **options)
 
 
 def build_ensemble(dim_x, dim_z, hidden, seeds, std="softplus", init_sd=0.1):

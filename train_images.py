@@ -15,7 +15,7 @@ import torch
 import plots
 from data import load_images
 from metrics import evaluate_images, quantise
-from models import NORMS, WIDTH, build_vae
+from models import NETS, NORMS, build_vae
 from objectives import ESTIMATORS, INFER, LEARN, label
 from training import EVALUATION, INIT, Trainer, resolve_pair, seed_of, stack, train
 from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
@@ -40,7 +40,7 @@ def parse_args(argv=None):
     flag("--noise", type=nonnegative, default=0.1, help="sd of the noise added to every minibatch, and to the test images")
     flag("--seed", type=seed_number, default=0, help="of weights, data order and noise")
     flag = parser.add_argument_group("model").add_argument
-    flag("--net", choices=WIDTH, default="conv", help="mlp, DCGAN, or ResNet18")
+    flag("--net", choices=NETS, default="conv", help="mlp, conv (DCGAN) or resnet (ResNet18)")
     flag("--width", type=positive, default=None, help="base channels of conv and resnet (default: 64), hidden units of mlp (default: 400)")
     flag("--norm", choices=NORMS, default="batch", help="normalisation of conv and resnet; batch couples the data (see README)")
     flag("--dim-z", type=positive, default=100, help="latent dimensions")
@@ -65,14 +65,14 @@ def parse_args(argv=None):
     flag("--dry-run", action="store_true", help="say what would run, train nothing, write no run (data may be downloaded or converted)")
     args = parser.parse_args(argv)
     resolve_pair(parser, args)
-    args.width = args.width or WIDTH[args.net]
+    args.width = args.width or NETS[args.net].width
     if args.latent == "bernoulli" and args.infer != "kld":
         parser.error(f"--infer {args.infer} takes gradients in z, and Bernoulli latents have none; --latent bernoulli goes with --infer kld")
     if args.latent == "gaussian" and args.temperature != parser.get_default("temperature"):
         parser.error("--temperature has a meaning for --latent bernoulli only")
-    if args.net == "mlp" and args.norm == "group":
-        parser.error("--norm group has no meaning for --net mlp, which has no normalisation layers")
-    args.out = args.out or f"runs/images/{run_name(args, AXES, vars(parser.parse_args([])) | {'width': WIDTH[args.net], 'infer_samples': args.samples})}"
+    if args.norm == "group" and not NETS[args.net].has_norm:
+        parser.error(f"--norm group has no meaning for --net {args.net}, which has no normalisation layers")
+    args.out = args.out or f"runs/images/{run_name(args, AXES, vars(parser.parse_args([])) | {'width': NETS[args.net].width, 'infer_samples': args.samples})}"
     return args
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -76,6 +77,8 @@ def command_line(parse_args, main):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
     try:
+        for module in filter(None, os.environ.get("VSM_IMPORT", "").split(",")):  # of objectives, laws, networks or data of one's own
+            importlib.import_module(module)
         main(parse_args())
         if sys.stdout is not None:
             sys.stdout.flush()
