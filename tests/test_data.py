@@ -80,7 +80,7 @@ def test_idx_missing_without_network_says_the_layout(tmp_path, name):
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         data.load_images(name, tmp_path / "nowhere")
-    folder = tmp_path / "nowhere" / data.IDX_FOLDERS[name] / "raw"
+    folder = tmp_path / "nowhere" / {"mnist": "MNIST", "fashion": "FashionMNIST"}[name] / "raw"
     one_line(error, folder, "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", ".gz")
     assert not (tmp_path / "nowhere").exists() and time.monotonic() - start < 20
 
@@ -410,7 +410,7 @@ def test_glyphs_can_be_told_apart():
 
 
 def test_every_glyph_font_has_its_own_digits():
-    atlas = data.glyph_atlas()
+    atlas = glyphs_module.glyph_atlas()
     assert atlas.shape == (21, 10, 1, 84, 84)
     assert len(atlas.flatten(2).flatten(0, 1).unique(dim=0)) == 210
     assert atlas[..., [0, -1], :].max() == atlas[..., [0, -1]].max() == 0  # none is cut
