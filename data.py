@@ -97,7 +97,7 @@ def first(count, array):
     """The first `count` rows (0: all) of an array as a tensor with memory of its own. None stays None."""
     if array is None:
         return None
-    return torch.from_numpy(np.array(array[:count] if count else array))
+    return torch.from_numpy(np.array(np.asarray(array[:count] if count else array)))
 
 
 def require_images(name, images, labels, part):
