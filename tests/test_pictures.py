@@ -93,6 +93,10 @@ def test_cache_is_reused_and_follows_the_source(tmp_path, monkeypatch):
     other = next(number for number in range(10, 100) if len(jpeg(number)) <= size)
     path.write_bytes(jpeg(other).ljust(size, b"\0"))  # as many bytes, but younger
     assert torch.equal(data.load_images("celeba", root).train[0], expected(other))
+    dates = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(jpeg(6).ljust(size + 1, b"\0"))
+    os.utime(path, ns=dates)  # as old, but longer
+    assert torch.equal(data.load_images("celeba", root).train[0], expected(6))
     path.with_name("000002.jpg").write_bytes(jpeg(2))
     assert len(data.load_images("celeba", root).train) == 4
     [cache] = (tmp_path / "cache").glob("*.npy")
