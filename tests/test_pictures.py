@@ -333,8 +333,8 @@ def test_only_regular_files_count_and_linked_folders_are_not_followed(tmp_path):
     for i in range(2):
         picture(i).save(folder / "folder.png" / f"{i}.png")
     (folder / "linked.png").symlink_to(folder / "folder.png" / "0.png")
-    images = data.load_images(f"folder:{folder}")
-    assert images.recipe["counts"] == {"train": 2, "test": 1}
+    assert data.Pictures(folder).names == ["folder.png/0.png", "folder.png/1.png", "linked.png"]
+    assert data.load_images(f"folder:{folder}").recipe["counts"] == {"train": 2, "test": 1}
     (folder / "loop.png").symlink_to(folder / "loop.png")
     assert str(folder / "loop.png") in refusal(folder)
 
