@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def test_idx_missing_without_network_says_the_layout(tmp_path, name):
     folder = tmp_path / "nowhere" / {"mnist": "MNIST", "fashion": "FashionMNIST"}[name] / "raw"
     one_line(error, folder, "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", ".gz")
     assert not (tmp_path / "nowhere").exists() and time.monotonic() - start < 20
+    assert socket.getdefaulttimeout() is None
 
 
 def test_download_fills_the_gaps_and_overwrites_nothing(tmp_path, monkeypatch, capfd):

@@ -339,6 +339,22 @@ def test_only_regular_files_count_and_linked_folders_are_not_followed(tmp_path):
     assert str(folder / "loop.png") in refusal(folder)
 
 
+def test_a_folder_that_may_not_be_read_is_named_and_not_left_out(tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def refusing(path):  # a superuser, as tests may be, may read everything
+        if str(path).endswith("below"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    (tmp_path / "below").mkdir()
+    for i in range(2):
+        picture(i).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(os, "scandir", refusing)
+    message = refusal(tmp_path)
+    assert f"{tmp_path}/below cannot be read (Permission denied)" in message
+
+
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "{tmp}/loop", "{tmp}/" + "x" * 5000, "{tmp}/fifo", "{tmp}/\udcff"])
 def test_paths_that_lead_nowhere(tmp_path, path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
