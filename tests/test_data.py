@@ -334,6 +334,12 @@ def test_glyphs_are_drawn_alike_every_time():
     assert ink.min() > 0.02 and ink.max() < 0.3
 
 
+@pytest.mark.parametrize(("ink", "pixel"), [(1, 255), (0.25, 64), (0, 0)])
+def test_ink_becomes_pixels(ink, pixel, monkeypatch):
+    monkeypatch.setattr("vsm.glyphs.glyph_atlas", lambda: torch.full((21, 10, 1, 84, 84), float(ink)))
+    assert (glyphs(20)[:, :, 12:20, 12:20] == pixel).all()
+
+
 def test_glyphs_can_be_told_apart():
     images, labels = glyphs(3000).flatten(1).float(), torch.arange(3000) % 10
     means = torch.stack([images[:2000][labels[:2000] == digit].mean(0) for digit in range(10)])
