@@ -336,8 +336,18 @@ def test_glyphs_are_drawn_alike_every_time():
 
 @pytest.mark.parametrize(("ink", "pixel"), [(1, 255), (0.25, 64), (0, 0)])
 def test_ink_becomes_pixels(ink, pixel, monkeypatch):
-    monkeypatch.setattr("vsm.glyphs.glyph_atlas", lambda: torch.full((21, 10, 1, 84, 84), float(ink)))
-    assert (glyphs(20)[:, :, 12:20, 12:20] == pixel).all()
+    monkeypatch.setattr("vsm.glyphs.F.grid_sample", lambda images, *_, **__: torch.full_like(images, ink))
+    expected = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
+    expected[:, :, 2:30, 2:30] = pixel
+    assert torch.equal(glyphs(3), expected)
+
+
+def test_the_lenet_sees_numbers_from_0_to_1_without_the_padding():
+    network = features.LeNet5()
+    network.body = torch.nn.Identity()
+    images = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)
+    images[..., 2:-2, 2:-2] = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).repeat(7)
+    assert torch.equal(network(images), torch.tensor([0, 0.2, 0.4, 1]).repeat(7).expand(1, 1, 28, 28))
 
 
 def test_glyphs_can_be_told_apart():
