@@ -1,53 +1,59 @@
-"""The images that the experiments train on, as uint8 tensors [n, C, H, W].
+"""The images that the experiments train on, as uint8 tensors [n, C, H, W]. docs/data.md is the page for users.
 
     ROOT/MNIST/raw, ROOT/FashionMNIST/raw    train-images-idx3-ubyte[.gz] and its three sisters; padded with zeros to 32x32
     ROOT/celeba/img_align_celeba[.zip]       NNNNNN.jpg as released; ROOT may also be that folder or zip
     folder:PATH                              any images, PATH a folder or a zip
     glyphs                                   digits drawn here from matplotlib's fonts; needs no file and no network
 
-Pictures are converted once, to an array beside the data: in $VSM_CACHE where set, in ./cache where the data are read-only.
+DATA_SETS has one entry for each name. Pictures are converted once, to an array beside the data: in $VSM_CACHE where it is set, in
+./cache where the data are read-only. Pillow, torchvision and matplotlib are imported only where they are used: --help needs none.
 """
 
 import contextlib
 import fcntl
 import gzip
+import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
 import socket
+import stat
 import struct
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.nn import functional as F
-from torchvision import datasets
 from tqdm import tqdm
 
 from vsm.cli import UserError
+from vsm.glyphs import FONTS, draw_glyphs
 from vsm.runs import write_atomic
 
-IDX_FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST"}
+# Name: function from the data root (a Path) to ImageData, of arrays or CPU tensors. Everything else follows from what it returns.
+DATA_SETS = {
+    "mnist": lambda root: load_idx("mnist", "MNIST", root),
+    "fashion": lambda root: load_idx("fashion", "FashionMNIST", root),
+    "celeba": lambda root: load_celeba(root),
+    "glyphs": lambda root: load_glyphs(),
+}
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CELEBA_TRAIN, CELEBA_TEST = range(1, 162771), range(182638, 202600)  # by file number; between them lies the validation set
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-DAMAGE = (OSError, EOFError, IndexError, SyntaxError, ValueError, struct.error, zlib.error, zipfile.BadZipFile,
-          Image.DecompressionBombError)  # what readers raise, by how the file is damaged
 
-GLYPH_FONTS = [
-    *(f"DejaVu{family}{style}" for family in ("Sans", "SansMono") for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
-    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
-    "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"]
+# A small file can expand to many GB. These bounds are far above any real data set and below any real memory.
+MAX_IDX_BYTES = 2**30
+MAX_PICTURE_BYTES = 2**27
+MAX_PICTURE_ASPECT = 100  # the long side over the short one, which becomes 32 or 64 pixels
 
 
 class ImageData(NamedTuple):
@@ -59,70 +65,142 @@ class ImageData(NamedTuple):
     recipe: dict
 
 
+def data_names():
+    """What --data takes, for its help: "mnist | fashion | ... | folder:PATH"."""
+    return " | ".join([*DATA_SETS, "folder:PATH"])
+
+
 def load_images(name, root="data", limit=0, test_limit=0):
-    """The data set `name`: mnist, fashion, celeba, glyphs or folder:PATH.
+    """The data set `name`, a key of DATA_SETS or folder:PATH.
 
     `limit` and `test_limit` keep the first so many images of the official order; 0 keeps all.
     Raises UserError: unknown name, data that are missing (it says which layout is wanted) or damaged (it says which file).
     """
     if min(limit, test_limit) < 0:
         raise UserError(f"a limit of {min(limit, test_limit)} images: it must be positive, or 0 for all")
-    if name in IDX_FOLDERS:
-        data = load_idx(name, Path(root))
-    elif name == "celeba":
-        data = load_celeba(Path(root))
-    elif name == "glyphs":
-        data = load_glyphs()
-    elif name.startswith("folder:") and len(name) > len("folder:"):
-        data = load_folder(Path(name.removeprefix("folder:")).expanduser())
-    else:
-        raise UserError(f"unknown data {name!r}; choose mnist, fashion, celeba, glyphs or folder:PATH")
-    train, test, train_labels, test_labels = (None if part is None else torch.from_numpy(np.array(part[:count or None]))
-                                              for part, count in zip(data[:4], (limit, test_limit) * 2))
-    return ImageData(train, test, train_labels, test_labels, {**data.recipe, "counts": {"train": len(train), "test": len(test)}})
+    folder = name.removeprefix("folder:") if name.startswith("folder:") else ""
+    if not folder and name not in DATA_SETS:
+        raise UserError(f"unknown data {name!r}; choose one of {data_names()}")
+    try:
+        data = load_folder(folder) if folder else DATA_SETS[name](Path(root))
+    except OSError as error:
+        raise UserError(f"{error.filename or root} cannot be read ({error.strerror or error})") from error
+    require_images(name, data.train, data.train_labels, "training")
+    require_images(name, data.test, data.test_labels, "test")
+    train, train_labels = first(limit, data.train), first(limit, data.train_labels)
+    test, test_labels = first(test_limit, data.test), first(test_limit, data.test_labels)
+    recipe = {**data.recipe, "counts": {"train": len(train), "test": len(test)}}
+    return ImageData(train, test, train_labels, test_labels, recipe)
 
 
-def load_idx(name, root):
-    paths = [root / IDX_FOLDERS[name] / "raw" / file for file in IDX_FILES]
-    paths = [path if path.exists() else path.with_name(f"{path.name}.gz") for path in paths]
-    if not all(path.exists() for path in paths):
-        paths = download(IDX_FOLDERS[name], paths[0].parent)
-    train, train_labels, test, test_labels = (read_idx(path) for path in paths)
-    for images, labels, path in ((train, train_labels, paths[0]), (test, test_labels, paths[2])):
+def first(count, array):
+    """The first `count` rows (0: all) of an array as a tensor with memory of its own. None stays None."""
+    if array is None:
+        return None
+    return torch.from_numpy(np.array(np.asarray(array[:count] if count else array)))
+
+
+def require_images(name, images, labels, part):
+    """Raises UserError where a loader's arrays are not what ImageData promises."""
+    if "uint8" not in str(images.dtype) or images.ndim != 4:
+        raise UserError(f"the {part} images of {name} are {images.dtype} {list(images.shape)}; they must be uint8 [n, C, H, W]")
+    if len(images) == 0:
+        raise UserError(f"{name} has no {part} images")
+    if labels is not None and ("int64" not in str(labels.dtype) or labels.shape != images.shape[:1]):
+        raise UserError(f"the {part} labels of {name} are {labels.dtype} {list(labels.shape)}, not int64 [{len(images)}]")
+
+
+def short_name(data_flag):
+    """A data set's name for run folders and titles: folder:/long/path/faces becomes folder-faces-ab12cd, other names stay.
+
+    The six hexadecimal digits are those of a hash of the path as it was given, so that two folders of one name keep apart.
+    """
+    if not data_flag.startswith("folder:"):
+        return data_flag
+    path = data_flag.removeprefix("folder:")
+    last = re.sub(r"[^\w.]+", "_", Path(path).name)[:40].strip("._")
+    return "-".join(["folder", *filter(None, [last]), hashlib.sha256(os.fsencode(path)).hexdigest()[:6]])
+
+
+def digest(*tensors):
+    """The first 12 hexadecimal digits of the SHA-256 of the tensors' bytes."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.cpu().contiguous().numpy())
+    return sha.hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------------------------- idx files
+
+
+def load_idx(name, dataset, root):
+    """A data set in MNIST's format from root/dataset/raw, downloaded by torchvision's class `dataset` where files are missing."""
+    folder = root / dataset / "raw"
+    if not all(path.exists() for path in idx_paths(folder)):
+        download(dataset, folder)
+    paths = idx_paths(folder)
+    train, train_labels, test, test_labels = [read_idx(path) for path in paths]
+    for images, labels, images_path, labels_path in ((train, train_labels, *paths[:2]), (test, test_labels, *paths[2:])):
         if images.shape != (*labels.shape, 28, 28):
-            raise UserError(f"{path} holds images {images.shape}, where its file of labels wants {(*labels.shape, 28, 28)}")
+            raise UserError(f"{images_path} holds images {images.shape}; its file of labels wants {(*labels.shape, 28, 28)}")
+        if labels.max(initial=0) > 9:
+            raise UserError(f"{labels_path} holds the label {labels.max()}; the ten classes of {name} are 0 to 9")
     recipe = {"name": name, "source": "idx", "size": [1, 32, 32], "crop": None, "filter": None, "pad": 2, "split": "official"}
     train, test = (np.pad(images, ((0, 0), (2, 2), (2, 2)))[:, None] for images in (train, test))
     return ImageData(train, test, train_labels.astype(np.int64), test_labels.astype(np.int64), recipe)
 
 
+def idx_paths(folder):
+    """The four files of IDX_FILES in a folder, each plain or, where that is missing, with .gz."""
+    return [folder / file if (folder / file).exists() else folder / f"{file}.gz" for file in IDX_FILES]
+
+
 def read_idx(path):
-    """A uint8 idx file, plain or .gz, as an array. Raises UserError for a damaged one."""
+    """A uint8 idx file, plain or .gz, as an array. Raises UserError for a damaged one.
+
+    No more is decompressed than the header announces, and a byte to see that the file ends there.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file; take it away to download it again, or copy it anew")
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        ndim = raw[3]
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(struct.unpack(f">{ndim}I", raw[4:4 + 4 * ndim]))
-    except DAMAGE as error:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            zeros, kind, ndim = struct.unpack(">HBB", file.read(4))
+            if zeros != 0 or kind != 8:
+                raise ValueError("its first three bytes are not 0, 0, 8: no idx file of bytes")
+            shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
+            size = math.prod(shape)
+            if size > MAX_IDX_BYTES:
+                raise ValueError(f"its header announces {size:,} bytes, more than {MAX_IDX_BYTES:,}")
+            content = file.read(size + 1)
+            if len(content) != size:
+                raise ValueError(f"it holds {'more' if len(content) > size else 'fewer'} than the {size:,} bytes of its header")
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to download it again, or copy it anew") from error
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def download(dataset, folder):
-    """The idx files' paths in `folder`, those missing fetched quietly through torchvision. Raises UserError where that fails."""
+    """Fetch the idx files that `folder` lacks, quietly, through torchvision. Raises UserError where that fails."""
+    from torchvision import datasets
     print(f"downloading {dataset} to {folder}", file=sys.stderr)
+    patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
         with tempfile.TemporaryDirectory() as there, contextlib.redirect_stderr(io.StringIO()):
             fetched = Path(getattr(datasets, dataset)(there, download=True).raw_folder)
             folder.mkdir(parents=True, exist_ok=True)
-            for file in IDX_FILES:
-                if not (folder / file).exists():
-                    shutil.copy(fetched / file, folder / file)
-    except (RuntimeError, *DAMAGE) as error:
-        raise UserError(f"{folder} lacks files and {dataset} cannot be downloaded ({str(error).strip().rpartition(chr(10))[2]}); "
+            for file, path in zip(IDX_FILES, idx_paths(folder)):
+                if not path.exists():
+                    write_atomic(folder / file, (fetched / file).read_bytes())
+    except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as error:
+        last_line = str(error).strip().rpartition("\n")[2]
+        raise UserError(f"{folder} lacks files and {dataset} cannot be downloaded ({last_line}); "
                         f"put {', '.join(IDX_FILES)} there, plain or .gz, or name another data root") from error
     finally:
-        socket.setdefaulttimeout(None)
-    return [folder / file for file in IDX_FILES]
+        socket.setdefaulttimeout(patience)
+
+
+# ------------------------------------------------------------------------------------------------- CelebA and any pictures
 
 
 def load_celeba(root):
@@ -131,8 +209,9 @@ def load_celeba(root):
         places.append(root)
     for place in filter(Path.exists, places):
         pictures = Pictures(place)
-        numbers = {int(Path(name).stem): name for name in pictures.names if re.fullmatch(r"\d{6}", Path(name).stem)}
-        train, test = ([numbers[i] for i in sorted(numbers) if i in part] for part in (CELEBA_TRAIN, CELEBA_TEST))
+        by_number = {int(Path(name).stem): name for name in pictures.names if re.fullmatch(r"\d{6}", Path(name).stem)}
+        train = [name for number, name in sorted(by_number.items()) if number in CELEBA_TRAIN]
+        test = [name for number, name in sorted(by_number.items()) if number in CELEBA_TEST]
         if train and test:
             return pictures.convert("celeba", train, test, 64, "official, by file number: train 1-162770, test 182638-202599")
     raise UserError(f"no CelebA in {root}: put its pictures (of the training set, 1-162770, and the test set, 182638-202599) at "
@@ -140,42 +219,109 @@ def load_celeba(root):
                     "or name that folder or zip as the data root")
 
 
-def load_folder(path):
+def load_folder(text):
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"the home folder in folder:{text} is unknown; write its path out") from error
     pictures = Pictures(path)
     if len(pictures.names) < 2:
         raise UserError(f"{path} holds fewer than two pictures ({' '.join(EXTENSIONS)}); a training and a test set want more")
-    train, test = [name for i, name in enumerate(pictures.names) if i % 10], pictures.names[::10]
+    test = pictures.names[::10]
+    train = [name for i, name in enumerate(pictures.names) if i % 10]
     size = 64 if min(pictures.open(test[0]).size) >= 64 else 32
     return pictures.convert("folder", train, test, size, "every 10th of the sorted paths, from the first, is a test image")
+
+
+def is_picture(name):
+    """Whether a file of this path counts as a picture: by its extension, and not hidden."""
+    return name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith(".")
+
+
+def regular_pictures(folder):
+    """{relative path: its os.stat_result} of the pictures in `folder` and below; links to folders are not followed.
+
+    Only regular files count: reading a FIFO named x.png would wait for ever. Raises OSError for what cannot be read.
+    """
+    def refuse(error):
+        raise error
+
+    found = {}
+    for place, _, names in os.walk(folder, onerror=refuse):
+        for path in (Path(place, name) for name in names if is_picture(name)):
+            if stat.S_ISREG((status := path.stat()).st_mode):
+                found[path.relative_to(folder).as_posix()] = status
+    return found
+
+
+def open_zip(path):
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, EOFError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is neither a folder of pictures nor a whole zip of them ({error})") from error
 
 
 class Pictures:
     """The pictures of a folder (and of those below it) or of a zip: sorted `names`, and a `stamp` that changes when they do."""
 
     def __init__(self, source):
-        self.source = source.resolve()
+        from PIL import Image
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # else Pillow prints it, and decodes up to twice its bound
+        self.source, self.archive = Path(os.path.realpath(source)), None
         try:
-            archive = None if source.is_dir() else zipfile.ZipFile(source)
-        except DAMAGE as error:
-            raise UserError(f"{source} is neither a folder of pictures nor a whole zip of them ({error})") from error
-        self.read = archive.read if archive else lambda name: (source / name).read_bytes()
-        names = archive.namelist() if archive else [path.relative_to(source).as_posix() for path in source.rglob("*")]
-        self.names = sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith("."))
-        try:
-            files = [source.stat()] if archive else [(source / name).stat() for name in self.names]
+            status = source.stat()
+            if stat.S_ISDIR(status.st_mode):
+                found = regular_pictures(source)
+                self.names, statuses = sorted(found), list(found.values())
+            elif stat.S_ISREG(status.st_mode):
+                self.archive = open_zip(source)
+                self.names, statuses = sorted(filter(is_picture, self.archive.namelist())), [status]
+            else:
+                raise UserError(f"{source} is neither a folder nor a file; name a folder of pictures or a zip of them")
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend it or take it away") from error
-        self.stamp = [len(self.names), sum(file.st_size for file in files), max((file.st_mtime_ns for file in files), default=0)]
+        newest = max((status.st_mtime_ns for status in statuses), default=0)
+        self.stamp = [len(self.names), sum(status.st_size for status in statuses), newest]
+
+    def read(self, name):
+        """A picture's file as bytes. Raises UserError for a file that no picture needs, and for an encrypted one."""
+        path = Path(f"{self.source}/{name}")
+        member = self.archive and self.archive.getinfo(name)
+        size = member.file_size if member else path.stat().st_size
+        if size > MAX_PICTURE_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, more than {MAX_PICTURE_BYTES:,}; make it smaller or take it away")
+        if not member:
+            return path.read_bytes()
+        if member.flag_bits & 1:
+            raise UserError(f"{path} is encrypted; unpack the zip and name the folder")
+        content = io.BytesIO()
+        try:
+            with self.archive.open(member) as file:
+                shutil.copyfileobj(file, content, 4096)  # small steps, because LZMA and bzip2 expand all that one step reads
+        except NotImplementedError as error:
+            raise UserError(f"{path} cannot be unpacked by Python ({error}); unpack the zip and name the folder") from error
+        return content.getvalue()
 
     def open(self, name):
-        """A picture as RGB, upright. Raises UserError for a damaged one, or one of more than 8 bits, which Pillow would clip to white."""
+        """A picture as RGB, upright.
+
+        Raises UserError for a damaged one, one of more than 8 bits, which Pillow would clip to white, and one of absurd size.
+        """
+        from PIL import Image, ImageOps
+        file = f"{self.source}/{name}"
         try:
             picture = Image.open(io.BytesIO(self.read(name)))
             if picture.mode.startswith(("I", "F")):
-                raise UserError(f"{self.source}/{name} has more than 8 bits a channel; save it with 8 first")
+                raise UserError(f"{file} has more than 8 bits a channel; save it with 8 first")
+            if max(picture.size) > MAX_PICTURE_ASPECT * min(picture.size):
+                raise UserError(f"{file} has {picture.width}x{picture.height} pixels, too long for a square; take it away")
             return ImageOps.exif_transpose(picture).convert("RGB")
-        except DAMAGE as error:
-            raise UserError(f"{self.source}/{name} is damaged ({type(error).__name__})") from error
+        except (UserError, MemoryError):
+            raise
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise UserError(f"{file} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller or take it away") from error
+        except Exception as error:  # by format and damage, the readers raise almost anything
+            raise UserError(f"{file} is damaged ({type(error).__name__})") from error
 
     def convert(self, data, train, test, size, split):
         """The named pictures, resized and cropped: from the cache, or into it."""
@@ -194,11 +340,15 @@ class Pictures:
 
 def resize_and_crop(picture, size):
     """Short side to `size`, then the central square, to the bit as torchvision's Resize and CenterCrop: uint8 [3, size, size]."""
+    from PIL import Image
     short = min(picture.size)
     width, height = (int(size * side / short) for side in picture.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     crop = picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
     return np.asarray(crop).transpose(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------------- arrays that are made once and kept
 
 
 def cache_folder():
@@ -210,7 +360,7 @@ def cache_path(source):
     """Where the array of `source` (None: drawn here) is kept; root, too, leaves a folder alone whose mode says read-only."""
     if source and "VSM_CACHE" not in os.environ and os.access(source.parent, os.W_OK) and source.parent.stat().st_mode & 0o222:
         return source.with_name(f"{source.name}.converted.npy")
-    name = f"{source.name}-{zlib.crc32(str(source).encode()):08x}" if source else "glyphs"
+    name = f"{source.name}-{zlib.crc32(os.fsencode(source)):08x}" if source else "glyphs"
     return cache_folder() / f"{name}.npy"
 
 
@@ -229,7 +379,7 @@ def cached(path, recipe, shape, rows):
                 print(f"making {path}, once", file=sys.stderr)
                 write_cache(path, recipe, shape, rows())
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); set VSM_CACHE to a folder with room") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}); set VSM_CACHE to a folder with room") from error
     return np.load(path, mmap_mode="r")
 
 
@@ -237,9 +387,11 @@ def read_cache(path, recipe, shape):
     """The cached array, or None where it is absent, of another recipe, or damaged."""
     try:
         images = np.load(path, mmap_mode="r")
-        return images if json.loads(path.with_suffix(".json").read_text()) == recipe and images.shape == shape else None
-    except (OSError, ValueError, EOFError):
+        same_recipe = json.loads(path.with_suffix(".json").read_text()) == recipe
+    except Exception:  # by how it is damaged, its readers raise almost anything; what fails here is made again
         return None
+    whole = images.shape == shape and images.dtype == np.uint8 and images.flags.c_contiguous
+    return images if same_recipe and whole else None
 
 
 def write_cache(path, recipe, shape, rows):
@@ -257,35 +409,13 @@ def write_cache(path, recipe, shape, rows):
     write_atomic(path.with_suffix(".json"), json.dumps(recipe, indent=1).encode())
 
 
-def load_glyphs():  # whoever changes the drawing raises the version, or old caches stay in use
-    recipe = {"name": "glyphs", "source": f"digits of {len(GLYPH_FONTS)} fonts, affine jitter (version 2), seed 0",
+# --------------------------------------------------------------------------------------------------------------- glyphs
+
+
+def load_glyphs():
+    """70,000 drawn digits. Whoever changes vsm/glyphs.py raises the version in the recipe, or old caches stay in use."""
+    recipe = {"name": "glyphs", "source": f"digits of {len(FONTS)} fonts, affine jitter (version 2), seed 0",
               "size": [1, 32, 32], "crop": None, "filter": None, "pad": 2, "split": "60,000 + 10,000 independent draws"}
-    images = cached(cache_path(None), dict(recipe, fonts=GLYPH_FONTS), (70_000, 1, 32, 32), lambda: draw_glyphs(70_000))
+    images = cached(cache_path(None), dict(recipe, fonts=FONTS), (70_000, 1, 32, 32), lambda: draw_glyphs(70_000))
     labels = np.arange(70_000) % 10
     return ImageData(images[:60_000], images[60_000:], labels[:60_000], labels[60_000:], recipe)
-
-
-def draw_glyphs(count, seed=0, batch=500):
-    """Yields `count` digits in batches, uint8 [<= batch, 1, 32, 32]; image i shows i % 10 and does not depend on `count`."""
-    atlas, u = glyph_atlas(), torch.rand(count, 7, generator=torch.Generator().manual_seed(seed))
-    for i in tqdm(torch.arange(count).split(batch), "drawing glyphs", disable=None):
-        font, digit = (u[i, 0] * len(atlas)).long(), i % 10
-        angle, shear, *zoom, dx, dy = ((2 * u[i, 1:] - 1) * torch.tensor([0.17, 0.15, 0.15, 0.15, 0.1, 0.1])).T
-        (sx, sy), cos, sin = (1.1 + z for z in zoom), angle.cos(), angle.sin()
-        affine = torch.stack([cos * sx, (shear * cos - sin) * sy, dx, sin * sx, (shear * sin + cos) * sy, dy], -1)
-        grid = F.affine_grid(affine.view(-1, 2, 3), (len(i), 1, 84, 84), align_corners=False)
-        images = F.avg_pool2d(F.grid_sample(atlas[font, digit], grid, align_corners=False), 3)  # 3x3 samples a pixel
-        yield F.pad((images * 255).round(), (2, 2, 2, 2)).to(torch.uint8).numpy()
-
-
-def glyph_atlas():
-    """Every digit of every font, centred, digits about 60 of 84 pixels high: float [fonts, 10, 1, 84, 84] in [0, 1]."""
-    atlas = np.zeros((len(GLYPH_FONTS), 10, 1, 84, 84), np.float32)
-    for i, name in enumerate(GLYPH_FONTS):
-        font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"), 86)
-        for digit in range(10):
-            left, top, right, bottom = font.getbbox(str(digit))
-            canvas = Image.new("L", (84, 84))
-            ImageDraw.Draw(canvas).text((42 - (left + right) / 2, 42 - (top + bottom) / 2), str(digit), fill=255, font=font)
-            atlas[i, digit, 0] = np.asarray(canvas) / 255
-    return torch.from_numpy(atlas)

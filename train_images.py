@@ -13,7 +13,7 @@ import argparse
 import torch
 
 import plots
-from data import load_images
+from data import data_names, load_images
 from metrics import evaluate_images, quantise
 from models import NETS, NORMS, build_vae
 from objectives import ESTIMATORS, INFER, LEARN, label
@@ -28,7 +28,7 @@ AXES = ("data", "net", "infer", "learn", "seed")
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--data", default="mnist", metavar="NAME", help="mnist | fashion | celeba | glyphs | folder:PATH")
+    flag("--data", default="mnist", metavar="NAME", help=data_names())
     flag("--data-root", default="data", help="where the data sets are, or are downloaded to")
     flag("--limit", type=count, default=0, help="train on the first so many images; 0: all")
     flag("--test-limit", type=count, default=0, help="test on the first so many images; 0: all")

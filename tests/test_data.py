@@ -1,23 +1,29 @@
-import errno
+"""The image data by name: idx files, glyphs, data sets of one's own, names and start-up. Pictures: test_pictures.py."""
+
 import gzip
-import io
+import importlib.util
 import json
 import os
+import re
+import socket
 import struct
 import subprocess
 import sys
 import time
-import zipfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision import datasets, transforms
+from torchvision import datasets
 
 import data
+import evaluate
+import train_images
+from vsm import features
 from vsm.cli import UserError
+from vsm.glyphs import glyph_atlas
 
 REAL = Path(os.environ.get("VSM_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 
@@ -80,9 +86,10 @@ def test_idx_missing_without_network_says_the_layout(tmp_path, name):
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         data.load_images(name, tmp_path / "nowhere")
-    folder = tmp_path / "nowhere" / data.IDX_FOLDERS[name] / "raw"
+    folder = tmp_path / "nowhere" / {"mnist": "MNIST", "fashion": "FashionMNIST"}[name] / "raw"
     one_line(error, folder, "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", ".gz")
     assert not (tmp_path / "nowhere").exists() and time.monotonic() - start < 20
+    assert socket.getdefaulttimeout() is None
 
 
 def test_download_fills_the_gaps_and_overwrites_nothing(tmp_path, monkeypatch, capfd):
@@ -124,6 +131,67 @@ def test_damaged_gz_names_the_file(tmp_path):
     one_line(error, path, "damaged")
 
 
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize(("damage", "words"), [("type", "0, 0, 8"), ("magic", "0, 0, 8"), ("long", "more"), ("short", "fewer"),
+                                               ("half header", "damaged"), ("huge", "announces")])
+def test_what_an_idx_header_says_is_checked(tmp_path, damage, words, compress):
+    write_idx(tmp_path, compress)
+    path = tmp_path / "MNIST" / "raw" / f"train-images-idx3-ubyte{'.gz' if compress else ''}"
+    whole = struct.pack(">HBB3I", 0, 8, 3, 12, 28, 28) + bytes(12 * 28 * 28)
+    content = {"type": whole[:2] + b"\x0d" + whole[3:], "magic": b"\1" + whole[1:], "long": whole + b"\0", "short": whole[:-1],
+               "half header": whole[:9], "huge": whole[:4] + b"\xff" + whole[5:]}[damage]
+    path.write_bytes(gzip.compress(content) if compress else content)
+    with pytest.raises(UserError) as error:
+        data.load_images("mnist", tmp_path)
+    one_line(error, path, "damaged", words)
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path):
+    write_idx(tmp_path, compress=True)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    header = struct.pack(">HBB3I", 0, 8, 3, 12, 28, 28)
+    path.write_bytes(gzip.compress(header + bytes(2**26)))
+    tracemalloc.start()
+    with pytest.raises(UserError) as error:
+        data.load_images("mnist", tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    one_line(error, path, "more than the 9,408 bytes")
+    assert peak < 2**22
+
+
+@pytest.mark.parametrize("file", ["train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"])
+def test_labels_are_digits(tmp_path, file):
+    labels = write_idx(tmp_path)[file]
+    path = tmp_path / "MNIST" / "raw" / file
+    labels[3] = 10
+    path.write_bytes(path.read_bytes()[:8] + labels.tobytes())
+    with pytest.raises(UserError) as error:
+        data.load_images("mnist", tmp_path)
+    one_line(error, path, "label 10", "0 to 9")
+    labels[3] = 9
+    path.write_bytes(path.read_bytes()[:8] + labels.tobytes())
+    data.load_images("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_an_idx_file_is_a_regular_file(tmp_path, kind):
+    write_idx(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    path.unlink()
+    os.mkfifo(path) if kind == "fifo" else path.mkdir()
+    with pytest.raises(UserError) as error:
+        data.load_images("mnist", tmp_path)
+    one_line(error, path, "regular file")
+
+
+def test_a_data_root_that_cannot_exist(tmp_path):
+    for name in ("mnist", "celeba"):
+        with pytest.raises(UserError) as error:
+            data.load_images(name, tmp_path / ("x" * 5000))
+        one_line(error, "xxx", "File name too long")
+
+
 @real("MNIST/raw")
 def test_real_mnist_is_torchvisions():
     images, theirs = data.load_images("mnist", REAL), datasets.MNIST(REAL, train=False)
@@ -137,223 +205,6 @@ def test_real_fashion():
     assert images.train.shape == (100, 1, 32, 32) and images.test.shape == (10000, 1, 32, 32)
 
 
-# ---- CelebA and folders ----
-
-NUMBERS = [1, 7, 162770, 162771, 182637, 182638, 202599]  # the ends of the three official splits
-
-
-def picture(number, width=89, height=109):
-    """A picture whose colour tells its number."""
-    rng = np.random.default_rng(number)
-    noise = rng.integers(0, 60, (height, width, 3)) + rng.integers(0, 196, 3)
-    return Image.fromarray(noise.astype(np.uint8))
-
-
-def jpeg(number, **size):
-    buffer = io.BytesIO()
-    picture(number, **size).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def write_celeba(root, layout, numbers=NUMBERS):
-    """CelebA in a layout; what to name as data root."""
-    files = {f"{number:06d}.jpg": jpeg(number) for number in reversed(numbers)}
-    if layout.endswith("zip"):
-        path = root / "celeba" / "img_align_celeba.zip"
-        path.parent.mkdir(parents=True)
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in files.items():
-                archive.writestr(f"img_align_celeba/{name}", content)
-                archive.writestr(f"__MACOSX/img_align_celeba/._{name}", b"junk")
-        return {"zip": root, "root-zip": path}[layout]
-    path = root / "celeba" / "img_align_celeba" / ("img_align_celeba" if layout == "nested" else "")
-    path.mkdir(parents=True)
-    for name, content in files.items():
-        (path / name).write_bytes(content)
-    return {"folder": root, "parent": root / "celeba", "root-folder": path, "nested": root}[layout]
-
-
-def expected(number, size=64):
-    square = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
-    return square(Image.open(io.BytesIO(jpeg(number))))
-
-
-@pytest.mark.parametrize("layout", ["folder", "parent", "root-folder", "nested", "zip", "root-zip"])
-def test_celeba_official_split_and_recipe(tmp_path, layout):
-    images = data.load_images("celeba", write_celeba(tmp_path / "root", layout))
-    assert images.train.shape == (3, 3, 64, 64) and images.train.dtype == torch.uint8 and images.train_labels is None
-    assert torch.equal(images.train, torch.stack([expected(i) for i in (1, 7, 162770)]))
-    assert torch.equal(images.test, torch.stack([expected(i) for i in (182638, 202599)]))
-    recipe = images.recipe
-    assert recipe["counts"] == {"train": 3, "test": 2} and "centre 64x64" in recipe["crop"] and "bilinear" in recipe["filter"]
-    assert json.loads(json.dumps(recipe)) == recipe and str(tmp_path) not in json.dumps(recipe)
-
-
-@pytest.mark.parametrize("size", [(178, 218), (218, 178), (64, 64), (65, 64), (40, 30), (64, 131), (500, 333)])
-def test_resize_and_crop_is_torchvisions_to_the_bit(size):
-    image = picture(3, *size)
-    square = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.PILToTensor()])
-    np.testing.assert_array_equal(data.resize_and_crop(image, 64), square(image))
-
-
-def test_cache_is_reused_and_follows_the_source(tmp_path, monkeypatch):
-    root = write_celeba(tmp_path / "root", "folder")
-    first = data.load_images("celeba", root)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "resize_and_crop", None)  # whoever converts again fails
-        again = data.load_images("celeba", root, limit=1)
-    assert torch.equal(again.train, first.train[:1]) and torch.equal(again.test, first.test)
-    path = root / "celeba" / "img_align_celeba" / "000001.jpg"
-    path.write_bytes(jpeg(5))  # as many bytes or not, it is younger
-    assert torch.equal(data.load_images("celeba", root).train[0], expected(5))
-    path.with_name("000002.jpg").write_bytes(jpeg(2))
-    assert len(data.load_images("celeba", root).train) == 4
-    [cache] = (tmp_path / "cache").glob("*.npy")
-    cache.write_bytes(cache.read_bytes()[:-1])
-    assert torch.equal(data.load_images("celeba", root).train[1], expected(2))
-
-
-def test_cache_lies_beside_the_data_or_where_it_may_be_written(tmp_path, monkeypatch):
-    monkeypatch.delenv("VSM_CACHE")
-    monkeypatch.chdir(tmp_path)
-    root = write_celeba(tmp_path / "root", "zip")
-    data.load_images("celeba", root)
-    assert (root / "celeba" / "img_align_celeba.zip.converted.npy").exists() and not Path("cache").exists()
-    for path in (root / "celeba").glob("*converted*"):
-        path.unlink()
-    (root / "celeba").chmod(0o555)
-    data.load_images("celeba", root)
-    assert len(list(Path("cache").glob("*.npy"))) == 1 and len(list((root / "celeba").iterdir())) == 1
-
-
-def cache_holds_nothing(folder):
-    return not [path for path in folder.iterdir() if path.suffix in (".npy", ".json", ".tmp")]
-
-
-@pytest.mark.parametrize("failure", [RuntimeError("midway"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
-def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch, failure):
-    root, convert, calls = write_celeba(tmp_path / "root", "folder"), data.resize_and_crop, []
-
-    def fails_midway(image, size):
-        calls.append(image)
-        if len(calls) == 3:
-            raise failure
-        return convert(image, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "resize_and_crop", fails_midway)
-        with pytest.raises(UserError if isinstance(failure, OSError) else RuntimeError) as error:
-            data.load_images("celeba", root)
-        if isinstance(failure, OSError):
-            one_line(error, "No space left", "VSM_CACHE")
-    assert cache_holds_nothing(tmp_path / "cache")
-    assert len(data.load_images("celeba", root).train) == 3
-
-
-def start_slow_conversion(root):
-    slow = f"""
-import time, data
-convert = data.resize_and_crop
-data.resize_and_crop = lambda image, size: (time.sleep(0.4), convert(image, size))[1]
-print(data.load_images("celeba", {str(root)!r}).train.sum().item())
-"""
-    return subprocess.Popen([sys.executable, "-c", slow], cwd=Path(data.__file__).parent, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_a_killed_conversion_is_done_again(tmp_path):
-    root, cache = write_celeba(tmp_path / "root", "folder"), tmp_path / "cache"
-    process = start_slow_conversion(root)
-    while not list(cache.glob("*.tmp")):
-        time.sleep(0.05)
-        assert process.poll() is None
-    process.kill()
-    assert process.communicate()[0] == "" and not list(cache.glob("*.npy"))
-    assert torch.equal(data.load_images("celeba", root).train[0], expected(1)) and not list(cache.glob("*.tmp"))
-
-
-def test_two_processes_share_one_conversion(tmp_path):
-    root = write_celeba(tmp_path / "root", "folder")
-    outputs = [process.communicate() for process in [start_slow_conversion(root), start_slow_conversion(root)]]
-    assert outputs[0][0] == outputs[1][0] != "" and sum("making" in err for _, err in outputs) == 1
-
-
-@pytest.mark.parametrize("layout", ["folder", "zip"])
-@pytest.mark.parametrize("damage", ["cut", "junk"])
-def test_damaged_jpeg_names_the_file(tmp_path, layout, damage, monkeypatch):
-    broken = {"cut": jpeg(7)[:-300], "junk": b"<html>"}[damage]
-    whole = jpeg
-    monkeypatch.setitem(globals(), "jpeg", lambda number: broken if number == 7 else whole(number))
-    root = write_celeba(tmp_path / "root", layout)
-    with pytest.raises(UserError) as error:
-        data.load_images("celeba", root)
-    one_line(error, "img_align_celeba", "000007.jpg", "damaged")
-    assert cache_holds_nothing(tmp_path / "cache")
-
-
-@pytest.mark.parametrize("damage", ["cut", "html", "bytes"])
-def test_damaged_zip_names_the_file(tmp_path, damage):
-    path = write_celeba(tmp_path / "root", "root-zip")
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[200] ^= 255  # in the first member: its checksum fails
-    path.write_bytes({"cut": whole[:-50], "html": b"<html>quota</html>", "bytes": bytes(flipped)}[damage])
-    with pytest.raises(UserError) as error:
-        data.load_images("celeba", tmp_path / "root")
-    one_line(error, path, "202599.jpg" if damage == "bytes" else "zip")
-
-
-def test_missing_celeba_says_the_layout(tmp_path):
-    for root in (tmp_path, tmp_path / "nowhere", write_celeba(tmp_path / "train-only", "folder", numbers=[1, 2])):
-        with pytest.raises(UserError) as error:
-            data.load_images("celeba", root)
-        one_line(error, root, "celeba/img_align_celeba/NNNNNN.jpg", "img_align_celeba.zip", "162770", "182638")
-
-
-def test_folder_of_any_pictures(tmp_path):
-    folder = tmp_path / "any"
-    (folder / "below").mkdir(parents=True)
-    for i in range(11):
-        image = picture(i, 80 + i, 120)
-        image = [image, image.convert("L"), image.convert("RGBA"), image.convert("P")][i % 4]
-        image.save(folder / (f"below/{i:02d}.PNG" if i % 2 else f"a{i:02d}.png"))
-    (folder / "notes.txt").write_text("no picture")
-    (folder / ".hidden.png").write_bytes(b"")
-    images = data.load_images(f"folder:{folder}")
-    assert images.train.shape == (9, 3, 64, 64) and images.test.shape == (2, 3, 64, 64)
-    np.testing.assert_array_equal(images.test[0], data.resize_and_crop(picture(0, 80, 120), 64))  # a00.png, the first by path
-    np.testing.assert_array_equal(images.test[1], data.resize_and_crop(picture(9, 89, 120).convert("L").convert("RGB"), 64))
-    assert torch.equal(data.load_images(f"folder:{folder}", limit=5, test_limit=1).train, images.train[:5])
-    small = tmp_path / "small"
-    small.mkdir()
-    for i in range(2):
-        picture(i, 40, 36).save(small / f"{i}.png")
-    assert data.load_images(f"folder:{small}").train.shape == (1, 3, 32, 32)
-
-
-def test_what_would_be_read_wrongly_is_refused(tmp_path):
-    for i in range(3):
-        picture(i, 64, 64).save(tmp_path / f"{i}.png")
-    Image.fromarray(np.full((64, 64), 30_000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(UserError) as error:
-        data.load_images(f"folder:{tmp_path}")
-    one_line(error, tmp_path / "deep.png", "more than 8 bits")
-    (tmp_path / "deep.png").unlink()
-    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(UserError) as error:
-        data.load_images(f"folder:{tmp_path}")
-    one_line(error, tmp_path / "link.png", "cannot be read")
-
-
-def test_rotated_by_its_camera(tmp_path):
-    upright = picture(1, 64, 100)
-    for i in range(2):
-        exif = Image.Exif()
-        exif[0x0112] = 8  # shown upright after a quarter turn
-        upright.transpose(Image.Transpose.ROTATE_270).save(tmp_path / f"{i}.png", exif=exif)
-    np.testing.assert_array_equal(data.load_images(f"folder:{tmp_path}").train[0], data.resize_and_crop(upright, 64))
-
-
 @pytest.mark.parametrize("name", ["svhn", "folder:", "folder:/no/such/folder", "folder:{empty}"])
 def test_unknown_and_empty(tmp_path, name):
     with pytest.raises(UserError) as error:
@@ -361,29 +212,110 @@ def test_unknown_and_empty(tmp_path, name):
     one_line(error, name.removeprefix("folder:").format(empty=tmp_path))
 
 
+def test_an_unknown_name_is_told_the_known_ones(tmp_path, monkeypatch, fails):
+    monkeypatch.setitem(data.DATA_SETS, "mine", None)
+    message = fails(train_images, "--data", "svhn", "--data-root", tmp_path, "--out", tmp_path / "run")
+    assert "mnist | fashion | celeba | glyphs | mine | folder:PATH" in message
+    assert not (tmp_path / "run").exists()
+
+
+# ---- data sets of one's own, names, start-up ----
+
+def example_of_the_documentation(folder):
+    """The module that docs/data.md shows, loaded: it adds the data set `mine`."""
+    text = (Path(data.__file__).parent / "docs" / "data.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (folder / "mine.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("mine", folder / "mine.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def write_mine(root, classes=10):
+    rng = np.random.default_rng(0)
+    labels = {f"{part}_labels": np.arange(n) % classes for part, n in (("train", 120), ("test", 30))}
+    images = {part: rng.integers(0, 256, (n, 1, 32, 32), np.uint8) for part, n in (("train", 120), ("test", 30))}
+    np.savez(root / "mine.npz", **images, **labels)
+    return images
+
+
+def test_a_data_set_of_ones_own_from_training_to_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "DATA_SETS", dict(data.DATA_SETS))
+    example_of_the_documentation(tmp_path)
+    images = write_mine(tmp_path)
+    loaded = data.load_images("mine", tmp_path, limit=50)
+    assert torch.equal(loaded.train, torch.from_numpy(images["train"][:50])) and len(loaded.test) == 30
+    assert loaded.recipe["counts"] == {"train": 50, "test": 30} and loaded.recipe["source"] == "mine.npz"
+    with pytest.raises(SystemExit):
+        train_images.parse_args(["--help"])
+    assert "mine | folder:PATH" in " ".join(capsys.readouterr().out.split())
+    train_images.main(train_images.parse_args([
+        "--data", "mine", "--data-root", str(tmp_path), "--width", "4", "--dim-z", "2", "--samples", "1", "--inner-steps", "1",
+        "--batch", "40", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run")]))
+    evaluate.main(evaluate.parse_args([str(tmp_path / "run"), "--images", "10", "--iw-samples", "4", "--device", "cpu",
+                                       "--out", str(tmp_path / "out")]))
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| mine |" in table and "LeNet-5 on mine" in table
+
+
+def test_labels_that_a_lenet_cannot_tell(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DATA_SETS", dict(data.DATA_SETS))
+    example_of_the_documentation(tmp_path)
+    write_mine(tmp_path, classes=11)
+    with pytest.raises(UserError) as error:
+        features.features_of("mine", tmp_path, torch.device("cpu"))
+    one_line(error, "labels of mine", "0..10", "0..9")
+
+
+@pytest.mark.parametrize(("name", "channels", "labels", "network"), [
+    ("grey", 1, True, "lenet"), ("colour", 3, True, "inception"), ("bare", 1, False, "inception")])
+def test_the_data_choose_the_network_behind_fid(monkeypatch, name, channels, labels, network):
+    images, digits = torch.zeros(4, channels, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64) if labels else None
+    monkeypatch.setitem(data.DATA_SETS, name, lambda root: data.ImageData(images, images, digits, digits, {"name": name}))
+    monkeypatch.setattr(features, "lenet5", lambda *_: (torch.nn.Linear(1, 1), {"name": "lenet"}))
+    monkeypatch.setattr(features, "inception", lambda *_: (torch.nn.Linear(1, 1), {"name": "inception"}))
+    assert features.features_of(name, "", torch.device("cpu")).about["name"] == network
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"train": np.zeros((3, 1, 32, 32), np.float32)}, "float32"), ({"test": np.zeros((3, 32, 32), np.uint8)}, "[3, 32, 32]"),
+    ({"test": np.zeros((0, 1, 32, 32), np.uint8)}, "no test images"), ({"train_labels": np.zeros(2, np.int64)}, "[2]"),
+    ({"test_labels": np.zeros(3, np.uint8)}, "uint8")])
+def test_a_loader_that_breaks_its_promise(monkeypatch, change, words):
+    images, labels = np.zeros((3, 1, 32, 32), np.uint8), np.zeros(3, np.int64)
+    whole = data.ImageData(images, images, labels, labels, {"name": "mine"})
+    monkeypatch.setitem(data.DATA_SETS, "mine", lambda root: whole)
+    assert data.load_images("mine").train.shape == (3, 1, 32, 32)
+    monkeypatch.setitem(data.DATA_SETS, "mine", lambda root: whole._replace(**change))
+    with pytest.raises(UserError) as error:
+        data.load_images("mine")
+    one_line(error, "mine", words)
+
+
+def test_short_names():
+    assert [data.short_name(name) for name in data.DATA_SETS] == list(data.DATA_SETS)
+    name = data.short_name("folder:/a/long path/with/many parts: of it")
+    assert re.fullmatch(r"folder-many_parts_of_it-[0-9a-f]{6}", name)
+    assert name == data.short_name("folder:/a/long path/with/many parts: of it") != data.short_name("folder:/b/many parts: of it")
+    assert re.fullmatch(r"folder-[0-9a-f]{6}", data.short_name("folder:.."))
+    assert len(data.short_name(f"folder:{'x' * 5000}")) < 60
+
+
+def test_digest_follows_every_tensor():
+    a, b = torch.arange(6, dtype=torch.uint8), torch.arange(3)
+    assert data.digest(a) == "17e88db187af"
+    assert data.digest(a.view(2, 3).T) == data.digest(torch.tensor([0, 3, 1, 4, 2, 5], dtype=torch.uint8))
+    assert len({data.digest(a), data.digest(b), data.digest(a, b), data.digest(b, a), data.digest(a + 1)}) == 5
+
+
+def test_import_takes_little():
+    code = "import sys, data; print([name for name in ('torchvision', 'matplotlib', 'PIL', 'scipy') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=Path(data.__file__).parent, text=True) == "[]\n"
+
+
 def test_negative_limit(tmp_path):
     with pytest.raises(UserError) as error:
         data.load_images("mnist", tmp_path, limit=-1)
     one_line(error, "-1")
-
-
-def test_unwritable_cache(tmp_path, monkeypatch):
-    root = write_celeba(tmp_path / "root", "folder")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("VSM_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError) as error:
-        data.load_images("celeba", root)
-    one_line(error, tmp_path / "file", "VSM_CACHE")
-
-
-@real("celeba_originals.zip")
-def test_real_celeba_originals_agree_with_the_resized_ones():
-    originals = data.load_images("celeba", REAL / "celeba_originals.zip")
-    assert len(originals.train) + len(originals.test) <= 64 and originals.train.shape[1:] == (3, 64, 64)
-    resized, names = data.Pictures(REAL / "celeba" / "img_align_celeba.zip"), data.Pictures(REAL / "celeba_originals.zip").names
-    for name, image in zip(names[:5], originals.train[:5]):
-        difference = image.float() - torch.from_numpy(data.resize_and_crop(resized.open(name), 64).astype(np.float32))
-        assert difference.abs().mean() < 4  # theirs went through JPEG again
 
 
 # ---- glyphs ----
@@ -402,6 +334,22 @@ def test_glyphs_are_drawn_alike_every_time():
     assert ink.min() > 0.02 and ink.max() < 0.3
 
 
+@pytest.mark.parametrize(("ink", "pixel"), [(1, 255), (0.25, 64), (0, 0)])
+def test_ink_becomes_pixels(ink, pixel, monkeypatch):
+    monkeypatch.setattr("vsm.glyphs.F.grid_sample", lambda images, *_, **__: torch.full_like(images, ink))
+    expected = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
+    expected[:, :, 2:30, 2:30] = pixel
+    assert torch.equal(glyphs(3), expected)
+
+
+def test_the_lenet_sees_numbers_from_0_to_1_without_the_padding():
+    network = features.LeNet5()
+    network.body = torch.nn.Identity()
+    images = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)
+    images[..., 2:-2, 2:-2] = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).repeat(7)
+    assert torch.equal(network(images), torch.tensor([0, 0.2, 0.4, 1]).repeat(7).expand(1, 1, 28, 28))
+
+
 def test_glyphs_can_be_told_apart():
     images, labels = glyphs(3000).flatten(1).float(), torch.arange(3000) % 10
     means = torch.stack([images[:2000][labels[:2000] == digit].mean(0) for digit in range(10)])
@@ -410,10 +358,11 @@ def test_glyphs_can_be_told_apart():
 
 
 def test_every_glyph_font_has_its_own_digits():
-    atlas = data.glyph_atlas()
+    atlas = glyph_atlas()
     assert atlas.shape == (21, 10, 1, 84, 84)
     assert len(atlas.flatten(2).flatten(0, 1).unique(dim=0)) == 210
     assert atlas[..., [0, -1], :].max() == atlas[..., [0, -1]].max() == 0  # none is cut
+    assert (atlas.amax((2, 3, 4)) == 1).all()  # ink is 255, and 1 here
 
 
 def test_load_glyphs(tmp_path, monkeypatch):

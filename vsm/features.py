@@ -1,11 +1,11 @@
 """The networks behind FID and KID: uint8 images [n, C, H, W] to features [n, d].
 
-Data with labels: a LeNet-5 trained here on them once, from a fixed seed on one thread, and kept in the cache. Another network
-gives other numbers, so every table names this one's test accuracy and hash. Other data: Inception, through torch-fidelity.
+Grey 32x32 images with labels: a LeNet-5 trained here on them once, from a fixed seed on one thread, and kept in the cache.
+Another network gives other numbers, so every table names this one's test accuracy and hash. Other data: Inception, through
+torch-fidelity.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import cache_folder, load_images
+from data import cache_folder, digest, load_images
 from vsm.cli import UserError
 from vsm.device import evaluating
 from vsm.runs import load_arrays, save_arrays
@@ -33,17 +33,10 @@ class Features(NamedTuple):
 
 def features_of(name, root, device, inception_weights=None):
     """The features for the data set `name`. Raises UserError where Inception is needed and cannot be had."""
-    labelled = name in ("mnist", "fashion", "glyphs")
-    network, about = lenet5(name, root) if labelled else inception(inception_weights)
+    one = load_images(name, root, limit=1, test_limit=1)
+    digits = one.train_labels is not None and one.train.shape[1:] == (1, 32, 32)
+    network, about = lenet5(name, root) if digits else inception(inception_weights)
     return Features(network.to(device), {**about, "hash": digest(*network.state_dict().values())})
-
-
-def digest(*tensors):
-    """The first 12 hexadecimal digits of the SHA-256 of the tensors' bytes."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.cpu().contiguous().numpy())
-    return sha.hexdigest()[:12]
 
 
 def kept(path, make):
@@ -85,6 +78,9 @@ class LeNet5(nn.Module):
 def lenet5(name, root):
     """LeNet-5 for a labelled data set, from the cache or trained into it, and its test accuracy."""
     data = load_images(name, root)
+    low, high = torch.cat([data.train_labels, data.test_labels]).aminmax()
+    if low < 0 or high > 9:
+        raise UserError(f"the labels of {name} lie in {low}..{high}; the LeNet-5 behind its FID tells ten classes, 0..9")
 
     def make():
         network = train_lenet5(data.train, data.train_labels, name)
