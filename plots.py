@@ -79,27 +79,32 @@ def parse_args(argv=None):
     parser.add_argument("--save", default=None, help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder); "
                         "for pack an .npz, for sweep_table an .md")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="draw those of the runs whose names match one of these patterns")
+    parser.add_argument("--without", nargs="+", default=[], metavar="GLOB", help="leave those out whose names match one of these")
     parser.add_argument("--keep", nargs="+", default=[], choices=HEAVY, metavar="KEY",
                         help=f"pack: large arrays to keep, of {', '.join(HEAVY)}; of model_samples and density_grid the member that figures show")
     parser.add_argument("--keep-of", default="*", metavar="GLOB", help="pack: keep them of the runs whose names match only")
+    parser.add_argument("--drop", nargs="+", default=[], metavar="KEY", help="pack: arrays that no figure or table needs")
     args = parser.parse_args(argv)
     endings = ENDINGS.get(args.figure, (".png", ".pdf", ".svg"))
     if args.save and Path(args.save).suffix not in endings:
         parser.error(f"--save {args.save} must end in {' or '.join(filter(None, (', '.join(endings[:-1]), endings[-1])))}")
     if args.save is None and args.figure in OTHERS:
         parser.error(f"{args.figure} needs --save")
-    if args.figure != "pack" and (args.keep or args.keep_of != "*"):
-        parser.error("--keep and --keep-of go with pack only")
+    if args.figure != "pack" and (args.keep or args.drop or args.keep_of != "*"):
+        parser.error("--keep, --keep-of and --drop go with pack only")
     return args
 
 
 def main(args):
-    runs = [run for run in open_runs(args.runs) if any(fnmatch.fnmatch(short_name(run), glob) for glob in args.only)]
+    def named(run, globs):
+        return any(fnmatch.fnmatch(short_name(run), glob) for glob in globs)
+
+    runs = [run for run in open_runs(args.runs) if named(run, args.only) and not named(run, args.without)]
     if not runs:
-        raise UserError(f"no run's name matches --only {' '.join(args.only)}")
+        raise UserError("--only and --without leave no run")
     save = Path(args.save or default_save(args))
     if args.figure == "pack":
-        pack(runs, save, args.keep, args.keep_of)
+        pack(runs, save, args.keep, args.keep_of, args.drop)
     elif args.figure == "sweep_table":
         refuse_other_scripts(args.figure, runs, ["train_synthetic"])
         from vsm.sweep import sweep_table

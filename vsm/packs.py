@@ -133,8 +133,10 @@ def of_member(arrays, key, member):
     return arrays[key][kept.index(member)]
 
 
-def pack(paths, save, keep=(), keep_of="*"):
-    """Write runs into one pack. Heavy arrays (HEAVY) come along where `keep` lists them and the run's name matches the glob `keep_of`.
+def pack(paths, save, keep=(), keep_of="*", drop=()):
+    """Write runs into one pack, without the arrays that `drop` lists.
+
+    Heavy arrays (HEAVY) come along where `keep` lists them and the run's name matches the glob `keep_of`.
 
     Model samples and density grids are kept for the members that figures show. Raises UserError for two runs of one name.
     """
@@ -146,7 +148,7 @@ def pack(paths, save, keep=(), keep_of="*"):
     blocks, names_of, rows = {}, {}, []
     for run, name in zip(runs, names):
         rows.append({})
-        for key, value in _record(run, keep if fnmatch.fnmatch(name, keep_of) else ()).items():
+        for key, value in _record(run, keep if fnmatch.fnmatch(name, keep_of) else (), drop).items():
             kind = key, value.shape, "U" if value.dtype.kind == "U" else value.dtype.str  # strings of any length share a block
             variant = sum(other[0] == key for other in names_of)
             block = names_of.setdefault(kind, f"{key}.{variant}" if variant else key)
@@ -157,7 +159,7 @@ def pack(paths, save, keep=(), keep_of="*"):
                 **{block: np.stack([value for _, value in values.values()]) for block, values in blocks.items()})
 
 
-def _record(run, keep):
+def _record(run, keep, drop):
     """{block: array} of one run."""
     record = {"config.json": np.array(json.dumps(run.config))}
     for part in PARTS:
@@ -169,7 +171,7 @@ def _record(run, keep):
             record[f"{part}.config"] = np.array(json.dumps(config))
         member = shown_member(arrays["nll"]) if "nll" in arrays else None
         for key, value in arrays.items():
-            if key in HEAVY and key not in keep or key in OF_MEMBERS and member is None:
+            if key in drop or key in HEAVY and key not in keep or key in OF_MEMBERS and member is None:
                 continue
             if key in OF_MEMBERS and f"{key}_of" not in arrays:
                 record[f"{part}.{key}_of"], value = np.array([member]), value[member:member + 1]

@@ -5,9 +5,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from objectives import LEARN
 from vsm.cli import UserError
-from vsm.figures.style import letter_of
+from vsm.figures.style import pair_order
 from vsm.laws import LAWS
 from vsm.packs import open_runs
 from vsm.runs import NOT_IDENTITY, refuse_twins
@@ -15,7 +14,6 @@ from vsm.tables import markdown_table, mean_and_error
 
 SWEEP_AXES = ("data", "learn", "infer", "estimator", "samples", "infer_samples", "inner_steps", "inner_lr", "bilevel_steps", "seed",
               "seeds", *NOT_IDENTITY)
-LETTERS = [entry.letter for entry in LEARN.values()]
 
 
 def objective_name(config):
@@ -26,9 +24,7 @@ def objective_name(config):
 
 
 def name_order(point):
-    """Objectives in the order of objectives.LEARN; unknown ones last."""
-    letter = letter_of(point["flags"])
-    return LETTERS.index(letter) if letter in LETTERS else len(LETTERS), point["name"]
+    return *pair_order(point["flags"]), point["name"]
 
 
 def sweep_points(runs):
@@ -96,12 +92,12 @@ def sweep_table(runs):
     legend = ("Mean ± standard error / median over the members that did not diverge; d: members that diverged, c: members whose posterior "
               "collapsed (sd above 0.9 at the end in both latents), h: half collapsed (in one of the two). The data's entropy is the least NLL.")
     sections = [legend]
+    titles = {"nll": "NLL (nats)", "divergence": "Fisher divergence, or score-matching loss where the data's score is not known"}
     found = {(point["data"], point["J"], name_order(point), point["K"]): point for point in points}
-    for metric in ("nll", "divergence"):
-        rows = [[data, J, order[1], *(sweep_cell(found.get((data, J, order, K)), metric) for K in inner)]
+    for metric, title in titles.items():
+        rows = [[data, J, order[-1], *(sweep_cell(found.get((data, J, order, K)), metric) for K in inner)]
                 for data, J, order in sorted({key[:3] for key in found})]
-        sections += ["NLL (nats)" if metric == "nll" else "Fisher divergence, or score-matching loss where the data's score is not known",
-                     markdown_table(["data", "J", "objective", *(f"K = {K}" for K in inner)], rows)]
+        sections += [title, markdown_table(["data", "J", "objective", *(f"K = {K}" for K in inner)], rows)]
     return "\n\n".join(sections) + "\n"
 
 

@@ -1,11 +1,19 @@
 """Figures of image runs: curves against epochs, final values, rate against distortion, and what evaluate.py measured."""
 
-import math
-
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from vsm.figures.style import COLORS, color_of, label_ticks, legend, line_style, linear_around_zero, new_figure, save_figure, seeds_of
+from vsm.figures.style import (
+    COLORS,
+    label_ticks,
+    legend,
+    line_style,
+    linear_around_zero,
+    new_figure,
+    pair_order,
+    save_figure,
+    seeds_of,
+)
 from vsm.packs import open_runs
 from vsm.runs import group_by_seed
 from vsm.tables import mean_and_error
@@ -30,12 +38,12 @@ MARKERS = ".xsv^"
 
 
 def grouped(runs, part="metrics"):
-    """{data set and network: [(name, the arrays of runs that differ in their seed alone)]}"""
+    """{data set and network: [(name, the arrays of runs that differ in their seed alone)]}, in the order of LEARN and INFER."""
     opened = open_runs(runs)
     loaded, panels = [run.arrays(part) for run in opened], {}
     for name, members in group_by_seed([run.name for run in opened], [arrays["config"] for arrays in loaded]):
         panels.setdefault(title_of(loaded[members[0]]["config"]["flags"]), []).append((name, [loaded[i] for i in members]))
-    return panels
+    return {title: sorted(groups, key=lambda group: pair_order(group[1][0]["config"]["flags"])) for title, groups in panels.items()}
 
 
 def title_of(flags):
@@ -113,8 +121,10 @@ def draw_curves(ax, groups, name):
     lines = draw_lines(ax, groups, "epoch", name, start=1 if name in ("negative_elbo", "reconstruction", "kl") else 0)
     ax.set(xlabel="epoch", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    late = {label: values[len(values) // 2:] for label, values in lines.items()}
-    limit_robustly(ax, late, scale, LINEAR.get(name, 1))
+    if name == "active_units":
+        ax.set_ylim(0, 1.05 * max([1, *(np.nanmax(values) for values in lines.values())]))
+    else:
+        limit_robustly(ax, {label: values[len(values) // 2:] for label, values in lines.items()}, scale, LINEAR.get(name, 1))
     if scale == "symlog":
         linear_around_zero(ax, LINEAR[name])
     elif scale == "log" and ax.get_ylim()[0] > 0:
@@ -124,10 +134,14 @@ def draw_curves(ax, groups, name):
 
 
 def limit_robustly(ax, late, scale, linear=1):
-    """Limits of y around the late values of {name: values}, on the axis' scale; names of the lines that end outside are written in the panel.
+    """Set robust limits of y around {name: values}; names of what ends outside are written in the panel."""
+    low, high = robust_limits(late, scale, linear)
+    ax.set_ylim(low, high)
+    note_beyond(ax, [name for name, ends in late.items() if len(ends) and np.isfinite(ends[-1]) and not low <= ends[-1] <= high])
 
-    The limits reach as far as the data, but no farther than 7 median absolute deviations from the median.
-    """
+
+def robust_limits(late, scale, linear=1):
+    """Limits that hold all values of {name: values} within 7 median absolute deviations of their median, measured on the axis' scale."""
     def forward(y):
         return np.log10(np.maximum(y, 1e-300)) if scale == "log" else np.arcsinh(y / linear) if scale == "symlog" else y
 
@@ -137,17 +151,18 @@ def limit_robustly(ax, late, scale, linear=1):
     pool = [values[np.isfinite(values)] for values in late.values()]
     values = forward(np.concatenate(pool)) if pool else np.empty(0)
     if not len(values):
-        return
+        return back(np.array([0.0, 1.0]))
     middle = np.median(values)
-    reach = 7 * max(np.median(np.abs(values - middle)), 1e-3 * abs(middle), 1e-12)
-    low, high = max(values.min(), middle - reach), min(values.max(), middle + reach)
-    margin = 0.08 * (high - low) or 0.5
-    low, high = back(low - margin), back(high + margin)
-    ax.set_ylim(low, high)
-    beyond = [name for name, ends in late.items() if len(ends) and not low <= ends[-1] <= high]
-    if beyond:
-        ax.text(0.98, 0.97, "beyond: " + ", ".join(beyond[:3]) + (f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""),
-                transform=ax.transAxes, ha="right", va="top", fontsize=6.5, color="0.35", zorder=9,
+    near = values[np.abs(values - middle) <= 7 * max(np.median(np.abs(values - middle)), 1e-3 * abs(middle), 1e-12)]
+    margin = 0.08 * np.ptp(near) or 0.5
+    return back(np.array([near.min() - margin, near.max() + margin]))
+
+
+def note_beyond(ax, names):
+    """Names of what the limits leave outside, in the panel's upper right corner."""
+    if names:
+        text = "beyond: " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=6.5, color="0.35", zorder=9,
                 bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1})
 
 
@@ -183,7 +198,8 @@ def final_values(runs, save):
     """
     panels = grouped(runs)
     names = [name for name in FINAL if any(has_curve(arrays, name) for groups in panels.values() for _, members in groups for arrays in members)]
-    figure, axes = new_figure(len(panels), len(names), size=(2.3, 2.5))
+    longest = max(len(name) for groups in panels.values() for name, _ in groups)
+    figure, axes = new_figure(len(panels), len(names), size=(max(2.2, 0.2 * max(map(len, panels.values())) + 0.6), 2 + 0.08 * longest))
     for row, (title, groups) in zip(axes, panels.items()):
         for ax, metric in zip(row, names):
             draw_finals(ax, groups, metric)
@@ -208,7 +224,7 @@ def draw_finals(ax, groups, metric):
     ax.yaxis.set_minor_formatter(NullFormatter())
     label_ticks(ax)
     ax.set(title=title.split(",")[0] + (" (nats)" if metric in ("reconstruction",) else ""), xlim=(-0.6, len(groups) - 0.4))
-    ax.set_xticks(range(len(groups)), list(finals), rotation=90)
+    ax.set_xticks(range(len(groups)), list(finals), rotation=90, fontsize=8)
 
 
 def last_finite(values):
@@ -230,18 +246,20 @@ def rate_distortion(runs, save):
             for i, arrays in enumerate(members):
                 kl, distortion = arrays["kl"], arrays["reconstruction"]
                 half = len(kl) // 2
-                ax.plot(kl[half:], distortion[half:], lw=0.8, alpha=0.6, **style)
+                ax.plot(kl[half:], distortion[half:], lw=0.8, alpha=0.35, **style)
                 ax.plot(kl[-1], distortion[-1], "o", ms=6, color=style["color"], mfc="white" if style["linestyle"] != "-" else None,
                         label=f"{name}, {seeds_of(members)}" if i == 0 else None)
             ends[name] = np.array([(arrays["kl"][-1], arrays["reconstruction"][-1]) for arrays in members])
-        limit_robustly(ax, {name: values[:, 0] for name, values in ends.items()}, "linear")
-        low, high = ax.get_ylim()
-        ax.set_xlim(low, high)
-        limit_robustly(ax, {name: values[:, 1] for name, values in ends.items()}, "linear")
+        limits = [robust_limits({name: values[:, i] for name, values in ends.items()}, "linear") for i in range(2)]
+        (left, right), (bottom, top) = limits
+        ax.set(xlim=(left, right), ylim=(bottom, top + 0.1 * (top - bottom)))  # room for the note
+        note_beyond(ax, [name for name, values in ends.items() if not all(left <= x <= right and bottom <= y <= top for x, y in values)])
         elbo_contours(ax)
         ax.set(xlabel="rate: KL(q || prior) (nats)", title=title)
     axes[0, 0].set_ylabel("distortion: $-E_q\\log p(x|z)$ (nats)")
-    legend(figure, axes, columns=4)
+    handles, labels = zip(*{label: (handle, label) for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}.values())
+    figure.set_figwidth(figure.get_figwidth() + 0.09 * max(map(len, labels)) + 0.4)
+    figure.legend(handles, labels, loc="outside right center")
     save_figure(figure, save)
 
 
@@ -264,9 +282,9 @@ def importance_bound(runs, save):
 
 def denoising(runs, save):
     """Error of the reconstruction of a noisy image against the clean one, by the noise's standard deviation."""
-    figure, axes = curves(runs, "noise_levels", "denoising_mse", xlabel="noise SD", ylabel="MSE to the clean image")
+    figure, axes = curves(runs, "noise_levels", "denoising_mse", xlabel="noise SD", ylabel="MSE to the clean image", yscale="log")
     for ax in axes.flat:
-        sd = np.linspace(*ax.get_xlim(), 200)
+        sd = np.linspace(1e-3, ax.get_xlim()[1], 200)
         ax.plot(sd, sd**2, ":", color="gray", label="noisy image itself", scaley=False)
     legend(figure, axes)
     save_figure(figure, save)
@@ -277,8 +295,12 @@ def curves(runs, x, y, **options):
     panels = grouped(runs, "eval")
     figure, axes = new_figure(1, len(panels), size=(4.4, 2.6))
     for ax, (title, groups) in zip(axes.flat, panels.items()):
-        limit_robustly(ax, draw_lines(ax, groups, x, y), "linear")
+        lines = draw_lines(ax, groups, x, y)
+        if options.get("yscale") != "log":
+            limit_robustly(ax, lines, "linear")
         ax.set(title=title, **options)
+        label_ticks(ax)
+        ax.yaxis.set_minor_formatter(NullFormatter())
     return figure, axes
 
 
@@ -304,6 +326,8 @@ def gradient_snr(runs, save):
                 draw_snr(ax, members, key, k, str(name), len(members[0]["objectives"]))
             ax.set(xlabel="posterior samples $N$", title=title, yscale="linear" if key == "cosine_to_elbo" else "log")
             ax.set_xticks(range(len(samples)), samples)
+            ax.yaxis.set_minor_formatter(NullFormatter())
+            label_ticks(ax)
         row[0].set_ylabel(f"at the model of\n{group}, {seeds_of(members)}")
     legend(figure, axes)
     save_figure(figure, save)

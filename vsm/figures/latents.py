@@ -7,22 +7,24 @@ import numpy as np
 from vsm.figures.images import grouped, named_groups
 from vsm.figures.style import color_of, legend, new_figure, save_figure, seeds_of
 
-SD_EDGES = np.linspace(0, 1.2, 41)
+LARGEST_SD = 1.2
 
 
 def posterior_sd(runs, save):
-    """Histogram over the latent dimensions of the posterior's standard deviation, averaged over the test images (Figures 9, 10)."""
+    """Histogram over the latent dimensions of the posterior's standard deviation, averaged over the test images (Figures 9, 10).
+
+    Bins cover the range of all runs; what is above 1.2 is counted in the last bin.
+    """
     def clipped(arrays):
-        return np.clip(arrays["posterior_sd"][-1], 0, SD_EDGES[-1])
+        return np.clip(arrays["posterior_sd"][-1], 0, LARGEST_SD)
+
+    values = np.concatenate([clipped(arrays) for _, members in named_groups(grouped(runs)) for arrays in members])
+    edges = np.linspace(0.9 * values.min(), min(1.05 * values.max(), LARGEST_SD), 41)
 
     def draw(ax, arrays, **style):
-        ax.hist(clipped(arrays), bins=SD_EDGES, histtype="stepfilled", alpha=0.5, **style)
+        ax.hist(clipped(arrays), bins=edges, histtype="stepfilled", alpha=0.5, **style)
 
-    figure, axes = histograms(runs, draw, "posterior SD (clipped at 1.2)", "latent dimensions")
-    values = np.concatenate([clipped(arrays) for groups in grouped(runs).values() for _, members in groups for arrays in members])
-    width = SD_EDGES[1]
-    low, high = (math.floor(values.min() / width) - 1) * width, (math.ceil(values.max() / width) + 1) * width
-    axes[0, 0].set_xlim(max(low, 0), min(high, SD_EDGES[-1]))  # where the mass is; all panels share this axis
+    figure, _ = histograms(runs, draw, "posterior SD" + (" (clipped at 1.2)" if values.max() == LARGEST_SD else ""), "latent dimensions")
     save_figure(figure, save)
 
 
@@ -73,11 +75,13 @@ def draw_aggregate(left, right, arrays, color):
     right.plot(np.arange(1, len(moment) + 1), np.sort(moment)[::-1], ".-", ms=4, lw=0.8, color=color)
 
 
-def histograms(runs, draw, xlabel, ylabel):
-    """A figure with a panel per group, its seeds on top of each other, and its axes."""
+def histograms(runs, draw, xlabel, ylabel, columns=4):
+    """A figure with a panel per group, its seeds on top of each other, and its axes; a new row for each data set and network."""
     panels = grouped(runs)
-    figure, axes = new_figure(len(panels), max(map(len, panels.values())), size=(2.4, 2.2), sharex=True, sharey="row")
-    for row, (title, groups) in zip(axes, panels.items()):
+    columns = min(columns, max(map(len, panels.values())))
+    rows = [(title, groups[i:i + columns]) for title, groups in panels.items() for i in range(0, len(groups), columns)]
+    figure, axes = new_figure(len(rows), columns, size=(2.4, 2.2), sharex=True)
+    for row, (title, groups) in zip(axes, rows):
         for ax, (name, members) in zip(row, groups):
             for arrays in members:
                 draw(ax, arrays, color=color_of(arrays["config"]["flags"]))

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from objectives import LEARN
+from objectives import INFER, LEARN
 from vsm.runs import write_atomic
 
 DASHES = {"kld": "-", "fd": "--", "fd-weighted": ":", "fd-repar": "-."}  # by the inference objective; others are solid
@@ -24,6 +24,14 @@ def letter_of(flags):
     if entry is None:
         return flags["learn"]
     return entry.alias(flags.get("samples"), flags.get("estimator", "plugin")) or entry.letter
+
+
+def pair_order(flags):
+    """Learning objectives in the order of objectives.LEARN, then inference in that of INFER; unknown ones last."""
+    def place(name, names):
+        return names.index(name) if name in names else len(names)
+
+    return place(letter_of(flags), list(COLORS)), place(flags["infer"], list(INFER))
 
 
 def color_of(flags):

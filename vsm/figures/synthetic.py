@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from objectives import LEARN
-from vsm.figures.style import COLORS, color_of, dash_of, label_ticks, legend_below, letter_of, new_figure, save_figure
+from vsm.figures.style import COLORS, color_of, dash_of, label_ticks, legend_below, letter_of, new_figure, pair_order, save_figure
 from vsm.packs import of_member, open_runs, shown_member
 from vsm.sweep import name_order, objective_name, sweep_points
 
@@ -62,14 +62,17 @@ def most(panels):
 def strip_figure(points, save):
     panels = panels_of(points)
     figure, axes = new_figure(2, len(panels), size=(max(1.9, 0.2 * most(panels) + 0.7), 2.5), sharex="col")
+    before = [None, None]
     for column, (title, here) in zip(axes.T, panels.items()):
+        column[0].set_title(title)
         for ax, metric in zip(column, METRICS):
             draw_strip(ax, here, metric)
-        column[0].set_title(f"{title}")
         column[0].tick_params(axis="x", labelbottom=False)
-        for ax, metric in zip(column, METRICS):
-            if column is axes.T[0] or axis_title(here[0], metric) != axis_title(points[0], metric):
-                ax.set_ylabel(axis_title(here[0], metric))
+        titles = [axis_title(here[0], metric) for metric in METRICS]
+        for ax, ylabel, last in zip(column, titles, before):
+            if ylabel != last:
+                ax.set_ylabel(ylabel)
+        before = titles
     save_figure(figure, save)
 
 
@@ -106,7 +109,8 @@ def sweep_figure(points, save):
                 excess_axis(ax, values, origin, width)
                 ax.set_title(f"{data}, J = {J}" if metric == "nll" else "")
             row[0].set_ylabel(axis_title(here[0], metric))
-    figure.supxlabel("encoder updates per decoder update, K", fontsize=10)
+    for ax in axes[-1]:
+        ax.set_xlabel("encoder updates per decoder update, K")
     key_of_sweep(figure, points)
     save_figure(figure, save)
 
@@ -162,18 +166,30 @@ def shifted(points, metric, means=False):
 
 
 def excess_axis(ax, values, origin, width):
-    """An axis linear within `width` of zero and logarithmic beyond."""
+    """An axis linear within `width` of zero and logarithmic beyond; a logarithmic one where all values are of one sign and order."""
     found = np.concatenate([value[np.isfinite(value)] for value in values] or [[]])
-    low, high = min(0, found.min(initial=0)), max(found.max(initial=width), width)
-    ticks = [10.0**k for k in range(math.ceil(math.log10(width)), 12) if 10.0**k < 2 * high]
-    if len(ticks) < 2:
-        ticks = sorted({*ticks, *(factor * 10.0**k for k in range(-4, 6) for factor in (1, 2, 5) if width / 2 < factor * 10.0**k < 1.5 * high)})[-3:]
-    ax.axhline(0, color="0.8", lw=0.8, zorder=0)
-    ax.set_yscale("asinh", linear_width=width)
-    ax.set_yticks([0, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
-    ax.set_ylim(min(-0.5 * width, 1.2 * low), 2 * high)
+    low, high = found.min(initial=np.inf), max(found.max(initial=width), width)
+    if np.isfinite(low) and low > 0.2 * np.median(found):
+        ax.set_yscale("log")
+        ax.set_ylim(low / 1.4, high * 1.4)
+        ticks = round_numbers(low / 1.4, high * 1.4, (1, 2, 5))
+        if len(ticks) < 3:
+            ticks = round_numbers(low / 1.4, high * 1.4, (1, 1.5, 2, 3, 4, 6, 8))
+    else:
+        ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+        ax.set_yscale("asinh", linear_width=width)
+        ax.set_ylim(min(-0.5 * width, 1.2 * low), 2 * high)
+        ticks = [0, *round_numbers(width, 2 * high, (1,))]
+        if len(ticks) < 3:
+            ticks = [0, *round_numbers(width, 2 * high, (1, 2, 5))]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(axis="y", which="minor", length=0)
+
+
+def round_numbers(low, high, factors):
+    return [factor * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for factor in factors
+            if low <= factor * 10.0**k < high]
 
 
 def axis_title(point, metric):
@@ -202,7 +218,7 @@ HISTORY = {  # metric: axis title, the scale's linear part (None: a linear axis)
 
 def learning_curves(runs, save):
     """What 2-D runs recorded while training against decoder updates: every member (thin) and the mean over members (thick), a colour per run."""
-    loaded = [run.arrays() for run in open_runs(runs)]
+    loaded = sorted((run.arrays() for run in open_runs(runs)), key=lambda arrays: pair_order(arrays["config"]["flags"]))
     names = [name for name in HISTORY if any(name in arrays for arrays in loaded)]
     if "excess_curve" in names:
         names.remove("nll_curve")
@@ -270,11 +286,10 @@ def density(runs, save):
     for ax, arrays in zip(axes.flat, loaded):
         member = shown_member(arrays["nll"])
         if member is not None:
-            log_density, (left, right, bottom, top) = of_member(arrays, "density_grid", member).astype(float), arrays["density_extent"]
-            G = len(log_density)
-            x, y = np.linspace(left, right, G), np.linspace(bottom, top, G)
-            peak = np.nanmax(log_density)
-            levels = peak - np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])
+            log_density = of_member(arrays, "density_grid", member).astype(float)
+            left, right, bottom, top = arrays["density_extent"]
+            x, y = np.linspace(left, right, len(log_density)), np.linspace(bottom, top, len(log_density))
+            levels = log_density.max() - np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])
             ax.contourf(x, y, log_density.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 4)
         ax.scatter(*arrays["test_data"][:500].T, s=1.5, color=color_of(arrays["config"]["flags"]), alpha=0.5, lw=0)
         frame_data(ax, arrays)
