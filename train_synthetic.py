@@ -9,6 +9,7 @@ The run is a folder under runs/synthetic: config.json, checkpoint.pt, metrics.np
 """
 
 import argparse
+import copy
 import math
 
 import numpy as np
@@ -40,6 +41,7 @@ from training import (
 from vsm.cli import Formatter, command_line, count, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device
 from vsm.laws import LAWS
+from vsm.packs import shown_member
 from vsm.runs import Run, run_name
 from vsm.speed import compiled, refuse_to_compile
 
@@ -292,7 +294,29 @@ def evaluate(trainer, test, samples):
     result["member_status"] = np.array(["ok" if step < 0 else f"diverged@{step}" for step in result["diverged_at"]])
     if law.entropy is not None:
         result["data_entropy"] = np.array(law.entropy)
-    return result
+    return result | density_of_members(vae, test, result["nll"], min(samples, 10_000))
+
+
+def density_of_members(vae, test, nll, samples, side=81):
+    """For the figure `density`: the log densities (nats) of the members with the median and the least NLL on a grid about the test data.
+
+    density_grid [M, side, side] float16, first axis x1; density_grid_of [M] the members; density_extent [4] the grid's least and largest
+    x1 and x2. M is 2, less where one member is both or all diverged.
+    """
+    low, high = np.quantile(test.cpu().numpy(), [0.002, 0.998], axis=0)
+    margin = 0.3 * (high - low).max()
+    extent = np.stack((low - margin, high + margin)).T  # [2, 2]
+    members = list(dict.fromkeys((shown_member(nll), int(np.nanargmin(nll))))) if np.isfinite(nll).any() else []
+    axes = [torch.linspace(*limits, side, device=test.device) for limits in extent.tolist()]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, 2)
+    grids = np.full((len(members), side, side), np.nan, np.float16)
+    for grid, member in zip(grids, members):
+        one = copy.deepcopy(vae)
+        for p in one.parameters():
+            p.data = p.data[member:member + 1]
+        log_density = importance(one, points, samples, generator=evaluation_generator(test.device)).log_likelihood
+        grid[:] = log_density.clamp(min=-6e4).reshape(side, side).cpu().numpy()
+    return {"density_grid": grids, "density_grid_of": np.array(members, int), "density_extent": extent.ravel()}
 
 
 def describe(args, trainer):
