@@ -31,6 +31,7 @@ from training import EVALUATION, joint_loss, learn_loss, seed_of
 from vsm.cli import Formatter, UserError, command_line, positive
 from vsm.device import pick_device, set_precision
 from vsm.features import Features, digest, features_of, kept
+from vsm.quality import Reference, fids
 from vsm.runs import (
     NOT_IDENTITY,
     flag_name,
@@ -151,8 +152,13 @@ def evaluate_run(run, args, device):
         return
     print(f"{run}: evaluating")
     vae = load_model(run, config, reference.test.shape[1:], device)
-    generator = torch.Generator(device).manual_seed(seed_of(flags["seed"], EVALUATION))
-    result = prior_metrics(vae, reference, generator)
+    seed = seed_of(flags["seed"], EVALUATION)
+    result = {}
+    if reference.network:
+        quality = Reference(reference.test, reference.network, metrics.feature_statistics(reference.features))
+        result = fids(vae, quality, flags["noise"], torch.Generator(device).manual_seed(seed))
+    generator = torch.Generator(device).manual_seed(seed)
+    result |= prior_metrics(vae, reference, generator)
     result |= data_metrics(vae, reference.test[:args.images], flags["noise"], args.iw_samples, generator)
     save_arrays(save, {**config, "evaluation": settings}, status="ok", **result)
 
@@ -190,7 +196,7 @@ def data_metrics(vae, images, noise, samples, generator, block=100):
             "noise_levels": np.array(NOISE_LEVELS), "denoising_mse": torch.cat(errors, 1).mean(1).cpu()}
 
 
-class Reference(NamedTuple):
+class TestSet(NamedTuple):
     """The test images on the device, their features, FID and KID of as many training images, and what they were made with."""
     test: torch.Tensor
     network: Features | None
@@ -209,7 +215,7 @@ def reference_set(name, root, test_limit, inception_weights, device):
         network = features_of(name, root, device, inception_weights)
     except UserError as error:
         print(f"no FID and KID for {name}: {error}", file=sys.stderr)
-        return Reference(test, None, None, {}, about)
+        return TestSet(test, None, None, {}, about)
 
     def make():
         features = network(test)
@@ -217,7 +223,7 @@ def reference_set(name, root, test_limit, inception_weights, device):
 
     arrays = kept(cache_folder() / f"reference-{digest(train, test)}-{network.about['hash']}.npz", make)
     floor = {key: value for key, value in arrays.items() if key.endswith("_floor")}
-    return Reference(test, network, torch.from_numpy(arrays["features"]), floor, {**about, "features": network.about})
+    return TestSet(test, network, torch.from_numpy(arrays["features"]), floor, {**about, "features": network.about})
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
