@@ -1,0 +1,323 @@
+"""Figures of image runs: curves against epochs, final values, rate against distortion, and what evaluate.py measured."""
+
+import math
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from vsm.figures.style import COLORS, color_of, label_ticks, legend, line_style, linear_around_zero, new_figure, save_figure, seeds_of
+from vsm.packs import open_runs
+from vsm.runs import group_by_seed
+from vsm.tables import mean_and_error
+
+CURVES = {  # metric: axis title, scale
+    "negative_elbo": ("negative ELBO (nats)", "linear"),
+    "reconstruction": ("reconstruction, $-E_q\\log p(x|z)$ (nats)", "linear"),
+    "kl": ("KL(q || prior) (nats)", "linear"),
+    "reconstruction_mse": ("reconstruction MSE", "log"),
+    "latent_mmd": ("latent MMD$^2$, cubic", "symlog"),
+    "posterior_fd": ("posterior FD", "log"),
+    "fid": ("FID", "log"),
+    "log_gamma": (r"$\log\,\gamma$", "linear"),
+    "active_units": ("active latents", "linear"),
+    "infer_loss": ("encoder's training loss", "symlog"),
+    "learn_loss": ("decoder's training loss", "symlog"),
+    "infer_grad_norm": ("encoder's gradient norm", "log"),
+    "learn_grad_norm": ("decoder's gradient norm", "log"),
+}
+LINEAR = {"latent_mmd": 100, "infer_loss": 100, "learn_loss": 100}  # up to here a symlog axis is linear
+MARKERS = ".xsv^"
+
+
+def grouped(runs, part="metrics"):
+    """{data set and network: [(name, the arrays of runs that differ in their seed alone)]}"""
+    opened = open_runs(runs)
+    loaded, panels = [run.arrays(part) for run in opened], {}
+    for name, members in group_by_seed([run.name for run in opened], [arrays["config"] for arrays in loaded]):
+        panels.setdefault(title_of(loaded[members[0]]["config"]["flags"]), []).append((name, [loaded[i] for i in members]))
+    return panels
+
+
+def title_of(flags):
+    return f"{flags['data']}, {flags['net']}"
+
+
+def named_groups(panels):
+    """[(name, members)] over all panels; the panel's title is part of the name where there are several panels."""
+    return [(f"{title}, {name}" if len(panels) > 1 else name, members) for title, groups in panels.items() for name, members in groups]
+
+
+# ------------------------------------------------------------------------------------------------- curves against epochs
+
+
+def training_curves(runs, save):
+    """Test metrics, training losses and gradient norms against epochs, a line per pair of objectives, a band over seeds.
+
+    Axes show the second half of training; what lies far beyond most runs is left outside and named in the panel.
+    """
+    groups = named_groups(grouped(runs))
+    names = [name for name in CURVES if any(has_curve(members[0], name) for _, members in groups)]
+    figure, axes = new_figure(-(-len(names) // 4), 4, size=(2.9, 2.3))
+    for ax, name in zip(axes.flat, names):
+        draw_curves(ax, groups, name)
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    legend(figure, axes)
+    save_figure(figure, save)
+
+
+def trajectories(runs, save):
+    """The paper's four test metrics against epochs, a row per data set and network, a band over seeds (Figures 4, 8).
+
+    Axes show the second half of training; what lies far beyond most runs is left outside and named in the panel.
+    """
+    names = ("negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
+    panels = grouped(runs)
+    figure, axes = new_figure(len(panels), 4, size=(2.9, 2.3))
+    for row, (title, groups) in zip(axes, panels.items()):
+        for ax, name in zip(row, names):
+            draw_curves(ax, groups, name)
+            ax.set_visible(ax.has_data())  # Bernoulli latents have no posterior FD
+        row[0].set_ylabel(title, fontweight="bold")
+    legend(figure, axes)
+    save_figure(figure, save)
+
+
+def fid_curves(runs, save):
+    """FID against epochs, a panel per data set and network, a band over seeds; epochs without a measurement are bridged."""
+    panels = grouped(runs)
+    figure, axes = new_figure(1, len(panels), size=(4.4, 2.8))
+    for ax, (title, groups) in zip(axes.flat, panels.items()):
+        measured = [(name, [without_gaps(arrays, "fid") for arrays in members]) for name, members in groups]
+        draw_curves(ax, measured, "fid")
+        ax.set(title=title, ylabel="FID")
+    legend(figure, axes)
+    save_figure(figure, save)
+
+
+def without_gaps(arrays, key):
+    """The arrays with `epoch` and `key` at the epochs where `key` was measured. Raises KeyError where it never was."""
+    if not has_curve(arrays, key):
+        raise KeyError(key)
+    known = np.isfinite(arrays[key])
+    return {**arrays, "epoch": arrays["epoch"][known], key: arrays[key][known]}
+
+
+def has_curve(arrays, name):
+    return name in arrays and bool(np.isfinite(arrays[name]).any())
+
+
+def draw_curves(ax, groups, name):
+    """One metric against epochs; the ELBO and its two terms from the first trained epoch on."""
+    title, scale = CURVES[name]
+    lines = draw_lines(ax, groups, "epoch", name, start=1 if name in ("negative_elbo", "reconstruction", "kl") else 0)
+    ax.set(xlabel="epoch", title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    late = {label: values[len(values) // 2:] for label, values in lines.items()}
+    limit_robustly(ax, late, scale, LINEAR.get(name, 1))
+    if scale == "symlog":
+        linear_around_zero(ax, LINEAR[name])
+    elif scale == "log" and ax.get_ylim()[0] > 0:
+        ax.set_yscale("log")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    label_ticks(ax)
+
+
+def limit_robustly(ax, late, scale, linear=1):
+    """Limits of y around the late values of {name: values}, on the axis' scale; names of the lines that end outside are written in the panel.
+
+    The limits reach as far as the data, but no farther than 7 median absolute deviations from the median.
+    """
+    def forward(y):
+        return np.log10(np.maximum(y, 1e-300)) if scale == "log" else np.arcsinh(y / linear) if scale == "symlog" else y
+
+    def back(y):
+        return 10.0**y if scale == "log" else np.sinh(y) * linear if scale == "symlog" else y
+
+    pool = [values[np.isfinite(values)] for values in late.values()]
+    values = forward(np.concatenate(pool)) if pool else np.empty(0)
+    if not len(values):
+        return
+    middle = np.median(values)
+    reach = 7 * max(np.median(np.abs(values - middle)), 1e-3 * abs(middle), 1e-12)
+    low, high = max(values.min(), middle - reach), min(values.max(), middle + reach)
+    margin = 0.08 * (high - low) or 0.5
+    low, high = back(low - margin), back(high + margin)
+    ax.set_ylim(low, high)
+    beyond = [name for name, ends in late.items() if len(ends) and not low <= ends[-1] <= high]
+    if beyond:
+        ax.text(0.98, 0.97, "beyond: " + ", ".join(beyond[:3]) + (f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""),
+                transform=ax.transAxes, ha="right", va="top", fontsize=6.5, color="0.35", zorder=9,
+                bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1})
+
+
+def draw_lines(ax, groups, x, y, start=0):
+    """A line per group, the mean over its seeds (as far as any got), in a band of one standard error to either side: {name: means}."""
+    labels, lines = [members[0]["config"]["label"] for _, members in groups], {}
+    for k, (name, members) in enumerate(groups):
+        if y not in members[0]:
+            continue
+        longest = max((arrays[x] for arrays in members if y in arrays), key=len)
+        values = np.full((len(members), len(longest)), np.nan)
+        for row, arrays in zip(values, members):
+            row[:len(arrays[y])] = arrays[y]
+        mean, error, _ = mean_and_error(values[:, start:])
+        style, marker = line_style(members[0]["config"]["flags"]), MARKERS[labels[:k].count(labels[k]) % 5]
+        ax.plot(longest[start:], mean, marker=marker, markersize=4, label=f"{name}, {seeds_of(members)}", **style)
+        if len(members) > 1:
+            ax.fill_between(longest[start:], mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
+        lines[name] = mean
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------- final values
+
+
+FINAL = ("negative_elbo", "reconstruction_mse", "kl", "latent_mmd", "posterior_fd", "fid")
+
+
+def final_values(runs, save):
+    """The last test metrics of every seed (dots) and their mean (bar) by pair of objectives, a row per data set and network.
+
+    Values far beyond most runs are left outside and named in the panel.
+    """
+    panels = grouped(runs)
+    names = [name for name in FINAL if any(has_curve(arrays, name) for groups in panels.values() for _, members in groups for arrays in members)]
+    figure, axes = new_figure(len(panels), len(names), size=(2.3, 2.5))
+    for row, (title, groups) in zip(axes, panels.items()):
+        for ax, metric in zip(row, names):
+            draw_finals(ax, groups, metric)
+        row[0].set_ylabel(title, fontweight="bold")
+    save_figure(figure, save)
+
+
+def draw_finals(ax, groups, metric):
+    title, scale = CURVES[metric]
+    finals = {name: np.array([last_finite(arrays[metric]) for arrays in members if metric in arrays]) for name, members in groups}
+    for k, (name, members) in enumerate(groups):
+        style = line_style(members[0]["config"]["flags"])
+        ax.plot(k + np.linspace(-0.15, 0.15, len(finals[name])) if len(finals[name]) > 1 else [k] * len(finals[name]), finals[name], "o",
+                ms=4, color=style["color"], mfc="white" if style["linestyle"] != "-" else None, clip_on=True)
+        if np.isfinite(finals[name]).any():
+            ax.hlines(np.nanmean(finals[name]), k - 0.3, k + 0.3, color=style["color"], lw=1.5)
+    limit_robustly(ax, finals, scale, LINEAR.get(metric, 1))
+    if scale == "symlog":
+        linear_around_zero(ax, LINEAR[metric])
+    elif scale == "log":
+        ax.set_yscale("log")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    label_ticks(ax)
+    ax.set(title=title.split(",")[0] + (" (nats)" if metric in ("reconstruction",) else ""), xlim=(-0.6, len(groups) - 0.4))
+    ax.set_xticks(range(len(groups)), list(finals), rotation=90)
+
+
+def last_finite(values):
+    known = values[np.isfinite(values)]
+    return known[-1] if len(known) else np.nan
+
+
+def rate_distortion(runs, save):
+    """Rate, KL(q || prior), against distortion, -E_q log p(x|z), of every seed at the end of training (dots), on contours of the negative ELBO.
+
+    A thin line is a seed's way over the second half of training. Runs far beyond most others are left outside and named.
+    """
+    panels = grouped(runs)
+    figure, axes = new_figure(1, len(panels), size=(4.4, 3.4))
+    for ax, (title, groups) in zip(axes.flat, panels.items()):
+        ends = {}
+        for name, members in groups:
+            style = line_style(members[0]["config"]["flags"])
+            for i, arrays in enumerate(members):
+                kl, distortion = arrays["kl"], arrays["reconstruction"]
+                half = len(kl) // 2
+                ax.plot(kl[half:], distortion[half:], lw=0.8, alpha=0.6, **style)
+                ax.plot(kl[-1], distortion[-1], "o", ms=6, color=style["color"], mfc="white" if style["linestyle"] != "-" else None,
+                        label=f"{name}, {seeds_of(members)}" if i == 0 else None)
+            ends[name] = np.array([(arrays["kl"][-1], arrays["reconstruction"][-1]) for arrays in members])
+        limit_robustly(ax, {name: values[:, 0] for name, values in ends.items()}, "linear")
+        low, high = ax.get_ylim()
+        ax.set_xlim(low, high)
+        limit_robustly(ax, {name: values[:, 1] for name, values in ends.items()}, "linear")
+        elbo_contours(ax)
+        ax.set(xlabel="rate: KL(q || prior) (nats)", title=title)
+    axes[0, 0].set_ylabel("distortion: $-E_q\\log p(x|z)$ (nats)")
+    legend(figure, axes, columns=4)
+    save_figure(figure, save)
+
+
+def elbo_contours(ax):
+    """Dotted lines of equal negative ELBO (rate + distortion) with their values, inside the limits of the axes."""
+    x, y = (np.linspace(*limits, 50) for limits in (ax.get_xlim(), ax.get_ylim()))
+    lines = ax.contour(x, y, x + y[:, None], levels=6, colors="0.75", linewidths=0.7, linestyles="dotted", zorder=0)
+    ax.clabel(lines, fmt="%.0f", fontsize=6.5)
+
+
+# ------------------------------------------------------------------------------------------- what evaluate.py measured
+
+
+def importance_bound(runs, save):
+    """The importance-weighted bound on the negative log-likelihood against its number of samples from q(z|x)."""
+    figure, axes = curves(runs, "iw_samples", "negative_iw_bound", xlabel="samples $K$", ylabel="negative bound (nats)", xscale="log")
+    legend(figure, axes)
+    save_figure(figure, save)
+
+
+def denoising(runs, save):
+    """Error of the reconstruction of a noisy image against the clean one, by the noise's standard deviation."""
+    figure, axes = curves(runs, "noise_levels", "denoising_mse", xlabel="noise SD", ylabel="MSE to the clean image")
+    for ax in axes.flat:
+        sd = np.linspace(*ax.get_xlim(), 200)
+        ax.plot(sd, sd**2, ":", color="gray", label="noisy image itself", scaley=False)
+    legend(figure, axes)
+    save_figure(figure, save)
+
+
+def curves(runs, x, y, **options):
+    """A figure with a panel per data set and network: the curve `y` of eval.npz against `x`."""
+    panels = grouped(runs, "eval")
+    figure, axes = new_figure(1, len(panels), size=(4.4, 2.6))
+    for ax, (title, groups) in zip(axes.flat, panels.items()):
+        limit_robustly(ax, draw_lines(ax, groups, x, y), "linear")
+        ax.set(title=title, **options)
+    return figure, axes
+
+
+SNR_PANELS = {
+    "snr": r"$\|E\,g\|^2$ / tr Var$(g)$, decoder weights",
+    "snr_log_gamma": r"the same of $\log\,\gamma$",
+    "cosine_to_elbo": "cosine of $E\\,g$ with the negative ELBO's",
+}
+ESTIMATOR_DASHES = {"plugin": "-", "unbiased": "--", "released": ":"}
+
+
+def gradient_snr(runs, save):
+    """Signal-to-noise ratio of the decoder's gradient by learning objective and estimator against N, a row per group of seeds.
+
+    Several seeds: their mean in a range from the least to the largest. One seed: bars of one standard error over draws, where stored.
+    """
+    groups = named_groups(grouped(runs, "gradient_snr"))
+    figure, axes = new_figure(len(groups), len(SNR_PANELS), size=(3, 2.6))
+    for row, (group, members) in zip(axes, groups):
+        for ax, (key, title) in zip(row, SNR_PANELS.items()):
+            samples = members[0]["samples"]
+            for k, name in enumerate(members[0]["objectives"]):
+                draw_snr(ax, members, key, k, str(name), len(members[0]["objectives"]))
+            ax.set(xlabel="posterior samples $N$", title=title, yscale="linear" if key == "cosine_to_elbo" else "log")
+            ax.set_xticks(range(len(samples)), samples)
+        row[0].set_ylabel(f"at the model of\n{group}, {seeds_of(members)}")
+    legend(figure, axes)
+    save_figure(figure, save)
+
+
+def draw_snr(ax, members, key, k, name, count):
+    """One objective's values at evenly spaced N, moved sideways so that bars do not overlap."""
+    letter, estimator = (*name.split(), "plugin")[:2]
+    values = np.stack([arrays[key][k] for arrays in members])
+    mean = values.mean(0)
+    if len(members) > 1:
+        error = np.stack([mean - values.min(0), values.max(0) - mean])
+    else:
+        error = members[0][f"{key}_se"][k] if f"{key}_se" in members[0] else np.full_like(mean, np.nan)
+    x = np.arange(len(mean)) + 0.5 * ((k + 0.5) / count - 0.5)
+    ax.errorbar(x, mean, error, marker=".", capsize=1.5, elinewidth=0.8, lw=1, color=COLORS.get(letter, "tab:gray"),
+                linestyle=ESTIMATOR_DASHES.get(estimator, "-"), label=name)

@@ -1,0 +1,89 @@
+"""Figures of the latents of image runs: posterior standard deviations, Bernoulli means, the aggregate posterior."""
+
+import math
+
+import numpy as np
+
+from vsm.figures.images import grouped, named_groups
+from vsm.figures.style import color_of, legend, new_figure, save_figure, seeds_of
+
+SD_EDGES = np.linspace(0, 1.2, 41)
+
+
+def posterior_sd(runs, save):
+    """Histogram over the latent dimensions of the posterior's standard deviation, averaged over the test images (Figures 9, 10)."""
+    def clipped(arrays):
+        return np.clip(arrays["posterior_sd"][-1], 0, SD_EDGES[-1])
+
+    def draw(ax, arrays, **style):
+        ax.hist(clipped(arrays), bins=SD_EDGES, histtype="stepfilled", alpha=0.5, **style)
+
+    figure, axes = histograms(runs, draw, "posterior SD (clipped at 1.2)", "latent dimensions")
+    values = np.concatenate([clipped(arrays) for groups in grouped(runs).values() for _, members in groups for arrays in members])
+    width = SD_EDGES[1]
+    low, high = (math.floor(values.min() / width) - 1) * width, (math.ceil(values.max() / width) + 1) * width
+    axes[0, 0].set_xlim(max(low, 0), min(high, SD_EDGES[-1]))  # where the mass is; all panels share this axis
+    save_figure(figure, save)
+
+
+def posterior_mean(runs, save):
+    """Histograms of the posterior's mean of Bernoulli latents, 1/2 where a latent says nothing of an image (Figure 11).
+
+    Filled: over images and latents. Line: over latents, each averaged over the images, where a latent in use may be at 1/2 as well.
+    """
+    def draw(ax, arrays, **style):
+        share, averaged = arrays["posterior_mean_histogram"][-1], arrays["posterior_mean"][-1]
+        edges = np.linspace(0, 1, len(share) + 1)
+        ax.stairs(share, edges, fill=True, alpha=0.4, label="each image and latent", **style)
+        ax.stairs(np.histogram(averaged, edges)[0] / len(averaged), edges, linestyle=":", label="each latent, mean over images", **style)
+
+    figure, axes = histograms(runs, draw, "posterior mean", "share")
+    legend(figure, axes, columns=1)
+    save_figure(figure, save)
+
+
+def aggregate_posterior(runs, save):
+    """The aggregate posterior against the prior N(0, 1) at the end of training, two panels per group of seeds.
+
+    Left: the histogram of posterior samples of the active latents over the test images, and the prior's density (dashed).
+    Right: E z^2 of each latent, sorted; 1 (dashed) where it agrees with the prior.
+    """
+    groups = named_groups(grouped(runs))
+    columns = min(len(groups), 3)
+    figure, axes = new_figure(-(-len(groups) // columns), 2 * columns, size=(2.2, 2.1))
+    panels = axes.reshape(-1, 2)
+    for (left, right), (name, members) in zip(panels, groups):
+        for arrays in members:
+            draw_aggregate(left, right, arrays, color=color_of(arrays["config"]["flags"]))
+        z = np.linspace(-4, 4, 200)
+        left.plot(z, np.exp(-z**2 / 2) / math.sqrt(2 * math.pi), "k--", lw=1)
+        left.set(xlabel="$z$, active latents", ylabel="density", xlim=(-4, 4))
+        left.set_title(f"{name}, {seeds_of(members)}", loc="left")
+        right.axhline(1, color="black", linestyle="--", lw=1)
+        right.set(xlabel="latent, sorted", ylabel="$E\\,z^2$", ylim=(0, None))
+    for ax in panels[len(groups):].flat:
+        ax.set_axis_off()
+    save_figure(figure, save)
+
+
+def draw_aggregate(left, right, arrays, color):
+    share, moment = arrays["aggregate_histogram"][-1], arrays["second_moment"][-1]
+    edges = np.linspace(-4, 4, len(share) + 1)
+    left.stairs(share / np.diff(edges), edges, fill=True, alpha=0.4, color=color)
+    right.plot(np.arange(1, len(moment) + 1), np.sort(moment)[::-1], ".-", ms=4, lw=0.8, color=color)
+
+
+def histograms(runs, draw, xlabel, ylabel):
+    """A figure with a panel per group, its seeds on top of each other, and its axes."""
+    panels = grouped(runs)
+    figure, axes = new_figure(len(panels), max(map(len, panels.values())), size=(2.4, 2.2), sharex=True, sharey="row")
+    for row, (title, groups) in zip(axes, panels.items()):
+        for ax, (name, members) in zip(row, groups):
+            for arrays in members:
+                draw(ax, arrays, color=color_of(arrays["config"]["flags"]))
+            ax.set_title(f"{name}, {seeds_of(members)}")
+            ax.set_xlabel(xlabel)
+        row[0].set_ylabel(f"{title}\n{ylabel}" if len(panels) > 1 else ylabel)
+        for ax in row[len(groups):]:
+            ax.set_axis_off()
+    return figure, axes

@@ -1,0 +1,55 @@
+"""Grids of pictures of image runs."""
+
+import numpy as np
+
+from vsm.figures.images import grouped
+from vsm.figures.style import new_figure, save_figure, seeds_of
+
+
+def samples(runs, save):
+    """Images decoded from the prior, one grid per run."""
+    grids(runs, save, lambda arrays: tile(arrays["samples"], 8))
+
+
+def reconstructions(runs, save):
+    """Noisy test inputs (rows one and three, ...) above their reconstructions, one grid per run."""
+    def pairs(arrays):
+        rows = [tile(arrays[name][i:i + 8], 8) for i in range(0, 32, 8) for name in ("inputs", "reconstructions")]
+        return np.concatenate(rows)
+
+    grids(runs, save, pairs)
+
+
+def interpolations(runs, save):
+    """Decoded points on the way between the codes of two test images, a row per pair, one grid per run."""
+    def rows(arrays):
+        pictures = arrays["interpolations"]  # [rows, steps, C, H, W]
+        return tile(pictures.reshape(-1, *pictures.shape[2:]), pictures.shape[1])
+
+    grids(runs, save, rows)
+
+
+def grids(runs, save, make):
+    panels = grouped(runs)
+    named = [((f"{panel}\n" if len(panels) > 1 else "") + f"{name}, {seeds_of([arrays])}", arrays)
+             for panel, groups in panels.items() for name, members in groups for arrays in members]
+    pages = [make(arrays) for _, arrays in named]
+    rows = -(-len(named) // 4)
+    height, width = pages[0].shape[:2]
+    figure, axes = new_figure(rows, -(-len(named) // rows), size=(2.6, 2.6 * height / width + 0.25))
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, (title, _), page in zip(axes.flat, named, pages):
+        ax.imshow(page, vmin=0, vmax=255, cmap="gray", interpolation="nearest")
+        ax.set_title(title)
+    save_figure(figure, save)
+
+
+def tile(images, columns):
+    """uint8 [n, C, H, W] to one picture [rows H, columns W(, 3)]; rows that are not full stay black."""
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    page = np.zeros((rows * columns, channels, height, width), np.uint8)
+    page[:n] = images
+    page = page.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    return page.reshape(rows * height, columns * width, channels).squeeze(-1 if channels == 1 else ())

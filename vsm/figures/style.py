@@ -1,0 +1,99 @@
+"""What all figures share: the canvas, colours and dashes, axes, legends, and saving."""
+
+import io
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from objectives import LEARN
+from vsm.runs import write_atomic
+
+DASHES = {"kld": "-", "fd": "--", "fd-weighted": ":", "fd-repar": "-."}  # by the inference objective; others are solid
+COLORS = {entry.letter: entry.color for entry in LEARN.values()}
+
+matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
+
+
+def letter_of(flags):
+    """The letter of the learning objective that a run's flags amount to: F for S where S equals F. Unknown names stand for themselves."""
+    entry = LEARN.get(flags["learn"])
+    if entry is None:
+        return flags["learn"]
+    return entry.alias(flags.get("samples"), flags.get("estimator", "plugin")) or entry.letter
+
+
+def color_of(flags):
+    """The colour of the learning objective in every figure; grey where it is unknown."""
+    return COLORS.get(letter_of(flags), "tab:gray")
+
+
+def dash_of(flags):
+    return DASHES.get(flags.get("infer"), "-")
+
+
+def line_style(flags):
+    return {"color": color_of(flags), "linestyle": dash_of(flags)}
+
+
+def new_figure(rows=1, columns=1, size=(3.2, 2.6), **options):
+    """A figure on its own Agg canvas (no display, no global state) and its axes [rows, columns]; size: inches of one panel."""
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure, save):
+    """Write the figure in the format of the file's ending. Raises UserError where the file cannot be written."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=Path(save).suffix[1:])
+    write_atomic(Path(save), picture.getvalue())
+
+
+def label_ticks(ax):
+    """A logarithmic y axis with fewer than two powers of ten in its limits is ticked as a linear one."""
+    low, high = ax.get_ylim()
+    if sum(low <= tick <= high for tick in ax.get_yticks()) < 2:
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+
+
+def linear_around_zero(ax, linear):
+    """A symlog y axis with few ticks where the limits go beyond ten times `linear`, else a linear one."""
+    ax.set_yscale("symlog", linthresh=linear)
+    low, high = ax.get_ylim()
+    first, last = math.log10(linear), math.log10(max(-low, high))
+    if last <= first + 1:
+        ax.set_yscale("linear")
+        return
+    step = math.ceil((last - first) / 3)
+    powers = 10.0 ** np.arange(first + (step if step > 1 else 0), last + 1e-9, step)
+    ax.set_yticks([tick for tick in (*-powers[::-1], 0, *powers) if low <= tick <= high])
+
+
+def legend(figure, axes, columns=5):
+    """One legend below all axes, each name once; the figure grows by its height."""
+    named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    legend_below(figure, list(named.values()), list(named), columns)
+
+
+def legend_below(figure, handles, labels, columns=5):
+    fit = figure.get_size_inches()[0] / (0.08 * max(map(len, labels), default=1) + 0.5)  # inches of a letter, of a handle
+    columns = max(1, min(len(labels), columns, int(fit)))
+    figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def seeds_of(members):
+    """"seed 0", or "3 seeds", and how many diverged; `members` are the arrays of runs that differ in their seed alone."""
+    statuses = [str(arrays.get("status", "unfinished")) for arrays in members]
+    if len(members) == 1:
+        return f"seed {members[0]['config']['flags']['seed']}" + "".join(f" ({status})" for status in statuses if status != "ok")
+    diverged = sum(status.startswith("diverged") for status in statuses)
+    return f"{len(members)} seeds" + (f" ({diverged} diverged)" if diverged else "")
+

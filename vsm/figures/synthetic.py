@@ -1,0 +1,301 @@
+"""Figures of 2-D runs: sweeps over K and J, the study of final values, learning curves, samples and densities."""
+
+import math
+
+import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from objectives import LEARN
+from vsm.figures.style import COLORS, color_of, dash_of, label_ticks, legend_below, letter_of, new_figure, save_figure
+from vsm.packs import of_member, open_runs, shown_member
+from vsm.sweep import name_order, objective_name, sweep_points
+
+KINDS = {"step": ("D", "another encoder step"), "released": ("X", "released estimator"), "unbiased": ("v", "unbiased estimator"),
+         "N = ": ("o", "N = 5"), "": ("^", "N = 1")}  # by what a name holds, the first that fits: marker, legend
+METRICS = ("nll", "divergence")
+
+
+def synthetic(runs, save):
+    """NLL and Fisher divergence of a sweep: against K, or, where all runs have one K, by objective (Figures 3, 6, 7).
+
+    Against K: mean +- standard error over the members that did not diverge; a panel per J, two rows per data set. By objective: the
+    members (dots), their mean (bar) and two standard errors to either side; red: how many diverged. NLL is shown above that of the
+    data's law, and so is the score-matching loss where the law's score was not known; axes are linear near zero, logarithmic beyond.
+    """
+    points = sweep_points(runs)
+    if len({point["K"] for point in points}) > 1:
+        sweep_figure(points, save)
+    else:
+        strip_figure(points, save)
+
+
+def study(runs, save):
+    """NLL above that of the data's law by objective, a panel per data set: every seed (dots), mean (bar), two standard errors (box)."""
+    points = sweep_points(runs)
+    panels = panels_of(points)
+    figure, axes = new_figure(1, len(panels), size=(max(2.2, 0.22 * most(panels) + 0.8), 3.2))
+    for ax, (title, here) in zip(axes.flat, panels.items()):
+        draw_strip(ax, here, "nll")
+        ax.set_title(title)
+    axes[0, 0].set_ylabel(axis_title(points[0], "nll"))
+    save_figure(figure, save)
+
+
+def panels_of(points):
+    """{title: points} by data set, J and K; the title names J and K where they vary."""
+    panels = {}
+    vary = {key: len({point[key] for point in points}) > 1 for key in ("J", "K")}
+    for point in sorted(points, key=lambda point: (point["data"], point["J"], point["K"], name_order(point))):
+        title = ", ".join([point["data"], *(f"{key} = {point[key]}" for key in vary if vary[key])])
+        panels.setdefault(title, []).append(point)
+    return panels
+
+
+def most(panels):
+    return max(map(len, panels.values()))
+
+
+# --------------------------------------------------------------------------------------------------------- one K: strips
+
+
+def strip_figure(points, save):
+    panels = panels_of(points)
+    figure, axes = new_figure(2, len(panels), size=(max(1.9, 0.2 * most(panels) + 0.7), 2.5), sharex="col")
+    for column, (title, here) in zip(axes.T, panels.items()):
+        for ax, metric in zip(column, METRICS):
+            draw_strip(ax, here, metric)
+        column[0].set_title(f"{title}")
+        column[0].tick_params(axis="x", labelbottom=False)
+        for ax, metric in zip(column, METRICS):
+            if column is axes.T[0] or axis_title(here[0], metric) != axis_title(points[0], metric):
+                ax.set_ylabel(axis_title(here[0], metric))
+    save_figure(figure, save)
+
+
+def draw_strip(ax, points, metric):
+    """A column per objective: members, mean and two standard errors, and the number of members that diverged."""
+    origin, width, values = shifted(points, metric)
+    for x, (point, members) in enumerate(zip(points, values)):
+        color, finite = color_of(point["flags"]), members[np.isfinite(members)]
+        ax.plot(x + np.linspace(-0.25, 0.25, len(members)), np.sort(members), "o", ms=2.5, alpha=0.7, mew=0.6, color=color,
+                mfc="white" if dash_of(point["flags"]) != "-" else None)
+        mean, error, _ = point[metric]
+        if len(finite):
+            ax.hlines(mean - origin, x - 0.35, x + 0.35, color=color, lw=1.6)
+            ax.fill_between([x - 0.35, x + 0.35], mean - origin - 2 * error, mean - origin + 2 * error, color=color, alpha=0.2, lw=0)
+        if point["diverged"].any():
+            ax.text(x, 0.99, f"{point['diverged'].sum()}", transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=6.5, color="tab:red")
+    excess_axis(ax, values, origin, width)
+    ax.set_xticks(range(len(points)), [point["name"] for point in points], rotation=90, fontsize=7.5)
+    ax.set_xlim(-0.7, len(points) - 0.3)
+
+
+# ------------------------------------------------------------------------------------------------------ several K: lines
+
+
+def sweep_figure(points, save):
+    datas, steps, inner = (sorted({point[key] for point in points}) for key in ("data", "J", "K"))
+    figure, axes = new_figure(2 * len(datas), len(steps), size=(4.8, 2.3), sharex=True, sharey="row")
+    for i, data in enumerate(datas):
+        for row, metric in zip(axes[2 * i:2 * i + 2], METRICS):
+            here = [point for point in points if point["data"] == data]
+            origin, width, values = shifted(here, metric, means=True)
+            for ax, J in zip(row, steps):
+                draw_sweep(ax, [point for point in here if point["J"] == J], metric, origin, inner)
+                excess_axis(ax, values, origin, width)
+                ax.set_title(f"{data}, J = {J}" if metric == "nll" else "")
+            row[0].set_ylabel(axis_title(here[0], metric))
+    figure.supxlabel("encoder updates per decoder update, K", fontsize=10)
+    key_of_sweep(figure, points)
+    save_figure(figure, save)
+
+
+def draw_sweep(ax, points, metric, origin, inner):
+    """A line per objective over evenly spaced K, each moved sideways so that no points lie on top of each other."""
+    names = {point["name"]: point for point in sorted(points, key=name_order)}
+    for k, (name, first) in enumerate(names.items()):
+        line = sorted((inner.index(point["K"]), *point[metric][:2]) for point in points if point["name"] == name)
+        x, mean, error = np.array(line).T
+        style = {"color": color_of(first["flags"]), "linestyle": dash_of(first["flags"]), "marker": kind_of(name)[0]}
+        ax.errorbar(x + 0.84 * ((k + 0.5) / len(names) - 0.5), mean - origin, error, capsize=1.5, ms=4, lw=0.9, elinewidth=0.8, **style)
+    for edge in range(len(inner) - 1):
+        ax.axvline(edge + 0.5, color="0.92", lw=0.8, zorder=0)
+    ax.set_xticks(range(len(inner)), inner)
+    ax.set_xlim(-0.55, len(inner) - 0.45)
+
+
+def kind_of(name):
+    return next(style for part, style in KINDS.items() if part in name)
+
+
+def key_of_sweep(figure, points):
+    """Three legends below the axes, one each for colour, line and marker."""
+    letters = [letter for letter in COLORS if letter in {letter_of(point["flags"]) for point in points}]
+    lines = sorted({(dash_of(point["flags"]), "FAE" if LEARN.get(point["flags"]["learn"], LEARN["fd"]).joint else
+                     point["flags"]["infer"].upper()) for point in points}, key=lambda line: (line[0] != "-", line))
+    sizes = sorted({point["flags"]["samples"] for point in points if point["flags"]["samples"] > 1})
+    marks = [(marker, f"N = {', '.join(map(str, sizes))}" if title == "N = 5" else title) for marker, title in KINDS.values()
+             if marker in {kind_of(point["name"])[0] for point in points}]
+    groups = {
+        "colour: decoder's objective": [Line2D([], [], color=COLORS[letter], lw=3, label=letter) for letter in letters],
+        "line: encoder's objective": [Line2D([], [], color="0.3", linestyle=dash, label=name) for dash, name in lines],
+        "marker: samples, estimator": [Line2D([], [], color="0.3", linestyle="", marker=marker, label=title) for marker, title in marks],
+    }
+    figure.set_figheight(figure.get_figheight() + 0.6)
+    for where, (title, handles) in zip(("left", "center", "right"), groups.items()):
+        figure.legend(handles=handles, title=title, loc=f"outside lower {where}", ncols=3, fontsize=8, title_fontsize=8, columnspacing=1.2)
+
+
+# ------------------------------------------------------------------------------------------------------------- y axes
+
+
+def shifted(points, metric, means=False):
+    """What counts as zero, the width of the linear part around it, and the members' (or mean) values above zero, an array per point."""
+    finite = [point[metric][0] for point in points if np.isfinite(point[metric][0])] or [0.0]
+    origin = points[0]["truth"][metric]
+    if not np.isfinite(origin):
+        origin = min(finite)
+    width = max(1e-3, 0.3 * (np.median(finite) - origin))
+    values = [np.atleast_1d(point[metric][0] if means else point["members"][metric]) - origin for point in points]
+    return origin, width, values
+
+
+def excess_axis(ax, values, origin, width):
+    """An axis linear within `width` of zero and logarithmic beyond."""
+    found = np.concatenate([value[np.isfinite(value)] for value in values] or [[]])
+    low, high = min(0, found.min(initial=0)), max(found.max(initial=width), width)
+    ticks = [10.0**k for k in range(math.ceil(math.log10(width)), 12) if 10.0**k < 2 * high]
+    if len(ticks) < 2:
+        ticks = sorted({*ticks, *(factor * 10.0**k for k in range(-4, 6) for factor in (1, 2, 5) if width / 2 < factor * 10.0**k < 1.5 * high)})[-3:]
+    ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+    ax.set_yscale("asinh", linear_width=width)
+    ax.set_yticks([0, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
+    ax.set_ylim(min(-0.5 * width, 1.2 * low), 2 * high)
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.tick_params(axis="y", which="minor", length=0)
+
+
+def axis_title(point, metric):
+    known = np.isfinite(point["truth"][metric])
+    if metric == "nll":
+        return f"NLL above the {'data law' if known else 'lowest mean'}'s\n(nats)".replace("mean's", "mean")
+    if point["divergence_name"] == "Fisher divergence":
+        return "Fisher divergence"
+    return f"score-matching loss\nabove the {'law' if known else 'lowest mean'}'s".replace("mean's", "mean")
+
+
+# ------------------------------------------------------------------------------------------------- curves against updates
+
+
+HISTORY = {  # metric: axis title, the scale's linear part (None: a linear axis)
+    "excess_curve": ("NLL above the data law's (nats)", "symlog"),
+    "nll_curve": ("NLL (nats)", "linear"),
+    "negative_elbo": ("negative ELBO (nats)", "linear"),
+    "posterior_fd": ("posterior FD", "log"),
+    "log_gamma": (r"$\log\,\gamma$", "linear"),
+    "posterior_sd": ("posterior SD, both latents", "linear"),
+    "infer_loss": ("encoder's training loss", "symlog"),
+    "learn_loss": ("decoder's training loss", "symlog"),
+}
+
+
+def learning_curves(runs, save):
+    """What 2-D runs recorded while training against decoder updates: every member (thin) and the mean over members (thick), a colour per run."""
+    loaded = [run.arrays() for run in open_runs(runs)]
+    names = [name for name in HISTORY if any(name in arrays for arrays in loaded)]
+    if "excess_curve" in names:
+        names.remove("nll_curve")
+    columns = min(4, len(names))
+    figure, axes = new_figure(-(-len(names) // columns), columns, size=(2.9, 2.3))
+    datas = {arrays["config"]["flags"]["data"] for arrays in loaded}
+    for ax, name in zip(axes.flat, names):
+        draw_history(ax, loaded, name)
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    handles = {}
+    for arrays in loaded:
+        flags = arrays["config"]["flags"]
+        title = (f"{flags['data']}, " if len(datas) > 1 else "") + f"{objective_name(arrays['config'])}, K = {flags['inner_steps']}, J = {flags['bilevel_steps']}"
+        handles[title] = Line2D([], [], color=color_of(flags), linestyle=dash_of(flags))
+    legend_below(figure, list(handles.values()), list(handles), columns=4)
+    save_figure(figure, save)
+
+
+def draw_history(ax, loaded, name):
+    from vsm.figures.images import limit_robustly
+    from vsm.figures.style import linear_around_zero
+    title, scale = HISTORY[name]
+    late = {}
+    for arrays in loaded:
+        if name not in arrays:
+            continue
+        flags = arrays["config"]["flags"]
+        updates, values = arrays["epoch"] * flags["steps_per_epoch"], arrays[name].reshape(len(arrays["epoch"]), -1)  # [T, S] or [T, 2 S]
+        style = {"color": color_of(flags), "linestyle": dash_of(flags)}
+        ax.plot(updates, values, lw=0.5, alpha=0.35, **style)
+        if name != "posterior_sd":
+            ax.plot(updates, np.ma.masked_invalid(values).mean(1), lw=1.8, **style)
+        late[objective_name(arrays["config"])] = values[len(values) // 3:].ravel()
+    limit_robustly(ax, late, scale, 1)
+    if scale == "symlog":
+        linear_around_zero(ax, 0.1 if name == "excess_curve" else 10)
+    elif scale == "log":
+        ax.set_yscale("log")
+    ax.set(title=title, xlabel="decoder updates", xlim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    label_ticks(ax)
+
+
+# --------------------------------------------------------------------------------------------------- samples and densities
+
+
+def synthetic_samples(runs, save):
+    """Samples of the member with the median NLL of every run (colour) over the test data (grey), one panel per run."""
+    figure, axes, loaded = panels_of_runs(runs)
+    for ax, arrays in zip(axes.flat, loaded):
+        data, flags = arrays["test_data"], arrays["config"]["flags"]
+        member = shown_member(arrays["nll"])
+        ax.scatter(*data.T, s=3, c="0.75", lw=0)
+        if member is not None:
+            ax.scatter(*of_member(arrays, "model_samples", member).T, s=3, color=color_of(flags), alpha=0.4, lw=0)
+        frame_data(ax, arrays)
+    save_figure(figure, save)
+
+
+def density(runs, save):
+    """Log density of the member with the median NLL of every run (grey levels, 8 nats deep) with the test data (dots), a panel per run."""
+    figure, axes, loaded = panels_of_runs(runs)
+    for ax, arrays in zip(axes.flat, loaded):
+        member = shown_member(arrays["nll"])
+        if member is not None:
+            log_density, (left, right, bottom, top) = of_member(arrays, "density_grid", member).astype(float), arrays["density_extent"]
+            G = len(log_density)
+            x, y = np.linspace(left, right, G), np.linspace(bottom, top, G)
+            peak = np.nanmax(log_density)
+            levels = peak - np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])
+            ax.contourf(x, y, log_density.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 4)
+        ax.scatter(*arrays["test_data"][:500].T, s=1.5, color=color_of(arrays["config"]["flags"]), alpha=0.5, lw=0)
+        frame_data(ax, arrays)
+    save_figure(figure, save)
+
+
+def panels_of_runs(runs):
+    loaded = [run.finished() for run in open_runs(runs)]
+    columns = min(len(loaded), 5)
+    figure, axes = new_figure(-(-len(loaded) // columns), columns, size=(2.3, 2.7))
+    for ax in axes.flat[len(loaded):]:
+        ax.set_axis_off()
+    return figure, axes, loaded
+
+
+def frame_data(ax, arrays):
+    """Limits around the test data, and a title: the objective, K, J and the median NLL."""
+    data, nll, flags = arrays["test_data"], arrays["nll"], arrays["config"]["flags"]
+    result = f"NLL {np.nanmedian(nll):.2f}" if np.isfinite(nll).any() else "diverged"
+    ax.set_title(f"{objective_name(arrays['config'])}\nK = {flags['inner_steps']}, J = {flags['bilevel_steps']}: {result}", fontsize=8)
+    low, high = np.quantile(data, [0.002, 0.998], axis=0)
+    margin = 0.3 * (high - low).max()
+    ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), aspect="equal")
+    ax.tick_params(labelsize=7)

@@ -1,0 +1,177 @@
+"""Many run folders in one `.npz`, and one way to read either.
+
+    pack(["runs/synthetic/a", "runs/synthetic/b"], "results/figure3.npz")
+    for run in open_runs(["results/figure3.npz", "runs/synthetic/c"]):
+        run.name, run.config, run.arrays("metrics")["nll"], run.has("eval")
+
+A pack holds plain arrays: `runs` [R] the folders' names; for each key of metrics.npz, eval.npz or gradient_snr.npz a block of its
+distinct values over the runs, as in `metrics.nll` [U, members], with a second block `metrics.nll.1` where shapes differ; `blocks` [K] the
+blocks' names, and `index` [R, K] the row of a run in a block, -1 for none. Configs are JSON strings: `config.json`, and `metrics.config`
+or `eval.config` where it differs from config.json. What is not in a pack, checkpoints above all, is not needed for figures and tables.
+"""
+
+import fnmatch
+import json
+from pathlib import Path
+
+import numpy as np
+
+from vsm.cli import UserError
+from vsm.runs import load_arrays, load_config, save_arrays
+
+PARTS = ("metrics", "eval", "gradient_snr")
+OF_MEMBERS = ("model_samples", "density_grid")  # of a 2-D run: kept for the members that figures show
+HEAVY = (*OF_MEMBERS, "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept on request alone
+SMALL = 1000  # float64 arrays of more elements become float32
+
+
+class StoredRun:
+    """The arrays of one run, in a folder or in a pack. `name` is what messages call it."""
+
+    def __init__(self, name, read_config, read_part, parts):
+        self.name, self._read_config, self._read_part, self._parts = name, read_config, read_part, parts
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def config(self):
+        """Flags, label and versions. Raises UserError where there is no config.json of a run."""
+        return self._read_config()
+
+    def has(self, part):
+        return part in self._parts
+
+    def arrays(self, part="metrics"):
+        """A dict of the arrays of metrics, eval or gradient_snr, with the parsed `config`. Raises UserError for missing or damaged ones."""
+        return self._read_part(part)
+
+    def finished(self):
+        """The arrays of metrics.npz of a run that has ended. Raises UserError for one that has not."""
+        arrays = self.arrays()
+        if "status" not in arrays:
+            raise UserError(f"{self.name} has not ended; the command that began it resumes it")
+        return arrays
+
+
+def open_runs(paths):
+    """A list of StoredRun from run folders, packs (all their runs) and StoredRuns. Raises UserError for anything else."""
+    runs = []
+    for path in paths:
+        if isinstance(path, StoredRun):
+            runs.append(path)
+        elif Path(path).suffix == ".npz" and not Path(path).is_dir():
+            runs += _open_pack(Path(path))
+        else:
+            runs.append(_open_folder(Path(path)))
+    return runs
+
+
+def _open_folder(folder):
+    def regular(file):
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is not a regular file")
+        return file
+
+    def read_config():
+        regular(folder / "config.json")
+        return load_config(folder)
+
+    return StoredRun(str(folder), read_config, lambda part: load_arrays(regular(folder / f"{part}.npz")),
+                     [part for part in PARTS if (folder / f"{part}.npz").exists()])
+
+
+def _open_pack(path):
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file")
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    arrays = load_arrays(path)
+    if not {"runs", "blocks", "index"} <= arrays.keys():
+        raise UserError(f"{path} is not a pack of runs; name the folder of a run, or a pack that `python plots.py pack` made")
+    names, blocks, index = list(map(str, arrays["runs"])), list(map(str, arrays["blocks"])), arrays["index"]
+    if (index.shape != (len(names), len(blocks)) or not np.issubdtype(index.dtype, np.integer) or not {*blocks} <= arrays.keys()
+            or any(index[:, k].max(initial=-1) >= len(arrays[block]) for k, block in enumerate(blocks)) or index.min(initial=0) < -1):
+        raise UserError(f"{path} is damaged (its index does not fit its blocks)")
+    return [_packed_run(f"{path}:{name}", dict(zip(blocks, row)), arrays) for name, row in zip(names, index)]
+
+
+def _packed_run(name, rows, arrays):
+    found = {block: arrays[block][row] for block, row in rows.items() if row >= 0}
+    parts = {part: {} for part in PARTS}
+    for block, value in found.items():
+        part, key, *_ = block.split(".")
+        if part in parts:
+            parts[part][key] = value
+
+    def read_config():
+        try:
+            return json.loads(str(found["config.json"]))
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{name} is damaged (its config.json is missing or no JSON)") from error
+
+    def read_part(part):
+        if not parts[part]:
+            raise UserError(f"{name} has no {part}.npz")
+        config = json.loads(str(parts[part]["config"])) if "config" in parts[part] else read_config()
+        return {**parts[part], "config": config}
+
+    return StoredRun(name, read_config, read_part, [part for part in PARTS if parts[part]])
+
+
+def shown_member(nll):
+    """The member that figures show: the one with the median of the finite NLLs; None where all diverged."""
+    alive = np.isfinite(nll).sum()
+    return int(np.argsort(nll)[(alive - 1) // 2]) if alive else None
+
+
+def of_member(arrays, key, member):
+    """An array of one member, where a pack keeps it for some members alone (`KEY_of` lists them). Raises KeyError if not kept."""
+    kept = [int(i) for i in arrays.get(f"{key}_of", range(len(arrays[key])))]
+    if member not in kept:
+        raise KeyError(f"{key} of member {member}")
+    return arrays[key][kept.index(member)]
+
+
+def pack(paths, save, keep=(), keep_of="*"):
+    """Write runs into one pack. Heavy arrays (HEAVY) come along where `keep` lists them and the run's name matches the glob `keep_of`.
+
+    Model samples and density grids are kept for the members that figures show. Raises UserError for two runs of one name.
+    """
+    runs = open_runs(paths)
+    names = [run.name.rpartition(":")[2].rstrip("/").rpartition("/")[2] for run in runs]
+    if len({*names}) < len(names):
+        twin = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two of these runs are named {twin}; rename a folder, or leave one out")
+    blocks, names_of, rows = {}, {}, []
+    for run, name in zip(runs, names):
+        rows.append({})
+        for key, value in _record(run, keep if fnmatch.fnmatch(name, keep_of) else ()).items():
+            kind = key, value.shape, "U" if value.dtype.kind == "U" else value.dtype.str  # strings of any length share a block
+            variant = sum(other[0] == key for other in names_of)
+            block = names_of.setdefault(kind, f"{key}.{variant}" if variant else key)
+            values = blocks.setdefault(block, {})
+            rows[-1][block] = values.setdefault(value.tobytes(), (len(values), value))[0]
+    index = np.array([[row.get(block, -1) for block in blocks] for row in rows], np.int32)
+    save_arrays(Path(save), {"script": runs[0].config["script"]}, runs=np.array(names), blocks=np.array(list(blocks)), index=index,
+                **{block: np.stack([value for _, value in values.values()]) for block, values in blocks.items()})
+
+
+def _record(run, keep):
+    """{block: array} of one run."""
+    record = {"config.json": np.array(json.dumps(run.config))}
+    for part in PARTS:
+        if not run.has(part):
+            continue
+        arrays = run.arrays(part)
+        config = arrays.pop("config")
+        if config != run.config:
+            record[f"{part}.config"] = np.array(json.dumps(config))
+        member = shown_member(arrays["nll"]) if "nll" in arrays else None
+        for key, value in arrays.items():
+            if key in HEAVY and key not in keep or key in OF_MEMBERS and member is None:
+                continue
+            if key in OF_MEMBERS and f"{key}_of" not in arrays:
+                record[f"{part}.{key}_of"], value = np.array([member]), value[member:member + 1]
+            record[f"{part}.{key}"] = value.astype(np.float32) if value.dtype == np.float64 and value.size > SMALL else value
+    return record

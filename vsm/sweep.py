@@ -1,0 +1,113 @@
+"""The points of a sweep of 2-D runs and the numbers behind them: what the figures `synthetic` and `study` draw."""
+
+from functools import cache
+
+import numpy as np
+import torch
+
+from objectives import LEARN
+from vsm.cli import UserError
+from vsm.figures.style import letter_of
+from vsm.laws import LAWS
+from vsm.packs import open_runs
+from vsm.runs import NOT_IDENTITY, refuse_twins
+from vsm.tables import markdown_table, mean_and_error
+
+SWEEP_AXES = ("data", "learn", "infer", "estimator", "samples", "infer_samples", "inner_steps", "inner_lr", "bilevel_steps", "seed",
+              "seeds", *NOT_IDENTITY)
+LETTERS = [entry.letter for entry in LEARN.values()]
+
+
+def objective_name(config):
+    """The pair as the paper names it, and what the paper does not vary: "KLD-B released, N = 5"."""
+    flags = config["flags"]
+    return (config["label"] + (f" {flags['estimator']}" if flags["estimator"] != "plugin" else "")
+            + (f", N = {flags['samples']}" if flags["samples"] > 1 else ""))
+
+
+def name_order(point):
+    """Objectives in the order of objectives.LEARN; unknown ones last."""
+    letter = letter_of(point["flags"])
+    return LETTERS.index(letter) if letter in LETTERS else len(LETTERS), point["name"]
+
+
+def sweep_points(runs):
+    """One dict per data, J, name and K over the members of all runs there.
+
+    nll and divergence: (mean, standard error, median); `members` has the values of each, `truth` those of the data's law at the test
+    points; diverged, collapsed and half_collapsed: flags of the members. Raises UserError for runs that differ in more than the axes of
+    a sweep, or that share a seed.
+    """
+    opened = open_runs(runs)
+    loaded = [run.finished() for run in opened]
+    fixed = [{key: value for key, value in arrays["config"]["flags"].items() if key not in SWEEP_AXES} for arrays in loaded]
+    differ = sorted(key for key in fixed[0] if any(flags.get(key) != fixed[0][key] for flags in fixed))
+    if differ:
+        raise UserError(f"the runs differ in {', '.join(differ)}; draw runs that differ in nothing but the objective, data, K, J and seeds")
+    groups = {}
+    for run, arrays in zip(opened, loaded):
+        flags = arrays["config"]["flags"]
+        key = flags["data"], flags["bilevel_steps"], objective_name(arrays["config"]), flags["inner_steps"]
+        groups.setdefault(key, []).append((run.name, range(flags["seed"], flags["seed"] + flags["seeds"]), arrays))
+    points = []
+    for (data, J, name, K), members in groups.items():
+        refuse_twins([(run, seeds) for run, seeds, _ in members])
+        points.append({"data": data, "J": J, "name": name, "K": K, **sweep_point([arrays for *_, arrays in members])})
+    return points
+
+
+def sweep_point(group):
+    """The statistics of one point from the arrays of its runs."""
+    def of_members(key):
+        return np.concatenate([arrays[key] for arrays in group])
+
+    unused = np.concatenate([arrays["posterior_sd"][-1] > 0.9 for arrays in group])  # [members, 2]
+    divergence = "fisher_divergence" if "fisher_divergence" in group[0] else "sm_loss"
+    members = {"nll": of_members("nll"), "divergence": of_members(divergence)}
+    nll, loss = truth_of(group[0])
+    return {"flags": group[0]["config"]["flags"], "members": members, "diverged": of_members("diverged_at") >= 0,
+            "collapsed": unused.all(-1), "half_collapsed": unused.any(-1) & ~unused.all(-1),
+            "truth": {"nll": nll, "divergence": loss if divergence == "sm_loss" else 0.0},
+            "divergence_name": {"fisher_divergence": "Fisher divergence", "sm_loss": "score-matching loss"}[divergence],
+            **{key: tuple(map(float, mean_and_error(values))) for key, values in members.items()}}
+
+
+def truth_of(arrays):
+    """NLL and score-matching loss of the data's law at the run's test points, the data's entropy and NaN without these, or NaN."""
+    if "test_data" in arrays:
+        return law_at(arrays["config"]["flags"]["data"], arrays["test_data"].tobytes())
+    return float(arrays.get("data_entropy", np.nan)), np.nan
+
+
+@cache
+def law_at(name, points):
+    """Mean NLL (nats) and score-matching loss of a law over float32 points [n, 2], given as bytes; NaN where they are not known."""
+    law = LAWS.get(name)
+    if law is None or law.log_prob is None:
+        return np.nan, np.nan
+    points = torch.tensor(np.frombuffer(points, np.float32).reshape(-1, 2)).double()
+    return -law.log_prob(points).mean().item(), law.score_matching_loss(points).mean().item()
+
+
+def sweep_table(runs):
+    """The numbers behind `synthetic`, two Markdown tables: a row per data set, J and objective, a column per K."""
+    points = sweep_points(runs)
+    inner = sorted({point["K"] for point in points})
+    legend = ("Mean ± standard error / median over the members that did not diverge; d: members that diverged, c: members whose posterior "
+              "collapsed (sd above 0.9 at the end in both latents), h: half collapsed (in one of the two). The data's entropy is the least NLL.")
+    sections = [legend]
+    found = {(point["data"], point["J"], name_order(point), point["K"]): point for point in points}
+    for metric in ("nll", "divergence"):
+        rows = [[data, J, order[1], *(sweep_cell(found.get((data, J, order, K)), metric) for K in inner)]
+                for data, J, order in sorted({key[:3] for key in found})]
+        sections += ["NLL (nats)" if metric == "nll" else "Fisher divergence, or score-matching loss where the data's score is not known",
+                     markdown_table(["data", "J", "objective", *(f"K = {K}" for K in inner)], rows)]
+    return "\n\n".join(sections) + "\n"
+
+
+def sweep_cell(point, metric):
+    if point is None:
+        return ""
+    mean, error, median = point[metric]
+    ends = [f"{sum(point[fate])} {fate[0]}" for fate in ("diverged", "collapsed", "half_collapsed") if any(point[fate])]
+    return f"{mean:.4g} ± {error:.2g} / {median:.4g}" + (f" ({', '.join(ends)})" if ends else "")
