@@ -15,11 +15,12 @@ import torch
 import plots
 from data import load_images
 from metrics import evaluate_images, quantise
-from models import NORMS, WIDTH, build_vae
+from models import NORMS, WIDTH
 from objectives import ESTIMATORS, INFER, LEARN, label
 from training import EVALUATION, INIT, Trainer, resolve_pair, seed_of, stack, train
 from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device, set_precision
+from vsm.loading import vae_of
 from vsm.quality import FIDS, fids, reference_of
 from vsm.runs import Run, run_name
 
@@ -123,23 +124,20 @@ def measure(trainer, args, test, reference):
     return row | fids(trainer.vae, reference, args.noise, torch.Generator(test.device).manual_seed(seed))
 
 
-def vae_of(flags, image_shape):
-    """The model of a run, from its flags alone. Raises UserError for images that the network does not take."""
-    try:
-        return build_vae(flags["net"], tuple(image_shape), flags["dim_z"], flags["width"], flags["norm"], flags["latent"],
-                         temperature=flags["temperature"], init_sd=flags["init_sd"], bf16=flags["precision"] == "bf16")
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def pictures(vae, test, noise, seed, n=64):
-    """uint8 arrays for plots: `samples` from the prior, noisy `inputs` and their `reconstructions`, [n, C, H, W]."""
+    """uint8 arrays for plots: `samples` from the prior, noisy `inputs` and their `reconstructions`, [n, C, H, W].
+
+    interpolations [8, 8, C, H, W]: row i goes in even steps from the posterior mean of input i to that of input i + 8.
+    """
     generator = torch.Generator(test.device).manual_seed(seed_of(seed, EVALUATION))
     clean = test[:n].float() / 255
     x = clean + noise * torch.randn(clean.shape, generator=generator, device=test.device)
     with evaluating(vae):
         z = vae.sample(vae.prior, vae.noise(vae.prior, n, generator), relaxed=False)
-        images = {"samples": vae.decode(z), "inputs": x, "reconstructions": vae.decode(vae.encode(x).mean)}
+        codes = vae.encode(x).mean
+        images = {"samples": vae.decode(z), "inputs": x, "reconstructions": vae.decode(codes)}
+        start, end = (codes[rows % len(codes)][:, None] for rows in (torch.arange(8), torch.arange(8, 16)))
+        images["interpolations"] = vae.decode(torch.lerp(start, end, torch.linspace(0, 1, 8, device=codes.device)[:, None]))
     return {name: quantise(image).cpu().numpy() for name, image in images.items()}
 
 

@@ -57,7 +57,7 @@ def test_the_three_fids_are_those_of_their_definitions(digits, images):
     vae = build_vae("mlp", (1, 32, 32), 3, width=8)
     network = Features(torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten()), {})
     network.network.forward = lambda x, forward=network.network.forward: forward(x.float() / 255)
-    reference = Reference(images, network, feature_statistics(network(images)))
+    reference = Reference(images, network, network(images), feature_statistics(network(images)), {}, {})
     result = fids(vae, reference, 0.0, torch.Generator().manual_seed(1), block=7)
 
     def fid(pictures):
