@@ -139,8 +139,10 @@ def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
 
     Returns CPU tensors. Scalars: negative_elbo, reconstruction_mse (noisy input, clean target), latent_mmd (the paper's kernel),
     latent_mmd_scaled, posterior_fd, posterior_fd_median, the means of `objective_terms`, log_gamma, active_units (latents whose
-    posterior mean varies by more than 0.01 over the data: Burda et al. 2016). Per latent [Dz]: kl_per_dim, posterior_sd
-    (mean over data; of Bernoulli latents posterior_mean). Of Bernoulli latents also posterior_mean_histogram [40]: the share of all
+    posterior mean varies by more than 0.01 over the data: Burda et al. 2016), active_second_moment (the mean of second_moment over the
+    active units; nan without any). Per latent [Dz]: kl_per_dim, second_moment (E z^2 of the aggregate posterior, exact given q: 1 where
+    it agrees with the prior; of Bernoulli latents the mean), posterior_sd (mean over data; of Bernoulli latents posterior_mean).
+    aggregate_histogram [80]: the share of all (image, active unit) pairs with a posterior sample in each 80th of [-4, 4]. Of Bernoulli latents also posterior_mean_histogram [40]: the share of all
     (image, latent) pairs with a posterior mean in each 40th of [0, 1]; the mean over data of a latent in use may be 1/2 as well.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
@@ -157,12 +159,15 @@ def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
             latents.append({"z": z[0], "mean": q.mean, "sd": q.variance.sqrt(), "kl": vae.kl(q)})
         rows, latents = _concatenate(rows), _concatenate(latents)
         prior = vae.sample(vae.prior, vae.noise(vae.prior, len(images), generator), relaxed=False)
+    active, second_moment = latents["mean"].var(0) > 0.01, (latents["mean"] ** 2 + latents["sd"] ** 2).mean(0)
     result = {name: value.mean() for name, value in rows.items()}
     result["negative_elbo"] = (rows["reconstruction"] + rows["kl"]).mean()
     if "half_c2" in rows:
         result |= {"posterior_fd": rows["half_c2"].mean(), "posterior_fd_median": rows["half_c2"].median()}
     result |= {"latent_mmd": latent_mmd(latents["z"], prior), "latent_mmd_scaled": latent_mmd(latents["z"], prior, scaled=True),
-               "kl_per_dim": latents["kl"].mean(0), "active_units": (latents["mean"].var(0) > 0.01).sum(),
+               "kl_per_dim": latents["kl"].mean(0), "active_units": active.sum(), "second_moment": second_moment,
+               "active_second_moment": second_moment[active].mean(),
+               "aggregate_histogram": torch.histc(latents["z"][:, active], 80, -4, 4) / (len(images) * active.sum()),
                "log_gamma": vae.log_gamma.detach().double()}
     if vae.latent == "gaussian":
         result["posterior_sd"] = latents["sd"].mean(0)

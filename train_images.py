@@ -15,11 +15,13 @@ import torch
 import plots
 from data import data_names, load_images
 from metrics import evaluate_images, quantise
-from models import NETS, NORMS, build_vae
+from models import NETS, NORMS
 from objectives import ESTIMATORS, INFER, LEARN, label
 from training import EVALUATION, INIT, Trainer, resolve_pair, seed_of, stack, train
 from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device, set_precision
+from vsm.loading import vae_of
+from vsm.quality import FIDS, fids, reference_of
 from vsm.runs import Run, run_name
 
 AXES = ("data", "net", "infer", "learn", "seed")
@@ -58,6 +60,7 @@ def parse_args(argv=None):
          help="of the networks alone: tf32 (GPU only) or bf16 for their convolutions and matrix products")
     flag = parser.add_argument_group("output").add_argument
     flag("--eval-every", type=positive, default=10, help="epochs between evaluations on the test images")
+    flag("--fid-every", type=count, default=0, metavar="EPOCHS", help="epochs between FIDs, a multiple of --eval-every; 0: none while training")
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
     flag("--out", default=None, help="the run's folder (default: runs/images/ and the flags that matter)")
@@ -72,6 +75,8 @@ def parse_args(argv=None):
         parser.error("--temperature has a meaning for --latent bernoulli only")
     if args.norm == "group" and not NETS[args.net].has_norm:
         parser.error(f"--norm group has no meaning for --net {args.net}, which has no normalisation layers")
+    if args.fid_every % args.eval_every:
+        parser.error(f"--fid-every {args.fid_every} is not a multiple of --eval-every {args.eval_every}")
     args.out = args.out or f"runs/images/{run_name(args, AXES, vars(parser.parse_args([])) | {'width': NETS[args.net].width, 'infer_samples': args.samples})}"
     return args
 
@@ -101,30 +106,38 @@ def fit(run, args, vae, data, device):
                       samples=args.samples, inner_steps=args.inner_steps, noise=args.noise, batch=args.batch, lr=args.lr,
                       seed=args.seed, graph=not args.no_graph, infer_samples=args.infer_samples, lr_half_life=args.lr_half_life)
     test = data.test.to(device)
-    status, history = train(run, trainer, args.epochs, args.eval_every,
-                            lambda: evaluate_images(vae, test, args.noise, seed=seed_of(args.seed, EVALUATION)))
+    reference = reference_of(test, args.data, args.data_root) if args.fid_every else None
+    status, history = train(run, trainer, args.epochs, args.eval_every, lambda: measure(trainer, args, test, reference))
     shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}  # a diverged model depends on when the loop looked
     run.save_metrics(**stack(history), **shown, status=status)
     print(f"{run.path}: {status}, negative ELBO {history['negative_elbo'][-1]:.1f} nats after {history['epoch'][-1]} epochs")
 
 
-def vae_of(flags, image_shape):
-    """The model of a run, from its flags alone. Raises UserError for images that the network does not take."""
-    try:
-        return build_vae(flags["net"], tuple(image_shape), flags["dim_z"], flags["width"], flags["norm"], flags["latent"],
-                         temperature=flags["temperature"], init_sd=flags["init_sd"], bf16=flags["precision"] == "bf16")
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def measure(trainer, args, test, reference):
+    """The test metrics of one evaluation; with --fid-every the FIDs too, nan where they are not due."""
+    seed = seed_of(args.seed, EVALUATION)
+    row = evaluate_images(trainer.vae, test, args.noise, seed=seed)
+    if not args.fid_every:
+        return row
+    if trainer.step // trainer.steps_per_epoch % args.fid_every:
+        return row | dict.fromkeys(FIDS, torch.tensor(torch.nan, dtype=torch.float64))
+    return row | fids(trainer.vae, reference, args.noise, torch.Generator(test.device).manual_seed(seed))
 
 
 def pictures(vae, test, noise, seed, n=64):
-    """uint8 arrays for plots: `samples` from the prior, noisy `inputs` and their `reconstructions`, [n, C, H, W]."""
+    """uint8 arrays for plots: `samples` from the prior, noisy `inputs` and their `reconstructions`, [n, C, H, W].
+
+    interpolations [8, 8, C, H, W]: row i goes in even steps from the posterior mean of input i to that of input i + 8.
+    """
     generator = torch.Generator(test.device).manual_seed(seed_of(seed, EVALUATION))
     clean = test[:n].float() / 255
     x = clean + noise * torch.randn(clean.shape, generator=generator, device=test.device)
     with evaluating(vae):
         z = vae.sample(vae.prior, vae.noise(vae.prior, n, generator), relaxed=False)
-        images = {"samples": vae.decode(z), "inputs": x, "reconstructions": vae.decode(vae.encode(x).mean)}
+        codes = vae.encode(x).mean
+        images = {"samples": vae.decode(z), "inputs": x, "reconstructions": vae.decode(codes)}
+        start, end = (codes[rows % len(codes)][:, None] for rows in (torch.arange(8), torch.arange(8, 16)))
+        images["interpolations"] = vae.decode(torch.lerp(start, end, torch.linspace(0, 1, 8, device=codes.device)[:, None]))
     return {name: quantise(image).cpu().numpy() for name, image in images.items()}
 
 

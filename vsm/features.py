@@ -6,9 +6,11 @@ torch-fidelity.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,11 +42,15 @@ def features_of(name, root, device, inception_weights=None):
 
 
 def kept(path, make):
-    """The arrays at `path` as a dict, or those of make(), which are written there."""
+    """The arrays at `path` as a dict, or those of make(), which are written there; where the disk refuses, stderr says so."""
     with contextlib.suppress(UserError):
         return load_arrays(path)
-    save_arrays(path, {}, **make())
-    return load_arrays(path)
+    arrays = {key: np.asarray(value) for key, value in make().items()}
+    try:
+        save_arrays(path, {}, **arrays)
+    except UserError as error:
+        print(f"goes on without a cache, so this is computed again next time: {error}", file=sys.stderr)
+    return arrays
 
 
 # -------------------------------------------------------------------------------------------------------------- LeNet-5

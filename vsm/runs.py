@@ -121,7 +121,7 @@ def group_by_seed(runs, configs):
     identity = [{key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")} for config in configs]
     groups = {}
     for i, flags in enumerate(identity):
-        groups.setdefault(json.dumps(flags, sort_keys=True), []).append(i)
+        groups.setdefault(json.dumps([configs[i]["label"], flags], sort_keys=True), []).append(i)
     named = []
     for members in groups.values():
         refuse_twins([(runs[i], [configs[i]["flags"]["seed"]]) for i in members])

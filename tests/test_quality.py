@@ -1,0 +1,130 @@
+"""FID along training, and what the aggregate posterior's metrics measure."""
+
+import numpy as np
+import pytest
+import torch
+
+import train_images
+from metrics import evaluate_images, feature_statistics, frechet_distance, sample_images
+from models import build_vae
+from vsm.features import Features
+from vsm.quality import Reference, aggregate_posterior, fids, reference_of
+from vsm.runs import load_arrays, load_checkpoint
+
+SMALL = ["--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "3", "--inner-steps", "2", "--eval-every", "1",
+         "--lr", "1e-3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VSM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(digits):
+    from data import load_images
+    return load_images("mnist", digits).test
+
+
+def train(digits, out, *argv):
+    train_images.main(train_images.parse_args([*SMALL, "--data-root", str(digits), "--out", str(out), *map(str, argv)]))
+    return load_arrays(out / "metrics.npz"), load_checkpoint(out / "checkpoint.pt")["trainer"]
+
+
+def test_fids_along_training_change_no_weight(digits, tmp_path):
+    plain, weights = train(digits, tmp_path / "plain")
+    measured, same = train(digits, tmp_path / "measured", "--fid-every", 2)
+    assert all(torch.equal(tensor, same["tensors"][name]) for name, tensor in weights["tensors"].items())
+    assert all(torch.equal(one, other) for one, other in zip(weights["generators"], same["generators"]))
+    new = {"fid", "fid_aggregate", "fid_reconstruction"}
+    assert measured.keys() - plain.keys() == new
+    assert all(np.array_equal(plain[name], measured[name], equal_nan=plain[name].dtype.kind == "f")
+               for name in plain if name not in ("seconds", "peak_memory", "config"))
+    for name in new:
+        assert np.isfinite(measured[name]).tolist() == [True, False, True, False], name
+    assert measured["fid"][2] != measured["fid_aggregate"][2] != measured["fid_reconstruction"][2]
+
+
+def test_fid_every_is_a_multiple_of_eval_every_and_wants_features(digits, tmp_path, fails):
+    assert "--fid-every 3 is not a multiple of --eval-every 2" in fails(train_images, "--eval-every", 2, "--fid-every", 3)
+
+
+def test_the_three_fids_are_those_of_their_definitions(digits, images):
+    """With the pixels' means as features, every FID follows from the images that the decoder makes of a known z."""
+    torch.manual_seed(0)
+    vae = build_vae("mlp", (1, 32, 32), 3, width=8)
+    network = Features(torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten()), {})
+    network.network.forward = lambda x, forward=network.network.forward: forward(x.float() / 255)
+    reference = Reference(images, network, network(images), feature_statistics(network(images)), {}, {})
+    result = fids(vae, reference, 0.0, torch.Generator().manual_seed(1), block=7)
+
+    def fid(pictures):
+        return frechet_distance(*feature_statistics(network(pictures)), *reference.statistics)
+
+    q = vae.encode(images.float() / 255)
+    decoder, encoder = vae.decoder, vae.encoder
+    assert result["fid"] == pytest.approx(fid(sample_images(vae, 60, torch.Generator().manual_seed(2))).item(), rel=0.05)
+    # A posterior that is a point turns the reconstruction's FID into that of the reconstructed images.
+    vae.encoder = torch.nn.Sequential(encoder, Pinned())
+    pinned = fids(vae, reference, 0.0, torch.Generator().manual_seed(1))
+    reconstructions = (vae.decode(q.mean).clamp(0, 1) * 255).round().byte()
+    assert pinned["fid_reconstruction"] == pytest.approx(fid(reconstructions).item(), rel=1e-3)
+    # A constant decoder gives one number for every z.
+    vae.encoder, vae.decoder = encoder, Constant(decoder)
+    constant = fids(vae, reference, 0.1, torch.Generator().manual_seed(1))
+    assert len({value.item() for value in constant.values()}) == 1
+
+
+class Pinned(torch.nn.Module):
+    def forward(self, h):
+        return torch.cat([h[..., :3], torch.full_like(h[..., 3:], -30)], -1)
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, decoder):
+        super().__init__()
+        self.inner = decoder
+
+    def forward(self, z):
+        return self.inner(0 * z)
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "bernoulli"])
+def test_the_aggregate_posteriors_moments_are_those_of_its_samples(images, latent):
+    torch.manual_seed(0)
+    vae = build_vae("mlp", (1, 32, 32), 4, width=16, latent=latent)
+    with torch.no_grad():
+        vae.encoder[-1][-1].bias += torch.tensor([0.5, -1, 0, 2] if latent == "bernoulli" else [0.5, -1, 0, 2, -1, -0.5, -3, -1])
+        vae.encoder[-1][-1].weight /= vae.encoder(images.float() / 255).std(0)[:, None]  # every latent is active
+    row = evaluate_images(vae, images, 0.0, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    x = (images.float() / 255).repeat(300, 1, 1, 1)
+    with torch.no_grad():
+        q = vae.encode(x)
+        z = vae.sample(q, vae.noise(q, 1, generator), relaxed=False)[0].double()
+    torch.testing.assert_close(row["second_moment"], z.square().mean(0), rtol=0.1, atol=0.02)
+    active = q.mean.double().var(0) > 0.01
+    assert row["active_second_moment"] == pytest.approx(row["second_moment"][active].mean().item())
+    assert row["active_units"] == active.sum()
+    assert row["aggregate_histogram"].sum() == pytest.approx((z[:, active].abs() <= 4).double().mean().item(), abs=0.05)
+    aggregate = aggregate_posterior(vae, z.mean(0), z.square().mean(0))
+    torch.testing.assert_close(aggregate.mean, z.mean(0))
+    torch.testing.assert_close(aggregate.variance, z.var(0), rtol=1e-3, atol=1e-6)
+
+
+def test_without_an_active_unit_its_metrics_are_nan(images):
+    vae = build_vae("mlp", (1, 32, 32), 4, width=16)
+    torch.nn.init.zeros_(vae.encoder[-1][-1].weight)
+    torch.nn.init.zeros_(vae.encoder[-1][-1].bias)
+    row = evaluate_images(vae, images, 0.1)
+    assert row["active_units"] == 0 and row["active_second_moment"].isnan() and row["aggregate_histogram"].isnan().all()
+    torch.testing.assert_close(row["second_moment"], torch.ones(4).double())
+
+
+def test_the_reference_of_labelled_data(digits, images):
+    reference = reference_of(images, "mnist", str(digits))
+    mean, covariance = reference.statistics
+    assert mean.shape == (84,) and covariance.shape == (84, 84)
+    assert frechet_distance(*reference.statistics, *reference.statistics) == pytest.approx(0, abs=1e-6)

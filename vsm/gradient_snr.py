@@ -1,0 +1,130 @@
+"""The signal-to-noise ratio of the decoder's gradient, by learning objective and number of posterior samples, at one model.
+
+The paper asks in its discussion whether the variance of the gradient explains the failures of swersky and bao.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from objectives import ESTIMATORS, LEARN, dot
+from training import EVALUATION, joint_loss, learn_loss, seed_of
+
+SAMPLES = (1, 2, 5, 10)
+MODES = ("eval", "train")
+BLOCKS = 10  # of draws: the jackknife leaves out one at a time
+
+
+class Moments(NamedTuple):
+    """E g [P] (the decoder's weights, then log_gamma), ||E g||^2 and tr Var(g) without bias, and the standard error of their ratio.
+
+    All but the first are [2]: of the decoder's weights, of log_gamma.
+    """
+    mean: torch.Tensor
+    signal: torch.Tensor
+    variance: torch.Tensor
+    snr_se: torch.Tensor
+
+
+def gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda line: None):
+    """{name: array [objectives, len(SAMPLES)]} of d loss / d theta at `vae`, beside the `objectives` and `samples`; NaN where undefined.
+
+    images: uint8 training images on the model's device. flags: a run's batch, noise and seed. mode: "eval", in which batch norm couples
+    no data, or "train", as in training; the model is left as it was. snr is ||E g||^2 / tr Var(g) over minibatches with fresh noise and
+    posterior draws, snr_log_gamma that of log gamma alone, each with its standard error over draws (_se, jackknife). cosine_to_elbo is
+    that of E g with the negative ELBO's: is it variance, or the direction?
+    """
+    objectives = compared(vae.latent)
+    names = [f"{LEARN[learn].letter} {estimator}" if LEARN[learn].has_estimator else LEARN[learn].letter for learn, estimator in objectives]
+    keys = ("snr", "snr_se", "snr_log_gamma", "snr_log_gamma_se", "cosine_to_elbo", "gradient_norm")
+    result = {key: np.full((len(objectives), len(SAMPLES)), np.nan) for key in keys}
+    with differentiable_decoder(vae, mode):
+        for column, samples in enumerate(SAMPLES):
+            for row, (learn, estimator) in enumerate(objectives):
+                if estimator == "unbiased" and samples < 2:
+                    continue
+                generator = torch.Generator(images.device).manual_seed(seed_of(flags["seed"], EVALUATION, row, samples))
+                moments = gradient_moments(vae, images, flags, learn, estimator, samples, draws, generator)
+                if learn == "elbo":
+                    elbo = moments
+                snr = moments.signal / moments.variance
+                cosine = dot(moments.mean[:-1], elbo.mean[:-1]) / (moments.signal[0].sqrt() * elbo.signal[0].sqrt())
+                values = (snr[0], moments.snr_se[0], snr[1], moments.snr_se[1], 1 if learn == "elbo" else cosine, moments.signal[0].sqrt())
+                for key, value in zip(keys, values):
+                    result[key][row, column] = value
+                tell(f"{names[row]}, N = {samples}: signal to noise {snr[0].item():.3g} ± {moments.snr_se[0].item():.1g}")
+    return {"objectives": np.array(names), "samples": np.array(SAMPLES), **result}
+
+
+def compared(latent):
+    """[(objective, estimator)], the ELBO first; without what equals another here, and without what needs gradients in z where there are none."""
+    pairs = [(learn, estimator) for learn in LEARN for estimator in (ESTIMATORS if LEARN[learn].has_estimator else ("plugin",))]
+    pairs.remove(("swersky", "released"))  # on images the same as plugin
+    return [pair for pair in pairs if latent == "gaussian" or not LEARN[pair[0]].joint]
+
+
+class differentiable_decoder:
+    """Within it theta alone requires gradients, in `mode`; afterwards the model is as it was, batch norm's statistics too."""
+
+    def __init__(self, vae, mode):
+        self.vae, self.mode = vae, mode
+
+    def __enter__(self):
+        self.training, self.flags = self.vae.training, [p.requires_grad for p in self.vae.parameters()]
+        self.buffers = [buffer.clone() for buffer in self.vae.buffers()]
+        self.vae.train(self.mode == "train").requires_grad_(True)
+        self.vae.encoder.requires_grad_(False)
+
+    def __exit__(self, *_):
+        self.vae.train(self.training)
+        for p, flag in zip(self.vae.parameters(), self.flags):
+            p.requires_grad_(flag)
+        for buffer, value in zip(self.vae.buffers(), self.buffers):
+            buffer.copy_(value)
+
+
+def gradient_moments(vae, images, flags, learn, estimator, samples, draws, generator):
+    """The Moments of the gradient over `draws` minibatches of the images, each with its own noise and posterior draws."""
+    theta, blocks = [*vae.decoder.parameters(), vae.log_gamma], min(BLOCKS, draws)
+    total, squares = 0, 0
+    left_out = [[0, 0, 0] for _ in range(blocks)]  # sum of g, of its squares, and the number of draws
+    for draw in range(draws):
+        g = gradient(vae, theta, images, flags, learn, estimator, samples, generator)
+        total, squares = total + g, squares + squared_norms(g)
+        part = left_out[draw % blocks]
+        part[:] = part[0] + g.float(), part[1] + squared_norms(g), part[2] + 1
+    signal, variance = unbiased_moments(total, squares, draws)
+    if draws < 3:  # with one draw left there is no variance
+        return Moments(total / draws, signal, variance, torch.full_like(signal, math.nan))
+    ratios = []
+    for part_total, part_squares, count in left_out:
+        part_signal, part_variance = unbiased_moments(total - part_total, squares - part_squares, draws - count)
+        ratios.append(part_signal / part_variance)
+    return Moments(total / draws, signal, variance, torch.stack(ratios).std(0, correction=0) * (blocks - 1) ** 0.5)
+
+
+def gradient(vae, theta, images, flags, learn, estimator, samples, generator):
+    """d loss / d theta of one minibatch, one vector [P], float64."""
+    rows = torch.randint(len(images), (flags["batch"],), generator=generator, device=images.device)
+    x = images[rows].float() / 255
+    x = x + flags["noise"] * torch.randn(x.shape, generator=generator, device=x.device)
+
+    def noise(q):
+        return vae.noise(q, samples, generator)
+
+    loss = joint_loss(vae, x, learn, noise) if LEARN[learn].joint else learn_loss(vae, x, learn, noise, estimator)
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss.mean(), theta)]).double()
+
+
+def unbiased_moments(total, squares, draws):
+    """||E g||^2 and tr Var(g) from the sums of g [P] and of its squared norms [2] over draws, each [2]."""
+    mean = total / draws
+    variance = (squares - draws * squared_norms(mean)) / (draws - 1)
+    return squared_norms(mean) - variance / draws, variance
+
+
+def squared_norms(g):
+    """Squared norms of the gradient of the decoder's weights and of log_gamma, [2]."""
+    return torch.stack([dot(g[:-1], g[:-1]), g[-1] ** 2])

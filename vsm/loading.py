@@ -1,0 +1,140 @@
+"""From the folder of a run to its trained model.
+
+    from vsm.loading import load_vae
+    vae = load_vae("runs/images/mnist-conv-kld-fd-seed0")             # an image run
+    vae = load_vae("runs/synthetic/mixture-kld-fd-5-0-seed0", member=0)  # one member of a 2-D run
+
+docs/loading.md shows how to sample, encode, reconstruct and estimate log p(x) with it.
+"""
+
+from pathlib import Path
+
+import torch
+
+from models import VAE, build_ensemble, build_vae, mlp
+from vsm.cli import UserError
+from vsm.runs import NOT_IDENTITY, flag_name, load_checkpoint, load_config
+from vsm.schema import mismatch
+
+# The flags of the two trainers with their defaults: what a folder made before a flag existed is taken to have had. A test holds them
+# to the scripts. A flag that is not here is unknown: its model might be built otherwise.
+FLAGS = {
+    "train_images": {
+        "data": "mnist", "limit": 0, "test_limit": 0, "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 5, "infer_samples": 5,
+        "noise": 0.1, "seed": 0, "net": "conv", "width": 64, "norm": "batch", "dim_z": 100, "latent": "gaussian", "temperature": 0.5,
+        "init_sd": 0.1, "inner_steps": 5, "batch": 100, "lr": 1e-4, "lr_half_life": None, "epochs": 1000, "precision": "float32",
+        "eval_every": 10, "fid_every": 0, "data_root": "data"},
+    "train_synthetic": {
+        "data": "mixture", "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 1, "infer_samples": 1, "seeds": 10, "seed": 0,
+        "hidden": 30, "init_sd": 0.1, "inner_steps": 5, "bilevel_steps": 0, "batch": 1000, "lr": 1e-4, "inner_lr": 0.01,
+        "lr_half_life": None, "steps_per_epoch": 100, "epochs": 100, "test_size": 5000, "importance_samples": 100_000, "eval_every": 5}}
+MODEL_FLAGS = {  # those that a model is built from: their types are checked
+    "train_images": ("net", "dim_z", "width", "norm", "latent", "temperature", "init_sd", "precision"),
+    "train_synthetic": ("seeds", "hidden", "init_sd")}
+
+
+def flags_of(config):
+    """The flags of a run from its config.json, with defaults for those that it lacks.
+
+    Raises UserError for another script's run, for unknown flags, which it names, and for flags of another type.
+    """
+    script, flags = config["script"], config["flags"]
+    if script not in FLAGS:
+        raise UserError(f"it is a run of {script}.py, which trains no VAE")
+    defaults = FLAGS[script]
+    if unknown := sorted(flags.keys() - defaults.keys() - {*NOT_IDENTITY}):
+        raise UserError(f"it was made by another version of {script}.py: it has {', '.join(f'--{flag_name(key)}' for key in unknown)}, "
+                        "which is unknown here")
+    full = defaults | {"infer_samples": flags.get("samples", defaults["samples"])} | flags
+    for key in MODEL_FLAGS[script]:
+        if difference := mismatch(full[key], defaults[key], f"--{flag_name(key)}"):
+            raise UserError(f"its config.json is damaged ({difference})")
+    return full
+
+
+def vae_of(flags, image_shape):
+    """The untrained model of an image run, from its flags. Raises UserError for images [C, H, W] that the network does not take."""
+    try:
+        return build_vae(flags["net"], tuple(image_shape), flags["dim_z"], flags["width"], flags["norm"], flags["latent"],
+                         temperature=flags["temperature"], init_sd=flags["init_sd"], bf16=flags["precision"] == "bf16")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
+    """The VAE of a run folder at its last checkpoint, in eval mode and frozen; config.json and the checkpoint are all that is read.
+
+    Of a 2-D run: the model of the seed --seed + `member`, for x [B, 2] and z [N, B, 2], or for None the ensemble of all S, for
+    x [S, B, 2]. `checkpoint`: another file of that folder, such as a copy made earlier. Raises UserError for a folder, a flag, a
+    member or a checkpoint that is missing, damaged or of another version.
+    """
+    folder, config = Path(folder), load_config(folder)
+    flags, tensors = flags_of(config), tensors_of(folder / checkpoint)
+    if config["script"] == "train_images":
+        if member is not None:
+            raise UserError(f"{folder} is an image run, which has one model; leave out member {member}")
+        vae = vae_of(flags, image_shape_of(config))
+    else:
+        vae = build_ensemble(2, 2, flags["hidden"], [0] * flags["seeds"], init_sd=flags["init_sd"])
+    try:
+        vae.load_state_dict({name.removeprefix("vae."): value for name, value in tensors.items() if name.startswith("vae.")})
+    except RuntimeError as error:
+        raise UserError(f"its checkpoint does not hold the model of its config.json ({str(error).splitlines()[0]})") from error
+    if member is not None:
+        vae = member_of(vae, member)
+    vae = vae.eval().requires_grad_(False).to(device)
+    # Convolutions sum in the order of the memory format. This is the one they were trained in, so metrics come out again to the bit.
+    return vae.to(memory_format=torch.channels_last) if config["script"] == "train_images" else vae
+
+
+def tensors_of(path):
+    """The trainer's tensors of a checkpoint, by name. Raises UserError for another file."""
+    tensors = trainer_of(path).get("tensors")
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()):
+        raise UserError(f"{path} is not a checkpoint of a trainer: it holds no tensors")
+    return tensors
+
+
+def trainer_of(path):
+    """What a trainer saved in a checkpoint, a dict. Raises UserError for another file."""
+    saved = load_checkpoint(path)
+    if not (isinstance(saved, dict) and isinstance(saved.get("trainer"), dict)):
+        raise UserError(f"{path} is not a checkpoint of a trainer")
+    return saved["trainer"]
+
+
+def epochs_trained(folder):
+    """Epochs of an image run at its last checkpoint, which may lie between two. Raises UserError where that cannot be told."""
+    folder = Path(folder)
+    config = load_config(folder)
+    data, batch, step = config.get("data"), flags_of(config)["batch"], trainer_of(folder / "checkpoint.pt").get("step")
+    images = data.get("counts", {}).get("train") if isinstance(data, dict) else None
+    if not all(isinstance(value, int) for value in (images, batch, step)) or not 0 < batch <= images:
+        raise UserError(f"{folder} is damaged: its config.json and its checkpoint do not tell how long it has trained")
+    return step / (images // batch)
+
+
+def image_shape_of(config):
+    """[C, H, W] of an image run's data."""
+    data = config.get("data")
+    size = data.get("size") if isinstance(data, dict) else None
+    if mismatch(size, [1, 1, 1]):
+        raise UserError(f"its config.json is damaged (its images have the size {size!r})")
+    return size
+
+
+def member_of(ensemble, member):
+    """One model of an EnsembleVAE as a VAE of its own: the same numbers to rounding. Raises UserError for a member that is not there."""
+    count = len(ensemble.log_gamma)
+    if not 0 <= member < count:
+        raise UserError(f"there is no member {member}; the run has {count}, counted from 0")
+    halves = []
+    for stacked in (ensemble.encoder, ensemble.decoder):
+        sizes = [stacked.weights[0].shape[1], *(weight.shape[2] for weight in stacked.weights)]
+        net = mlp(sizes)
+        for layer, weight, bias in zip(net[::2], stacked.weights, stacked.biases):
+            layer.weight.data, layer.bias.data = weight[member].detach().T.clone(), bias[member, :, 0].detach().clone()
+        halves.append(net)
+    vae = VAE(*halves, ensemble.dim_z, std="softplus")
+    vae.log_gamma.data = ensemble.log_gamma[member].detach().clone()
+    return vae
