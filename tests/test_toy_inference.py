@@ -1,7 +1,11 @@
 """Toy posteriors: gradients by hand are autograd's, numbers are what they are named, the runs resume bit by bit."""
 
 import math
+import os
+import re
+import signal
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,17 @@ from torch.distributions import Categorical, Independent, Laplace, MixtureSameFa
 
 import plots
 import toy_inference as toy
-from vsm.runs import load_arrays
+from vsm.cli import Stopped, UserError, command_line
+from vsm.figures import toys as figures
+from vsm.runs import Run, load_arrays
+from vsm.toys import descent as descents
+from vsm.toys import loop, plain
+from vsm.toys.descent import Descent
+from vsm.toys.ends import best_fits, kl_and_fd, location_gradients, quadrature
+from vsm.toys.gaussians import autograd_gradients, closed_gradients
+from vsm.toys.gradients import FAMILIES, GRADIENTS, gradients
+from vsm.toys.mixtures import Mixtures, how_well_mixtures_fit, log_components, mixture_score
+from vsm.toys.posteriors import LIKELIHOODS, Grid, Posterior
 
 CPU = torch.device("cpu")
 ALL = ["sym", "soft", "relu", "bias"]
@@ -21,8 +35,16 @@ def parsed(*argv):
 
 
 def run(out, *argv):
+    """A run as the command line has it, with its figures: its arrays."""
     toy.main(parsed("--out", out, *argv))
     return load_arrays(out / "metrics.npz")
+
+
+def fit(out, *argv):
+    """The arrays of a run without its figures."""
+    args = parsed("--out", out, *argv)
+    with Run(args.out, "toy_inference", vars(args), CPU) as folder:
+        return toy.EXPERIMENTS[toy.experiment_of(args)](args, CPU, folder)
 
 
 def randn(*shape, seed=0):
@@ -33,18 +55,18 @@ def randn(*shape, seed=0):
 
 
 def test_score_is_the_gradient_of_the_log_joint():
-    posterior = toy.Posterior(ALL, 2.0, CPU)
+    posterior = Posterior(ALL, 2.0, CPU)
     z = randn(2, 4, 50).requires_grad_()
     (expected,) = torch.autograd.grad(posterior.log_joint(z).sum(), z)
     assert torch.allclose(posterior.score(z), expected, atol=1e-12)
 
 
 def test_evidence_and_mass_on_the_grid():
-    posterior = toy.Posterior(ALL, 2.0, CPU)
-    grid = toy.Grid(posterior, CPU)
+    posterior = Posterior(ALL, 2.0, CPU)
+    grid = Grid(posterior, CPU)
     t = torch.linspace(-8, 8, 20001, dtype=torch.float64)  # p(x) = int N(z1; 0, 1) N(x; 0, h(z1)^2 + sd^2) dz1
     for l, name in enumerate(ALL):
-        h, sd = toy.LIKELIHOODS[name]
+        h, sd = LIKELIHOODS[name]
         density = Normal(0, 1).log_prob(t).exp() * Normal(0, (h(t)[0] ** 2 + sd**2).sqrt()).log_prob(torch.tensor(2.0)).exp()
         assert grid.log_evidence[l].item() == pytest.approx(math.log(torch.trapezoid(density, t)), abs=1e-5)
     levels = grid.log_posterior.flatten(1).max(1, keepdim=True).values - torch.tensor([-1.0, 1.0, 100.0], dtype=torch.float64)
@@ -58,35 +80,64 @@ def test_evidence_and_mass_on_the_grid():
 
 
 def test_all_runs_together_equal_a_plain_loop_of_autograd_over_objectives_infer():
-    args = parsed("--likelihoods", *ALL, "--grid", 2, "--extent", 1.3, "--samples", 3, "--lr", 1e-3, "--compare-loop", 12)
-    arrays = toy.compare_with_loop(args, CPU)
+    args = parsed("--likelihoods", *ALL, "--objectives", *GRADIENTS, "--grid", 2, "--extent", 1.3, "--samples", 3, "--lr", 1e-3,
+                  "--compare-loop", 5)
+    arrays = plain.compare_with_loop(args, CPU)
     assert arrays["loop_difference"] < 1e-6  # log_gamma of the VAE starts in float32
-    assert arrays["loop_rate"] > 0
+
+
+def test_a_gradient_of_another_objective_is_seen_by_the_plain_loop(monkeypatch):
+    args = parsed("--likelihoods", "sym", "--objectives", "fd-weighted", "--grid", 1, "--extent", 1.3, "--compare-loop", 2)
+    monkeypatch.setitem(GRADIENTS, "fd-weighted", GRADIENTS["kld"])
+    assert plain.compare_with_loop(args, CPU)["loop_difference"] > 1e-5
 
 
 def test_laplace_gradients_are_those_of_autograd():
-    family, posterior = toy.FAMILIES["laplace"], toy.Posterior(ALL, 2.0, CPU)
-    params, e = randn(2, 2, 4, 3, 2, 5) / 2, randn(2, 1, 7, 1, 1, 5, seed=1)
-    ours = toy.gradients(params, e, family.score(e), family, posterior)
-    for i, name in enumerate(toy.OBJECTIVES):
+    family, posterior, names = FAMILIES["laplace"], Posterior(ALL, 2.0, CPU), list(GRADIENTS)
+    params, e = randn(2, 2, 4, len(names), 2, 5) / 2, randn(2, 1, 7, 1, 1, 5, seed=1)
+    ours = gradients(params, e, family.score(e), family, posterior, names)
+    for i, name in enumerate(names):
         location, log_scale = (value[:, :, None, i].clone().requires_grad_() for value in params)
         z = location + log_scale.exp() * e.squeeze(3)
-        held = z.detach() if name == "fd" else z
+        held = z.detach() if name in ("fd", "fd-weighted") else z
         if name == "kld":
             x_given_z = posterior.log_joint(z) - Normal(0.0, 1.0).log_prob(z).sum(0)
             second_moment = location**2 + 2 * (2 * log_scale).exp()  # KL(Laplace || N(0, 1)) by its entropy and second moment
             loss = (-log_scale + second_moment / 2).sum(0) - x_given_z
         else:
-            score_q = -(held - location).sign() / log_scale.exp()
-            loss = ((score_q - posterior.score(held)) ** 2).sum(0) / 2
+            c = -(held - location).sign() / log_scale.exp() - posterior.score(held)
+            loss = ((c * math.sqrt(2) * log_scale.exp().detach() if name == "fd-weighted" else c) ** 2).sum(0) / 2
         expected = torch.autograd.grad(loss.sum(1).sum(), (location, log_scale), allow_unused=True, materialize_grads=True)
         for got, want in zip(ours[:, :, :, :, i].sum(3), expected):
-            assert torch.allclose(got, want.squeeze(2), rtol=1e-9, atol=1e-9), name
+            assert torch.allclose(got, want.squeeze(2), rtol=1e-8, atol=1e-8), name  # torch's softplus is linear from 20 on
+
+
+def test_weighted_fd_is_kld_on_average_for_the_location_and_twice_it_for_the_log_scale():
+    family, posterior = FAMILIES["gaussian"], Posterior(["sym", "soft"], 2.0, CPU)
+    params = (randn(2, 2, 2, 1, 1, 4) / 3).expand(-1, -1, -1, 2, -1, -1)
+    e, weight = quadrature(family, CPU)
+    mean = (weight * gradients(params, e, family.score(e), family, posterior, ["fd-weighted", "kld"])).sum(3)
+    weighted, kld = mean[:, :, :, 0], mean[:, :, :, 1]
+    assert torch.allclose(weighted[0], kld[0], atol=1e-6) and torch.allclose(weighted[1], 2 * kld[1], atol=1e-6)
+    assert kld.abs().min() > 1e-3
+
+
+def test_the_objectives_flag_selects_and_orders():
+    def ended(*names):
+        descent = Descent(parsed("--grid", 2, "--extent", 1, "--iterations", 5, "--lr", "1e-4", "--objectives", *names), CPU)
+        descent.advance()
+        return dict(zip(names, descent.params.unbind(3)))
+
+    together = ended(*GRADIENTS)
+    for names in (["kld"], ["fd-weighted", "fd-repar"]):
+        for name, params in ended(*names).items():
+            assert torch.allclose(params, together[name], rtol=1e-12), name
+    assert not torch.allclose(together["fd"], together["fd-weighted"])
 
 
 def test_the_biased_gradient_of_a_laplaces_location_is_zero_and_the_unbiased_one_finite_differences():
-    descent = toy.Descent(parsed("--family", "laplace", "--grid", 3, "--iterations", 1), CPU)
-    biased, unbiased, differences = toy.location_gradients(descent, toy.Grid(descent.posterior, CPU))
+    descent = Descent(parsed("--family", "laplace", "--grid", 3, "--iterations", 1, "--likelihoods", "sym"), CPU)
+    biased, unbiased, differences = location_gradients(descent, Grid(descent.posterior, CPU))
     assert (biased == 0).all()
     assert unbiased.abs().max() > 1
     assert torch.allclose(unbiased, differences, rtol=1e-6, atol=1e-5)
@@ -94,7 +145,7 @@ def test_the_biased_gradient_of_a_laplaces_location_is_zero_and_the_unbiased_one
 
 def test_gradients_between_two_gaussians():
     mean, sd = torch.tensor([-1.0, 0.3, 2.0], dtype=torch.float64)[:, None], torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64)
-    closed, automatic = (gradient(mean, sd, 0.4, 0.7) for gradient in (toy.closed_gradients, toy.autograd_gradients))
+    closed, automatic = (gradient(mean, sd, 0.4, 0.7) for gradient in (closed_gradients, autograd_gradients))
     for name in ("kld", "fd", "biased"):
         for got, want in zip(closed[name], automatic[name]):
             assert torch.allclose(got.expand(3, 3), want, rtol=1e-8, atol=1e-8), name
@@ -102,16 +153,26 @@ def test_gradients_between_two_gaussians():
     assert torch.allclose(biased[0], kld[0] / sd**2) and torch.allclose(biased[1], kld[1] * 2 / sd**2)
 
 
+def test_a_run_that_diverged_in_one_version_alone_is_no_agreement(monkeypatch):
+    args = parsed("--grid", 1, "--likelihoods", "sym", "--compare-loop", 3)
+    assert plain.compare_with_loop(args, CPU)["loop_difference"] < 1e-6
+    for value in (math.nan, math.inf):
+        monkeypatch.setattr(plain, "plain_run", lambda *_, value=value: torch.full((4,), value))
+        assert plain.compare_with_loop(args, CPU)["loop_difference"] == np.inf
+    monkeypatch.setattr(Descent, "update", lambda self, _: setattr(self, "step", self.step + 1) or self.params.fill_(math.nan))
+    assert plain.compare_with_loop(args, CPU)["loop_difference"] == 0  # inf here, nan there: lost in both
+
+
 # ---------------------------------------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.parametrize("family, law", [("gaussian", Normal), ("laplace", Laplace)])
 def test_kl_and_fd_are_those_of_a_sum_over_the_grid(family, law):
-    posterior = toy.Posterior(["sym", "soft"], 2.0, CPU)
-    grid = toy.Grid(posterior, CPU)
+    posterior = Posterior(["sym", "soft"], 2.0, CPU)
+    grid = Grid(posterior, CPU)
     location, scale = torch.tensor([0.3125, 0.5125], dtype=torch.float64), torch.tensor([0.25, 0.3], dtype=torch.float64)
     params = torch.stack((location, scale.log())).view(2, 2, 1, 1, 1, 1).expand(2, 2, 2, 1, 1, 1)
-    kl, fd = toy.kl_and_fd(params, toy.FAMILIES[family], posterior, grid)
+    kl, fd = kl_and_fd(params, FAMILIES[family], posterior, grid)
     z = grid.z.clone().requires_grad_()
     log_q = law(location.view(2, 1, 1), scale.view(2, 1, 1)).log_prob(z).sum(0)
     (score_q,) = torch.autograd.grad(log_q.sum(), z)
@@ -123,221 +184,385 @@ def test_kl_and_fd_are_those_of_a_sum_over_the_grid(family, law):
 
 
 def test_best_fits_are_the_symmetric_pair_of_sym_and_no_neighbour_is_better():
-    family, posterior = toy.FAMILIES["gaussian"], toy.Posterior(["sym"], 2.0, CPU)
-    grid = toy.Grid(posterior, CPU)
-    best, kl = toy.best_fits(family, posterior, grid)
+    family, posterior = FAMILIES["gaussian"], Posterior(["sym"], 2.0, CPU)
+    grid = Grid(posterior, CPU)
+    best, kl = best_fits(family, posterior, grid)
     location = best[0, :, 0]
     assert torch.allclose(location.abs(), torch.tensor(1.2748, dtype=torch.float64), atol=1e-3)
     assert torch.allclose(location[0], location[1], atol=1e-3) and location.min() < 0 < location.max()
     params = torch.stack((best[0, :, 0, 0], best[1, :, 0, 0].log()))
     neighbours = params[..., None] + 0.02 * randn(2, 2, 20)
-    assert (toy.kl_and_fd(neighbours[:, :, None, None, None], family, posterior, grid)[0] >= kl[0, 0] - 1e-9).all()
+    assert (kl_and_fd(neighbours[:, :, None, None, None], family, posterior, grid)[0] >= kl[0, 0] - 1e-9).all()
 
 
 def test_reparametrised_fd_stays_at_the_origin_of_sym_and_the_others_leave_it(tmp_path):
-    arrays = run(tmp_path / "run", "--likelihoods", "sym", "--grid", 1, "--extent", 0.05, "--lr", "5e-4", "--iterations", 6000)
-    end = {name: {key: arrays[key][0, i, 0, 0] for key in ("caught", "excess_kl", "distance")} for i, name in enumerate(toy.OBJECTIVES)}
+    arrays = fit(tmp_path / "run", "--likelihoods", "sym", "--grid", 1, "--extent", 0.05, "--lr", "1e-3", "--iterations", 3000)
+    keys = "caught", "excess_kl", "distance"
+    end = {name: {key: arrays[key][0, i, 0, 0] for key in keys} for i, name in enumerate(toy.OBJECTIVES)}
     assert [end[name]["caught"] for name in toy.OBJECTIVES] == [True, False, False]
     assert np.abs(arrays["location"][:, 0, 0, 0, 0]).max() < 0.2
     assert end["fd-repar"]["excess_kl"] > 4 and -1e-9 < end["kld"]["excess_kl"] < 0.2
     assert end["fd-repar"]["distance"] > 1 and end["kld"]["distance"] < 0.3
 
 
+def test_a_diverged_start_is_a_result(tmp_path, capsys):
+    arrays = fit(tmp_path / "run", "--grid", 2, "--iterations", 50, "--lr", 1)
+    assert arrays["diverged"][0, 0, 0].all() and not arrays["diverged"][:, :, 1].any()
+    assert arrays["status"] == "ok" and not (arrays["caught"] & arrays["diverged"]).any()
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sym   fd-repar    sgd"))
+    assert first.split()[3:] == ["0", "of", "4", "4"]  # no start caught, four diverged, and no median
+
+
+def test_a_run_of_which_nothing_is_left_says_from_which_frame_on():
+    descent = Descent(parsed("--grid", 1, "--iterations", 8, "--frames", 4), CPU)
+    descent.trajectory[2:] = math.nan
+    assert descent.status == f"diverged@{descent.frames[2]}"
+    descent.trajectory[:, 0, 0, 0, 0, 0, 0] = 0.0
+    assert descent.status == "ok"
+
+
 # --------------------------------------------------------------------------------------------------------------- mixtures
 
 
 def test_mixture_density_and_score():
-    logits, mean, log_sd, z = randn(3, 4), randn(2, 3, 4, seed=1), randn(2, 3, 4, seed=2) / 3, randn(2, 3, 6, seed=3).requires_grad_()
-    law = MixtureSameFamily(Categorical(logits=logits), Independent(Normal(mean.movedim(0, -1), log_sd.exp().movedim(0, -1)), 1))
+    logits, mean, log_sd = randn(3, 4), randn(2, 3, 4, seed=1), randn(2, 3, 4, seed=2) / 3
+    z, sd = randn(2, 3, 6, seed=3).requires_grad_(), log_sd.exp()
+    law = MixtureSameFamily(Categorical(logits=logits), Independent(Normal(mean.movedim(0, -1), sd.movedim(0, -1)), 1))
     expected = law.log_prob(z.permute(2, 1, 0)).T
-    assert torch.allclose(toy.log_components(z, logits, mean, log_sd).logsumexp(-2), expected)
+    assert torch.allclose(log_components(z, logits, mean, log_sd).logsumexp(-2), expected)
     (score,) = torch.autograd.grad(expected.sum(), z)
-    assert torch.allclose(toy.mixture_score(z, logits, mean, log_sd), score)
+    assert torch.allclose(mixture_score(z, logits, mean, log_sd), score)
 
 
 def test_mixture_numbers_of_a_mixture_that_is_one_gaussian():
-    posterior = toy.Posterior(["soft"], 2.0, CPU)
-    grid = toy.Grid(posterior, CPU)
+    posterior = Posterior(["soft"], 2.0, CPU)
+    grid = Grid(posterior, CPU)
     location, log_sd = torch.tensor([0.2, 0.6], dtype=torch.float64), torch.tensor([0.0, -0.2], dtype=torch.float64)
-    fit = [torch.zeros(1, 1, 3, dtype=torch.float64)] + [value.view(2, 1, 1, 1).expand(2, 1, 1, 3) for value in (location, log_sd)]
-    arrays = toy.judge_mixtures(fit, posterior, grid)
+    mean_and_log_sd = (value.view(2, 1, 1, 1).expand(2, 1, 1, 3) for value in (location, log_sd))
+    one = [torch.zeros(1, 1, 3, dtype=torch.float64), *mean_and_log_sd]
+    arrays = how_well_mixtures_fit(one, posterior, grid)
     params = torch.stack((location, log_sd)).view(2, 2, 1, 1, 1, 1)
-    kl, fd = toy.kl_and_fd(params, toy.FAMILIES["gaussian"], posterior, grid)
+    kl, fd = kl_and_fd(params, FAMILIES["gaussian"], posterior, grid)
     assert arrays["kl"].item() == pytest.approx(kl.item(), abs=1e-4)
     assert arrays["fd"].item() == pytest.approx(fd.item(), abs=1e-3)
     right = Normal(0.8, (1 + math.exp(-0.4)) ** 0.5).cdf(torch.tensor(0.0))
     assert arrays["right_mass"].item() == pytest.approx(1 - right.item(), abs=0.01)
-    p, q = (Categorical(probs=torch.tensor([mass, 1 - mass])) for mass in (arrays["exact_right_mass"].item(), arrays["right_mass"].item()))
+    masses = arrays["exact_right_mass"].item(), arrays["right_mass"].item()
+    p, q = (Categorical(probs=torch.tensor([mass, 1 - mass])) for mass in masses)
     assert arrays["kl_between_sides"].item() == pytest.approx(kl_divergence(q, p).item(), abs=1e-5)
 
 
-def test_mixture_run(tmp_path):
-    arrays = run(tmp_path / "run", "--family", "mixture", "--iterations", 150, "--lr", "1e-2", "--repeats", 2, "--components", 3)
-    assert arrays["status"] == "ok" and arrays["weight"].shape == (2, 2, 3) and arrays["mean"].shape == arrays["sd"].shape == (2, 2, 2, 3)
-    assert np.allclose(arrays["weight"].sum(-1), 1) and (arrays["kl"] > 0).all()
-    untrained = toy.fit_mixtures(parsed("--family", "mixture", "--iterations", 1, "--repeats", 2, "--components", 3), CPU, None)
-    assert (arrays["fd"] < untrained["fd"]).all()
-    assert (tmp_path / "run" / "toy_mixtures.png").exists()
-
-
-# ------------------------------------------------------------------------------------------------------- the command line
-
-
-SHORT = ("--grid", 2, "--iterations", 2500, "--lr", "1e-3", "--frames", 6)
-
-
-def test_a_run_leaves_its_documented_arrays_and_figures(tmp_path, capsys):
-    out = tmp_path / "new" / "run"
-    arrays = run(out, *SHORT, "--compare-loop", 2)
-    runs = (2, 3, 2, 4)  # likelihoods, objectives, optimisers, starts
-    for name in ("kl", "fd", "excess_kl", "distance", "nearest", "mass_above", "diverged", "caught", "moved"):
-        assert arrays[name].shape == runs, name
-    assert arrays["location"].shape == arrays["log_scale"].shape == (2, *runs)
-    assert arrays["trajectory"].shape == (len(arrays["iteration"]), 2, 2, *runs)
-    assert arrays["iteration"][[0, -1]].tolist() == [0, 2500] and 1250 in arrays["iteration"]
-    assert np.array_equal(arrays["trajectory"][0, 0, :, 1, 2, 1], arrays["starts"].astype(np.float16))
-    assert np.allclose(arrays["trajectory"][-1, 0], arrays["location"], atol=2e-3, equal_nan=True)
-    for name in ("toy_trajectories", "toy_basins"):
-        assert (out / f"{name}.png").exists()
-        plots.main(plots.parse_args([name, str(out), "--save", str(tmp_path / "again.png")]))
-        assert (tmp_path / "again.png").read_bytes() == (out / f"{name}.png").read_bytes()
-    capsys.readouterr()
-    run(out, *SHORT, "--compare-loop", 2)
+def test_mixtures_that_leave_the_grid_are_no_perfect_fit(tmp_path, capsys):
+    posterior = Posterior(["soft"], 2.0, CPU)
+    mean = torch.tensor([0.0, 4.9, 50.0]).view(1, 1, 3, 1).repeat(2, 1, 1, 1)  # on the grid [-5, 5]^2, half off it, beyond it
+    arrays = how_well_mixtures_fit([torch.zeros(1, 3, 1), mean, torch.full_like(mean, -1.5)], posterior, Grid(posterior, CPU))
+    for name in ("kl", "kl_within_sides", "right_mass", "fd"):
+        assert arrays[name].isfinite().tolist() == [[True, False, False]], name
+    argv = ("--family", "mixture", "--lr", 100, "--repeats", 1, "--iterations", 50, "--likelihoods", "sym")
+    arrays = run(tmp_path / "diverged", *argv)
+    assert "0 runs (1 more diverged or left the grid)" in capsys.readouterr().out
+    assert str(arrays["status"]) == "diverged@50" and (tmp_path / "diverged" / "toy_mixtures.png").exists()
+    run(tmp_path / "diverged", *argv)
     assert "finished before" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
-    whole = run(tmp_path / "whole", *SHORT)
-    monkeypatch.setattr(toy, "CHECKPOINT_SECONDS", 0)
-    advance = toy.Descent.advance
-
-    def interrupted(descent, noise):
-        advance(descent, noise)
-        if descent.step == 2000:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(toy.Descent, "advance", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "half", *SHORT)
-    monkeypatch.setattr(toy.Descent, "advance", advance)
-    half = run(tmp_path / "half", *SHORT)
-    assert "resumed at iteration 1000" in capsys.readouterr().out
-    for name in whole.keys() - {"rate", "config"}:
-        assert np.array_equal(whole[name], half[name], equal_nan=whole[name].dtype.kind == "f"), name
-
-
-def test_flags_change_what_they_name():
-    def ended(*argv):
-        descent = toy.Descent(parsed("--grid", 2, "--extent", 1, "--iterations", 20, *argv), CPU)
-        while descent.step < descent.args.iterations:
-            descent.advance(descent.noise())
-        return descent.params
-
-    base = ended()
-    assert torch.equal(ended(), base)
-    for argv in (["--seed", 1], ["--lr", "1e-3"], ["--samples", 2], ["--iterations", 21], ["--extent", 1.5], ["--x", 1.5],
-                 ["--family", "laplace"], ["--likelihoods", "relu", "bias"]):
-        assert not torch.equal(ended(*argv), base), argv
-
-
-def test_a_diverged_start_is_a_result(tmp_path, capsys):
-    arrays = run(tmp_path / "run", "--grid", 2, "--iterations", 50, "--lr", 1)
-    assert arrays["diverged"][0, 0, 0].all() and not arrays["diverged"][:, :, 1].any()
-    assert arrays["status"] == "ok" and not (arrays["caught"] & arrays["diverged"]).any()
-    assert "4 diverged" in capsys.readouterr().out
-
-
-def test_gradients_run(tmp_path):
-    arrays = run(tmp_path / "run", "--gradients")
-    assert arrays["gradient"].shape == (3, 2, len(arrays["mean"]), len(arrays["sd"]))
-    assert arrays["autograd_error"] < 1e-8
-    assert (tmp_path / "run" / "toy_gradients.png").exists()
-
-
-def test_refuses_a_folder_made_with_other_flags(fails, tmp_path):
-    argv = ("--gradients", "--out", tmp_path / "run")
-    toy.main(parsed(*argv))
-    assert "target_sd was 0.5, is now 2.0" in fails(toy, *argv, "--target-sd", 2)
-
-
-@pytest.mark.parametrize("argv", [["--likelihoods", "cubic"], ["--likelihoods", "sym", "sym"], ["--lr", "0"], ["--x", "nan"], ["--x", "11"],
-                                  ["--grid", "0"], ["--family", "cauchy"], ["--device", "cuda:9"], ["--seed", "-1"],
-                                  ["--family", "laplace", "--compare-loop", "5"], ["--iterations", "1e6"], ["--components", "3"],
-                                  ["--target-sd", "2"], ["--gradients", "--seed", "1"], ["--gradients", "--family", "mixture"],
-                                  ["--family", "mixture", "--grid", "3"], ["--gradients", "--target-sd", "1e-200"], ["--seed", str(2**63)]])
-def test_bad_input_is_one_sentence(fails, argv, tmp_path):
-    fails(toy, *argv, "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_mixtures_that_leave_the_grid_are_no_perfect_fit(tmp_path, capsys):
-    posterior = toy.Posterior(["soft"], 2.0, CPU)
-    mean = torch.tensor([0.0, 4.9, 50.0]).view(1, 1, 3, 1).repeat(2, 1, 1, 1)  # on the grid [-5, 5]^2, half off it, beyond it
-    arrays = toy.judge_mixtures([torch.zeros(1, 3, 1), mean, torch.full_like(mean, -1.5)], posterior, toy.Grid(posterior, CPU))
-    for name in ("kl", "kl_within_sides", "right_mass", "fd"):
-        assert arrays[name].isfinite().tolist() == [[True, False, False]], name
-    arrays = run(tmp_path / "diverged", "--family", "mixture", "--lr", 100, "--repeats", 1, "--iterations", 50)
-    assert "0 runs (1 more diverged or left the grid)" in capsys.readouterr().out
-    assert str(arrays["status"]) == "diverged@50" and (tmp_path / "diverged" / "toy_mixtures.png").exists()
-
-
 def test_a_mixture_on_one_side_has_all_its_numbers():
-    posterior = toy.Posterior(["sym"], 2.0, CPU)
+    posterior = Posterior(["sym"], 2.0, CPU)
     mean = torch.tensor([1.3, -1.3], dtype=torch.float64).view(1, 1, 2, 1).repeat(2, 1, 1, 1)
-    arrays = toy.judge_mixtures([torch.zeros(1, 2, 1, dtype=torch.float64), mean, torch.full_like(mean, -3)], posterior, toy.Grid(posterior, CPU))
+    one_component = [torch.zeros(1, 2, 1, dtype=torch.float64), mean, torch.full_like(mean, -3)]
+    arrays = how_well_mixtures_fit(one_component, posterior, Grid(posterior, CPU))
     assert arrays["right_mass"].flatten().tolist() == pytest.approx([1, 0])
     assert arrays["kl_between_sides"].flatten().tolist() == pytest.approx([math.log(2)] * 2, abs=1e-4)
 
 
-def test_a_mixture_that_diverges_leaves_the_others_as_they_are(monkeypatch, capsys):
-    args = parsed("--family", "mixture", "--repeats", 3, "--iterations", 30, "--lr", "1e-2", "--components", 4)
-    whole, normal_noise, calls = toy.fit_mixtures(args, CPU, None), toy.normal_noise, []
+def test_a_mixture_that_diverges_leaves_the_others_as_they_are(tmp_path, monkeypatch, capsys):
+    argv = ("--family", "mixture", "--repeats", 3, "--iterations", 30, "--lr", "1e-2", "--components", 4)
+    whole, init = fit(tmp_path / "whole", *argv), Mixtures.__init__
 
-    def poisoned(*of):
-        calls.append(of)
-        noise = normal_noise(*of)
-        if len(calls) == 1:
-            noise[..., 1, :] = math.nan  # the first means of one mixture
-        return noise
+    def poisoned(mixtures, *of):
+        init(mixtures, *of)
+        mixtures.mean.data[..., 1, :] = math.nan  # the first means of one mixture
 
-    monkeypatch.setattr(toy, "normal_noise", poisoned)
+    monkeypatch.setattr(Mixtures, "__init__", poisoned)
     capsys.readouterr()
-    arrays = toy.fit_mixtures(args, CPU, None)
+    arrays = fit(tmp_path / "poisoned", *argv)
     assert "2 runs (1 more diverged or left the grid), mean +- sd of kl" in (out := capsys.readouterr().out) and "nan" not in out
     assert arrays["status"] == "ok" and np.isnan(arrays["kl"][:, 1]).all()
     for name in ("kl", "fd", "right_mass"):
         assert np.array_equal(arrays[name][:, [0, 2]], whole[name][:, [0, 2]]), name
 
 
-def test_one_mixture_has_no_spread(capsys):
+def test_one_mixture_has_no_spread(tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        toy.fit_mixtures(parsed("--family", "mixture", "--repeats", 1, "--iterations", 2), CPU, None)
+        fit(tmp_path / "run", "--family", "mixture", "--repeats", 1, "--iterations", 2)
     out = capsys.readouterr().out
     assert "sym: 1 run, kl " in out and "+-" not in out and "nan" not in out
 
 
-def test_a_run_that_diverged_in_one_version_alone_is_no_agreement(monkeypatch):
-    args = parsed("--grid", 1, "--likelihoods", "sym", "--compare-loop", 3)
-    assert toy.compare_with_loop(args, CPU)["loop_difference"] < 1e-6
-    for value in (math.nan, math.inf):
-        monkeypatch.setattr(toy, "plain_run", lambda *_, value=value: torch.full((4,), value))
-        assert toy.compare_with_loop(args, CPU)["loop_difference"] == np.inf
-    monkeypatch.setattr(toy.Descent, "update", lambda descent, _: setattr(descent, "step", descent.step + 1) or descent.params.fill_(math.nan))
-    assert toy.compare_with_loop(args, CPU)["loop_difference"] == 0  # inf here, nan there: lost in both
+# ------------------------------------------------------------------------------------------------- arrays and their figures
+
+SHORT = ("--grid", 2, "--extent", 1, "--iterations", 2500, "--lr", "1e-3", "--frames", 6, "--likelihoods", "sym",
+         "--objectives", "fd")
+MIXTURE = ("--family", "mixture", "--iterations", 150, "--lr", "1e-2", "--repeats", 2, "--components", 3)
 
 
-@pytest.mark.parametrize("argv", [[], ["--family", "mixture"], ["--gradients"]])
-def test_dry_run_writes_nothing(tmp_path, capsys, argv):
+def documented(heading, **sizes):
+    """{key: shape} of the table under a heading of docs/toys.md."""
+    page = (Path(__file__).parent.parent / "docs" / "toys.md").read_text().split(f"### {heading}\n")[1].split("\n#")[0]
+    rows = re.findall(r"^\| `(\w+)` \| \[(.*?)\]", page, re.MULTILINE)
+    return {key: tuple(sizes.get(axis, None) or int(axis) for axis in shape.split(", ") if axis) for key, shape in rows}
+
+
+def test_a_run_leaves_its_documented_arrays_and_figures(tmp_path, capsys):
+    out = tmp_path / "new" / "run"
+    argv = ("--grid", 2, "--iterations", 40, "--frames", 6, "--likelihoods", "sym", "--compare-loop", 2,
+            "--objectives", "kld", "fd-weighted")
+    arrays = run(out, *argv)
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "posterior at x = 2 of the likelihood sym; a gaussian q by kld, fd-weighted, each with sgd and adam",
+        "4 starts, so 16 runs of 40 steps of 0.0001, 1 sample a step", f"on cpu; writes {out}"]
+    keys = documented("Gaussian and Laplace", L=1, I=2, P=2, K=4, G=201, F=len(arrays["iteration"]))
+    assert keys.pop("location_gradient") == (3, 2, 1, 4)
+    assert {key: value.shape for key, value in arrays.items() if key not in ("config", "status")} == keys
+    assert arrays["iteration"][[0, -1]].tolist() == [0, 40] and 20 in arrays["iteration"]
+    assert np.array_equal(arrays["trajectory"][0, 0, :, 0, 1, 1], arrays["starts"].astype(np.float16))
+    assert np.array_equal(arrays["trajectory"][-1, 0], arrays["location"].astype(np.float16))
+    assert (out / "toy_basins.png").exists()
+    plots.main(plots.parse_args(["toy_trajectories", str(out), "--save", str(tmp_path / "again.png")]))
+    assert (tmp_path / "again.png").read_bytes() == (out / "toy_trajectories.png").read_bytes()
+
+
+def test_laplace_mixtures_and_gradients_leave_their_documented_arrays(tmp_path):
+    laplace = fit(tmp_path / "laplace", "--family", "laplace", "--grid", 1, "--iterations", 3, "--likelihoods", "soft")
+    keys = documented("Gaussian and Laplace", L=1, I=3, P=2, K=1, F=4, G=201)
+    assert laplace["location_gradient"].shape == keys["location_gradient"]
+    arrays = run(tmp_path / "mixture", *MIXTURE)
+    keys = documented("Mixtures", L=2, R=2, C=3, G=201)
+    assert {key: value.shape for key, value in arrays.items() if key not in ("config", "status")} == keys
+    assert np.allclose(arrays["weight"].sum(-1), 1) and (arrays["kl"] > 0).all()
+    untrained = fit(tmp_path / "untrained", *MIXTURE[:2], "--iterations", 1, *MIXTURE[6:])
+    assert (arrays["fd"] < untrained["fd"]).all()
+    arrays = run(tmp_path / "gradients", "--gradients")
+    keys = documented("Gradients between two Gaussians", M=41, S=41)
+    assert {key: value.shape for key, value in arrays.items() if key not in ("config", "status")} == keys
+    assert arrays["autograd_error"] < 1e-8
+    assert (tmp_path / "mixture" / "toy_mixtures.png").exists() and (tmp_path / "gradients" / "toy_gradients.png").exists()
+
+
+def ends_of_four_starts():
+    """Arrays for the figures of every start: one start ends on either side, one is caught, one diverged."""
+    runs = np.zeros((1, 1, 2, 4), bool)
+    arrays = {"config": {"flags": {"likelihoods": ["sym"], "objectives": ["fd"], "grid": 2, "extent": 1.0}},
+              "location": np.zeros((2, 1, 1, 2, 4)), "caught": runs.copy(), "diverged": runs.copy(),
+              "axis": np.linspace(-2, 2, 5), "log_posterior": -np.arange(25.0).reshape(1, 5, 5) / 5}
+    arrays["location"][:] = [1, -1, 0, np.nan]
+    arrays["caught"][..., 2] = arrays["diverged"][..., 3] = True
+    return arrays
+
+
+def test_basins_colour_every_start_by_its_end():
+    figure = figures.draw_basins(ends_of_four_starts())
+    panel = figure.axes[0]
+    assert panel.images[0].get_array().T.flatten().tolist() == [0, 1, 2, 3]  # right, left, caught, diverged
+    assert panel.get_title("left") == "1 of 4 caught, 1 diverged" and panel.get_title().strip() == figures.OBJECTIVE_TITLES["fd"]
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda arrays: arrays.update(caught=arrays["caught"][..., 1:]), "the array caught of this run has shape [1, 1, 2, 3]"),
+    (lambda arrays: arrays.update(axis=arrays["axis"][1:]), "the array axis of this run has shape [4]"),
+    (lambda arrays: arrays.update(location=arrays["location"][0]), "the array location of this run has shape [1, 1, 2, 4]"),
+    (lambda arrays: arrays["config"]["flags"].update(grid="two"), "grid is 'two', not of type int"),
+    (lambda arrays: arrays["config"]["flags"].pop("extent"), "it lacks 'extent'")])
+def test_arrays_of_another_form_are_refused_in_one_sentence(change, complaint):
+    arrays = ends_of_four_starts()
+    change(arrays)
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        figures.draw_basins(arrays)
+
+
+# ------------------------------------------------------------------------------------------------- stopping and going on
+
+
+@pytest.mark.parametrize("argv, kind, number", [(SHORT, Descent, signal.SIGTERM), (MIXTURE, Mixtures, signal.SIGINT)])
+def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on_bit_by_bit(tmp_path, monkeypatch, capsys, argv, kind, number):
+    whole = fit(tmp_path / "whole", *argv)
+    advance = kind.advance
+
+    def interrupted(self):
+        advance(self)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(kind, "advance", interrupted)
+    with pytest.raises(Stopped) as stopped:
+        fit(tmp_path / "half", *argv)
+    assert stopped.value.number == number
+    monkeypatch.setattr(kind, "advance", advance)
+    half = fit(tmp_path / "half", *argv)
+    assert f"resumed at iteration {1000 if kind is Descent else 100}\n" in capsys.readouterr().out
+    for name in whole.keys() - {"rate"}:
+        assert np.array_equal(whole[name], half[name], equal_nan=name not in ("status",)), name
+
+
+def test_a_killed_run_goes_on_from_the_last_checkpoint_and_its_exit_code_is_that_of_the_signal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    advance = Descent.advance
+
+    def killed(self):
+        if self.step == 2000:
+            raise KeyboardInterrupt
+        advance(self)
+
+    monkeypatch.setattr(Descent, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "half", *SHORT)
+    monkeypatch.setattr(Descent, "advance", lambda self: advance(self) or os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        command_line(lambda: parsed("--out", tmp_path / "half", *SHORT), toy.main)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 143 and "stopped by SIGTERM" in err
+    assert "resumed at iteration 2000" in out
+
+
+@pytest.fixture
+def half_run(tmp_path, monkeypatch):
+    """Flags and checkpoint of a run that a signal stopped after its first block."""
+    argv = ("--out", tmp_path / "run", *SHORT)
+    advance = Descent.advance
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Descent, "advance", lambda self: advance(self) or os.kill(os.getpid(), signal.SIGTERM))
+        toy.main(parsed(*argv))
+    return argv, tmp_path / "run" / "checkpoint.pt"
+
+
+def test_a_checkpoint_of_another_form_is_refused_in_one_sentence_and_kept(half_run, fails):
+    argv, path = half_run
+    good = torch.load(path, weights_only=True)
+    assert good["step"] == 1000
+    def refuses(saved):
+        torch.save(saved, path)
+        before = path.read_bytes()
+        with Run(path.parent, "toy_inference", vars(parsed(*argv)), CPU) as folder, pytest.raises(UserError) as error:
+            loop.resume(descent, folder)
+        assert "checkpoint.pt is not of the fit that these flags make" in str(error.value), saved
+        assert path.read_bytes() == before
+
+    descent = Descent(parsed(*argv), CPU)
+    start = descent.params.clone()
+    for wrong in (None, [1], {}, {**good, "more": 1}, {key: value for key, value in good.items() if key != "moment1"},
+                  {**good, "params": good["params"][:, :1]}, {**good, "params": good["params"].long()}, {**good, "params": 3.0},
+                  {**good, "step": "1000"}, {**good, "step": -1}, {**good, "step": 2501}, {**good, "generator": None},
+                  {**good, "seconds": None}):
+        refuses(wrong)
+    assert torch.equal(descent.params, start) and descent.step == 0
+    assert "move it away" in fails(toy, *argv)
+
+
+def test_a_checkpoint_of_another_kind_of_device_goes_on_with_a_new_stream_of_noise(half_run):
+    argv, path = half_run
+    saved = torch.load(path, weights_only=True)
+    saved["generator"] = torch.zeros(16, dtype=torch.uint8)  # a CUDA generator's state
+    torch.save(saved, path)
+    noises = []
+    for _ in range(2):
+        descent = Descent(parsed(*argv), CPU)
+        with Run(path.parent, "toy_inference", vars(parsed(*argv)), CPU) as folder:
+            assert loop.resume(descent, folder)
+        assert torch.equal(descent.params, saved["params"]) and descent.step == 1000
+        noises.append(descent.noise())
+    assert torch.equal(*noises)
+    fresh = Descent(parsed(*argv), CPU)
+    fresh.step = 1000
+    assert not torch.equal(fresh.noise(), noises[0])
+
+
+def test_the_rate_measures_work_and_not_launches(monkeypatch):
+    events = []
+    monkeypatch.setattr(descents, "synchronise", lambda device: events.append("wait"))
+    monkeypatch.setattr(descents.time, "perf_counter", lambda: events.append("clock") or float(len(events)))
+    Descent(parsed("--grid", 1, "--iterations", 1), CPU).advance()
+    assert events == ["wait", "clock", "wait", "clock"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("argv, kind", [(SHORT, Descent), (MIXTURE, Mixtures)])
+def test_checkpoints_move_between_cpu_and_gpu(argv, kind):
+    args = parsed(*argv)
+    first, second, third = kind(args, CPU), kind(args, torch.device("cuda")), kind(args, CPU)
+    for before, after in ((first, second), (second, third)):
+        before.advance()
+        after.load(loop.state_of(before))
+        assert after.step == before.step
+        for name, tensor in after.tensors().items():
+            assert torch.equal(tensor.cpu(), before.tensors()[name].cpu()), name
+        after.advance()
+
+
+# ------------------------------------------------------------------------------------------------------- the command line
+
+
+def test_flags_change_what_they_name():
+    def ended(*argv):
+        descent = Descent(parsed("--grid", 2, "--extent", 1, "--iterations", 20, *argv), CPU)
+        while descent.step < descent.args.iterations:
+            descent.advance()
+        return descent.params
+
+    base = ended()
+    assert torch.equal(ended(), base)
+    for argv in (["--seed", 1], ["--lr", "1e-3"], ["--samples", 2], ["--iterations", 21], ["--extent", 1.5], ["--x", 1.5],
+                 ["--family", "laplace"], ["--likelihoods", "relu", "bias"], ["--objectives", "kld", "fd", "fd-repar"]):
+        assert not torch.equal(ended(*argv), base), argv
+
+
+def test_flags_of_mixtures_change_what_they_name():
+    def ended(*argv):
+        mixtures = Mixtures(parsed("--family", "mixture", "--iterations", 3, *argv), CPU)
+        mixtures.advance()
+        return mixtures.mean.detach()
+
+    base = ended()
+    assert torch.equal(ended(), base)
+    for argv in (["--seed", 1], ["--lr", "1e-2"], ["--samples", 2], ["--iterations", 4], ["--components", 3], ["--repeats", 2],
+                 ["--x", 1.5], ["--likelihoods", "relu", "bias"]):
+        assert not torch.equal(ended(*argv), base), argv
+
+
+def test_refuses_a_folder_made_with_other_flags(fails, tmp_path):
+    argv = ("--gradients", "--out", tmp_path / "run")
+    fit(tmp_path / "run", "--gradients")
+    assert "target_sd was 0.5, is now 2.0" in fails(toy, *argv, "--target-sd", 2)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--likelihoods", "cubic"], ["--likelihoods", "sym", "sym"], ["--lr", "0"], ["--x", "nan"], ["--x", "11"], ["--grid", "0"],
+    ["--family", "cauchy"], ["--device", "cuda:9"], ["--seed", "-1"], ["--family", "laplace", "--compare-loop", "5"],
+    ["--iterations", "1e6"], ["--components", "3"], ["--target-sd", "2"], ["--gradients", "--seed", "1"],
+    ["--gradients", "--family", "mixture"], ["--family", "mixture", "--grid", "3"], ["--gradients", "--target-sd", "1e-200"],
+    ["--seed", str(2**63)], ["--objectives", "elbo"], ["--objectives", "fd", "fd"],
+    ["--family", "mixture", "--objectives", "fd"]])
+def test_bad_input_is_one_sentence(fails, argv, tmp_path):
+    fails(toy, *argv, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv, first", [
+    ([], "posteriors at x = 2 of the likelihoods sym, soft; a gaussian q by fd-repar, fd, kld, each with sgd and adam"),
+    (["--family", "mixture"], "posteriors at x = 2 of the likelihoods sym, soft; q a mixture of 10 Gaussians, by FD"),
+    (["--gradients"], "gradients of KLD and FD between two univariate Gaussians")])
+def test_dry_run_says_three_lines_and_writes_nothing(tmp_path, capsys, argv, first):
     toy.main(parsed(*argv, "--dry-run", "--out", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    assert "would write" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == first and lines[2] == f"on cpu; would write {tmp_path / 'run'}" and len(lines) == 3
 
 
 def test_default_folders_name_what_differs():
-    folders = [parsed(*argv).out for argv in ([], ["--family", "mixture"], ["--gradients"], ["--likelihoods", "relu", "--lr", "1e-3"])]
+    flags = ([], ["--family", "mixture"], ["--gradients"], ["--likelihoods", "relu", "--lr", "1e-3"],
+             ["--objectives", "fd-weighted", "kld"])
+    folders = [parsed(*argv).out for argv in flags]
     assert folders == ["runs/toy/gaussian-sym+soft-seed0", "runs/toy/mixture-sym+soft-seed0", "runs/toy/gradients-sd0.5",
-                       "runs/toy/gaussian-relu-lr0.001-seed0"]
+                       "runs/toy/gaussian-relu-lr0.001-seed0", "runs/toy/gaussian-sym+soft-objectivesfd-weighted+kld-seed0"]
 
 
 @pytest.mark.slow

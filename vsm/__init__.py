@@ -7,5 +7,5 @@
     importance    importance sampling of p(x)
     features      the networks behind FID and KID
     speed         CUDA graphs and compilation
-    posteriors    the toy posteriors
+    toys          the toy posteriors and the experiments on them
 """

@@ -1,23 +1,82 @@
-"""Figures of the toy posteriors (Figures 2 and 5, A.5.1)."""
+"""Figures of the toy posteriors (Figures 2 and 5, appendix A.5). `draw_*` make a matplotlib Figure from the arrays of a run."""
 
 from itertools import product
 
 import numpy as np
 from matplotlib.colors import ListedColormap, hsv_to_rgb
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
-from vsm.figures.style import new_figure, save_figure
+from vsm.cli import UserError
+from vsm.figures.style import legend_below, new_figure, save_figure
 from vsm.packs import open_runs
+from vsm.schema import mismatch
 
-OBJECTIVE_TITLES = {"fd-repar": "FD, repar", "fd": "FD, no repar", "kld": "KLD, repar"}
+OBJECTIVE_TITLES = {"fd-repar": "FD, reparametrised", "fd": "FD, $z$ held fixed", "kld": "KLD, reparametrised",
+                    "fd-weighted": "FD weighted, $z$ held fixed"}
 OPTIMISER_TITLES = {"sgd": "SGD", "adam": "Adam"}
-GOOD, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), "tab:orange", "0.6"  # ends at a best fit (by sign), in low density, nowhere
+SIDES, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), "tab:orange", "0.6"  # an end by the sign of z1 + z2, in low density, nowhere
+LOW_DENSITY = "caught: 99 % of the mass is denser"
+POSTERIOR = Patch(color="0.75"), "exact posterior, down to 8 nats"
 
 
-def posterior_panels(arrays, size=(2.2, 2.2)):
-    """A row per likelihood and optimiser, a column per objective, all over the exact posterior: the figure, and its axes by (l, i, p)."""
-    likelihoods, objectives = arrays["config"]["flags"]["likelihoods"], list(OBJECTIVE_TITLES.values())
-    rows = list(product(enumerate(likelihoods), enumerate(OPTIMISER_TITLES.values())))
+def toy_trajectories(runs, save):
+    save_figure(draw_trajectories(open_runs(runs)[0].arrays()), save)
+
+
+def toy_basins(runs, save):
+    save_figure(draw_basins(open_runs(runs)[0].arrays()), save)
+
+
+def toy_mixtures(runs, save):
+    save_figure(draw_mixtures(open_runs(runs)[0].arrays()), save)
+
+
+def toy_gradients(runs, save):
+    save_figure(draw_gradients(open_runs(runs)[0].arrays()), save)
+
+
+# -------------------------------------------------------------------------------------------------- the form of the arrays
+
+
+def flags_of(arrays, **types):
+    """The flags that made the arrays. Raises UserError where one that `types` names is missing or of another type."""
+    flags = arrays["config"].get("flags", {})
+    if problem := mismatch({name: flags[name] for name in types if name in flags}, types):
+        raise UserError(f"the flags of this run are not those of a toy ({problem})")
+    return flags
+
+
+def check_axes(arrays, axes, **sizes):
+    """Raises UserError unless every array named in `axes` has the axes given there by a letter (or a digit: its length) each.
+
+    A letter stands for one length throughout; `sizes` fixes some of them.
+    """
+    for name, letters in axes.items():
+        shape = list(arrays[name].shape)
+        wanted = [int(letter) if letter.isdigit() else sizes.setdefault(letter, n) for letter, n in zip(letters, shape)]
+        if len(shape) != len(letters) or shape != wanted:
+            raise UserError(f"the array {name} of this run has shape {shape}, which does not fit its axes {', '.join(letters)}")
+
+
+def descent_flags(arrays, **axes):
+    """Flags of a run of every start, with the axes of the arrays checked: L likelihoods, I objectives, P optimisers, K starts."""
+    flags = flags_of(arrays, likelihoods=list, grid=int, extent=float)
+    flags = {"objectives": ["fd-repar", "fd", "kld"], **flags}
+    axes = {"location": "2LIPK", "caught": "LIPK", "diverged": "LIPK", "log_posterior": "LGG", "axis": "G", **axes}
+    check_axes(arrays, axes, L=len(flags["likelihoods"]), I=len(flags["objectives"]), P=len(OPTIMISER_TITLES),
+               K=flags["grid"] ** 2)
+    return flags
+
+
+# --------------------------------------------------------------------------------------------- Figure 2: from every start
+
+
+def posterior_panels(flags, size=(2.2, 2.25)):
+    """A row per likelihood and optimiser, a column per objective: the figure, and its axes by (l, i, p)."""
+    objectives = [OBJECTIVE_TITLES.get(name, name) for name in flags["objectives"]]
+    rows = list(product(enumerate(flags["likelihoods"]), enumerate(OPTIMISER_TITLES.values())))
     figure, axes = new_figure(len(rows), len(objectives), size=size, sharex=True, sharey=True)
     panels = {}
     for row, ((l, likelihood), (p, optimiser)) in zip(axes, rows):
@@ -38,21 +97,25 @@ def filled_contours(ax, arrays, l):
     ax.contourf(arrays["axis"], arrays["axis"], log_posterior.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 8)
 
 
-def toy_trajectories(runs, save):
+def note_counts(ax, caught, diverged):
+    counts = f"{caught.sum()} of {len(caught)} caught" + (f", {diverged.sum()} diverged" if diverged.any() else "")
+    ax.set_title(counts, loc="left", fontsize=7.5)
+
+
+def draw_trajectories(arrays):
     """Figure 2: the way of q's location from every start over the exact posterior, coloured by the direction of the start.
 
-    Black dots are ends; an orange cross is an end in low density, and orange rings are the starts that it caught. Of a dense grid
-    of starts every m-th is drawn, at most 10 by 10; the counts are of all.
+    Of a dense grid of starts every m-th is drawn, at most 10 by 10; the counts are of all.
     """
-    arrays = open_runs(runs)[0].arrays()
-    extent, side = 1.12 * arrays["config"]["flags"]["extent"], arrays["config"]["flags"]["grid"]
+    flags = descent_flags(arrays, starts="2K", trajectory="F22LIPK")
+    extent, side = 1.12 * flags["extent"], flags["grid"]
     every = -(-side // 10)
     some = slice((side - 1) % every // 2, None, every)
     drawn = np.arange(side**2).reshape(side, side)[some, some].ravel()
-    starts, trajectory = arrays["starts"][:, drawn], arrays["trajectory"][:, 0][..., drawn].astype(float)  # [2, K], [F, 2, L, I, P, K]
+    starts, trajectory = arrays["starts"][:, drawn], arrays["trajectory"][:, 0][..., drawn].astype(float)  # [F, 2, L, I, P, K]
     hue = np.arctan2(starts[1], starts[0]) / (2 * np.pi) % 1
     colors = hsv_to_rgb(np.stack((hue, np.full_like(hue, 0.8), np.full_like(hue, 0.75)), -1))
-    figure, panels = posterior_panels(arrays)
+    figure, panels = posterior_panels(flags)
     for (l, i, p), ax in panels.items():
         filled_contours(ax, arrays, l)
         way, caught, diverged = trajectory[:, :, l, i, p], arrays["caught"][l, i, p, drawn], arrays["diverged"][l, i, p, drawn]
@@ -62,25 +125,26 @@ def toy_trajectories(runs, save):
         ax.scatter(*starts[:, caught], s=22, facecolors="none", edgecolors=CAUGHT, linewidths=1.4, zorder=4)
         ends = arrays["location"][:, l, i, p, drawn]
         ax.scatter(*ends[:, ~caught & ~diverged], c="black", s=9, zorder=5)
-        ax.scatter(*ends[:, caught], c=CAUGHT, marker="X", s=45, edgecolors="black", linewidths=0.5, zorder=6)
+        ax.scatter(*ends[:, caught], c=CAUGHT, marker="X", s=32, edgecolors="black", linewidths=0.5, zorder=6)
         ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
         note_counts(ax, arrays["caught"][l, i, p], arrays["diverged"][l, i, p])
-    save_figure(figure, save)
+    start = "a start and the way from it" if every == 1 else f"a start and its way (every {every}th)"
+    legend = [(Line2D([], [], color=colors[0], marker="o", ms=3, lw=0.8), start),
+              (Line2D([], [], color="black", marker="o", ms=3, ls=""), "where $q$'s mean ends"),
+              (Line2D([], [], color=CAUGHT, marker="X", ms=6, mec="black", mew=0.5, ls=""), LOW_DENSITY),
+              (Line2D([], [], color=CAUGHT, marker="o", ms=5, mfc="none", mew=1.4, ls=""), "the start of a caught one"),
+              POSTERIOR]
+    legend_below(figure, *zip(*legend), columns=2)
+    return figure
 
 
-def note_counts(ax, caught, diverged):
-    counts = [f"{caught.sum()} of {len(caught)} caught"] * bool(caught.any()) + [f"{diverged.sum()} diverged"] * bool(diverged.any())
-    ax.set_title(", ".join(counts), loc="left", fontsize=7.5)
-
-
-def toy_basins(runs, save):
+def draw_basins(arrays):
     """Which start ends where: one cell per start, coloured by its end, over contours of the exact posterior."""
-    arrays = open_runs(runs)[0].arrays()
-    flags = arrays["config"]["flags"]
+    flags = descent_flags(arrays)
     side, extent = flags["grid"], flags["extent"]
     half = extent / max(side - 1, 1)  # of a cell
-    cmap = ListedColormap([*GOOD, CAUGHT, LOST])
-    figure, panels = posterior_panels(arrays)
+    cmap = ListedColormap([*SIDES, CAUGHT, LOST])
+    figure, panels = posterior_panels(flags)
     for (l, i, p), ax in panels.items():
         caught, diverged = arrays["caught"][l, i, p], arrays["diverged"][l, i, p]
         negative = arrays["location"][:, l, i, p].sum(0) < 0
@@ -92,15 +156,22 @@ def toy_basins(runs, save):
                    linewidths=0.8, linestyles="solid")
         ax.set(xlim=(-extent - half, extent + half), ylim=(-extent - half, extent + half))
         note_counts(ax, caught, diverged)
-    names = "ends where $z_1 + z_2 > 0$", "where $z_1 + z_2 < 0$", "caught in low density", "diverged"
-    figure.legend([Patch(color=color) for color in cmap.colors], names, loc="outside lower center", ncols=4)
-    save_figure(figure, save)
+    names = "ends where $z_1 + z_2 > 0$", "ends where $z_1 + z_2 < 0$", LOW_DENSITY, "diverged"
+    contour = Line2D([], [], color="white", lw=1), "exact posterior at 1, 3, 6 nats"
+    legend_below(figure, *zip(*zip([Patch(color=color) for color in cmap.colors], names), contour), columns=2)
+    figure.legends[0].get_lines()[0].set_path_effects([withStroke(linewidth=3, foreground="0.4")])
+    return figure
 
 
-def toy_mixtures(runs, save):
-    """Figure 5: every fitted mixture (lines, with its components' means) over the exact posterior; right, the mass of z1 + z2 > 0."""
-    arrays = open_runs(runs)[0].arrays()
-    likelihoods, repeats = arrays["config"]["flags"]["likelihoods"], arrays["kl"].shape[1]
+# ------------------------------------------------------------------------------------- Figure 5 and A.5.1
+
+
+def draw_mixtures(arrays):
+    """Figure 5: every fitted mixture over the exact posterior, a row or more per likelihood."""
+    flags = flags_of(arrays, likelihoods=list)
+    likelihoods, repeats = flags["likelihoods"], arrays["kl"].shape[1] if arrays["kl"].ndim == 2 else 0
+    check_axes(arrays, {"kl": "LR", "right_mass": "LR", "log_q": "LRGG", "mean": "2LRC", "weight": "LRC", "exact_right_mass": "L",
+                        "log_posterior": "LGG", "axis": "G"}, L=len(likelihoods))
     columns = min(repeats, 5)
     rows = -(-repeats // columns)
     figure, axes = new_figure(rows * len(likelihoods), columns, size=(1.9, 1.95), sharex=True, sharey=True)
@@ -115,37 +186,47 @@ def toy_mixtures(runs, save):
                 ax.set_title("diverged, or off the grid")
                 continue
             log_q = arrays["log_q"][l, r].astype(float)
-            ax.contour(arrays["axis"], arrays["axis"], log_q.T, log_q.max() - np.array([4.5, 2, 0.4]), colors="tab:blue", linewidths=1,
-                       linestyles="solid")
+            ax.contour(arrays["axis"], arrays["axis"], log_q.T, log_q.max() - np.array([4.5, 2, 0.4]), colors="tab:blue",
+                       linewidths=1, linestyles="solid")
             ax.scatter(*arrays["mean"][:, l, r], s=120 * arrays["weight"][l, r], c="tab:red", alpha=0.6, linewidths=0, zorder=3)
             ax.set_title(f"KL {arrays['kl'][l, r]:.2f}, right {100 * arrays['right_mass'][l, r]:.0f} %")
         axes[l * rows, 0].set_ylabel(f"{likelihood}\nexact: right {100 * arrays['exact_right_mass'][l]:.0f} %\n$z_2$")
     for ax in axes[-1]:
         ax.set_xlabel("$z_1$")
-    save_figure(figure, save)
+    legend = [(Line2D([], [], color="tab:blue", lw=1), "mixture, 0.4, 2 and 4.5 nats below its mode"),
+              (Line2D([], [], color="tab:red", marker="o", alpha=0.6, mew=0, ls=""), "means of its components, area: weight"),
+              POSTERIOR,
+              (Line2D([], [], ls=""), "KL: of the mixture from the posterior, nats"),
+              (Line2D([], [], ls=""), "right: mass where $z_1 + z_2 > 0$")]
+    legend_below(figure, *zip(*legend), columns=2)
+    return figure
 
 
-def toy_gradients(runs, save):
+def draw_gradients(arrays):
     """A.5.1: descent by KLD, FD and FD with z held fixed between two Gaussians; right, the FD gradients as multiples of KLD's."""
-    arrays = open_runs(runs)[0].arrays()
-    target_sd = arrays["config"]["flags"]["target_sd"]
-    mean, sd, gradient = arrays["mean"], arrays["sd"], arrays["gradient"]  # [M], [S], [3, 2, M, S]
+    target_sd = flags_of(arrays, target_sd=float)["target_sd"]
+    check_axes(arrays, {"mean": "M", "sd": "S", "gradient": "32MS"})
+    mean, sd, gradient = arrays["mean"], arrays["sd"], arrays["gradient"]
     figure, axes = new_figure(1, 4, size=(2.7, 2.7))
-    titles, colors = ("KLD", "FD", "FD, $z$ held fixed (biased)"), ("black", "tab:red", "tab:blue")
+    titles = "descent by KLD", "descent by FD", "descent by FD, $z$ held fixed (biased)"
+    colors = "black", "tab:red", "tab:blue"
     for ax, title, color, (d_mean, d_sd) in zip(axes[0], titles, colors, gradient):
-        ax.streamplot(mean, np.log2(sd), -d_mean.T, -(d_sd / (sd * np.log(2))).T, color=color, linewidth=0.8, arrowsize=0.8, density=0.9)
+        down = -d_mean.T, -(d_sd / (sd * np.log(2))).T  # along the axes drawn
+        ax.streamplot(mean, np.log2(sd), *down, color=color, linewidth=0.8, arrowsize=0.8, density=0.9)
         ax.plot(0, np.log2(target_sd), "*", color="gold", mec="black", ms=10, zorder=3)
         ax.set(xlabel="mean of $q$", title=title, xlim=(mean[0], mean[-1]), ylim=(np.log2(sd[0]), np.log2(sd[-1])))
     axes[0, 0].set_ylabel(r"$\log_2$ sd of $q$")
     right = axes[0, 3]
-    for title, color, field in zip(("FD", "biased"), colors[1:], gradient[1:]):
+    for title, color, field in zip(("FD", "biased FD"), colors[1:], gradient[1:]):
         for by, name, dash in ((0, "mean", "-"), (1, "sd", "--")):
             ratio = np.divide(field[by, -1], gradient[0, by, -1], where=gradient[0, by, -1] != 0, out=np.full_like(sd, np.nan))
             known = np.isfinite(ratio)  # not where both are zero
-            right.plot(sd[known], ratio[known], dash, color=color, label=f"{title}, by {name}")
+            right.plot(sd[known], ratio[known], dash, color=color, label=f"{title}: by {name}")
     right.axhline(1, color="0.8", lw=1, zorder=0)
     right.axvline(target_sd, color="0.8", lw=1, zorder=0)
     right.set_xscale("log", base=2)
-    right.set(xlabel="sd of $q$", title="gradient / KLD's gradient", yscale="log")
-    right.legend(loc="lower left", fontsize=7)
-    save_figure(figure, save)
+    right.set(xlabel="sd of $q$ (grey: that of $p$)", title="gradient / KLD's gradient", yscale="log")
+    handles, labels = right.get_legend_handles_labels()
+    star = Line2D([], [], color="gold", marker="*", mec="black", ms=10, ls="")
+    legend_below(figure, [star, *handles], [f"$p = N(0, {target_sd:g}^2)$", *labels])
+    return figure

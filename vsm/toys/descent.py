@@ -1,0 +1,109 @@
+"""All runs of one experiment at once: every likelihood, objective, optimiser and start advances in the same tensors.
+
+The tensors are small, and a step costs what its number of operations costs; so one step of all runs takes little longer than
+a step of one. All runs of a start see the same noise. Axes: see `vsm.toys.gradients`.
+"""
+
+import bisect
+import time
+
+import numpy as np
+import torch
+
+from training import NOISE, restore_generator, seed_of
+from vsm.toys.gradients import FAMILIES, gradients
+from vsm.toys.posteriors import Posterior
+
+OPTIMISERS = ("sgd", "adam")  # the axis P
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam
+
+
+class Descent:
+    """Parameters, Adam's moments, the noise generator, and the frames that are kept of the way.
+
+    `args` holds the flags family, likelihoods, x, objectives, extent, grid, samples, lr, iterations, frames and seed.
+    """
+
+    def __init__(self, args, device):
+        self.args, self.family = args, FAMILIES[args.family]
+        self.posterior = Posterior(args.likelihoods, args.x, device)
+        axis = torch.linspace(-args.extent, args.extent, args.grid, dtype=torch.float64, device=device)
+        self.starts = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).flatten(1)  # [2, K]
+        runs = (2, len(args.likelihoods), len(args.objectives), len(OPTIMISERS), self.starts.shape[1])
+        location = self.starts[:, None, None, None].expand(runs)
+        self.params = torch.stack((location, torch.zeros_like(location)))  # [2, 2, L, I, P, K]
+        self.moment1, self.moment2 = (torch.zeros_like(self.params[..., 1, :]) for _ in range(2))
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.step, self.seconds = 0, 0.0
+        kept = np.geomspace(1, args.iterations, args.frames).round()
+        self.frames = sorted({0, args.iterations // 2, args.iterations, *kept.astype(int).tolist()})
+        self.trajectory = torch.zeros(len(self.frames), *self.params.shape, device=device)  # float32: for pictures
+        self.keep_frame()
+
+    def noise(self):
+        """Noise of the next block of steps, [steps, 2, 1, N, 1, 1, K]; where blocks end depends on the flags alone."""
+        N, K = self.args.samples, self.starts.shape[1]
+        steps = min(max(1, min(1000, 4_000_000 // (2 * N * K))), self.args.iterations - self.step)
+        return self.family.noise((steps, 2, 1, N, 1, 1, K), self.generator, self.params.device)
+
+    def advance(self, noise=None):
+        """One step for each entry of `noise`, by default a block of new noise."""
+        noise = self.noise() if noise is None else noise
+        synchronise(self.params.device)
+        began = time.perf_counter()
+        for e, score in zip(noise, self.family.score(noise)):
+            self.update(gradients(self.params, e, score, self.family, self.posterior, self.args.objectives).mean(3))
+            self.keep_frame()
+        synchronise(self.params.device)
+        self.seconds += time.perf_counter() - began
+
+    def update(self, gradient):
+        """One step of both optimisers by the gradients [2, 2, L, I, P, K]."""
+        self.step += 1
+        lr, adam = self.args.lr, gradient[..., 1, :]
+        self.params[..., 0, :].sub_(gradient[..., 0, :], alpha=lr)
+        self.moment1.lerp_(adam, 1 - BETA1)
+        self.moment2.mul_(BETA2).addcmul_(adam, adam, value=1 - BETA2)
+        sd = (self.moment2 / (1 - BETA2**self.step)).sqrt_().add_(EPS)
+        self.params[..., 1, :].addcdiv_(self.moment1, sd, value=-lr / (1 - BETA1**self.step))
+
+    def keep_frame(self):
+        index = bisect.bisect_left(self.frames, self.step)
+        if index < len(self.frames) and self.frames[index] == self.step:
+            self.trajectory[index] = self.params
+
+    def tensors(self):
+        """Every tensor that a step changes, by name."""
+        return {name: getattr(self, name) for name in ("params", "moment1", "moment2", "trajectory")}
+
+    def counters(self):
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load(self, saved):
+        """Go on from a state that `vsm.toys.loop.resume` has checked; on another kind of device the noise is a new stream."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(saved[name])
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        restore_generator(self.generator, saved["generator"], seed_of(self.args.seed, NOISE, self.step))
+
+    @property
+    def rate(self):
+        """Runs x iterations per second."""
+        return self.params[0, 0].numel() * self.step / self.seconds
+
+    @property
+    def status(self):
+        """`ok`, or `diverged@` and the first frame in which no run has finite parameters left."""
+        lost = ~self.trajectory.isfinite().flatten(1).any(1)
+        return f"diverged@{self.frames[int(lost.int().argmax())]}" if lost.any() else "ok"
+
+    def arrays(self):
+        """Starts, ends and the way between them, by the names of metrics.npz."""
+        return {"location": self.params[0], "log_scale": self.params[1], "starts": self.starts,
+                "iteration": torch.tensor(self.frames), "trajectory": self.trajectory.half(), "rate": torch.tensor(self.rate)}
+
+
+def synchronise(device):
+    """Wait for a GPU, so that a clock measures its work and not the launches."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
