@@ -1,0 +1,72 @@
+"""The documentation cannot rot: its links resolve, its commands parse, its Python blocks run or compile."""
+
+import importlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = sorted((ROOT / "results").glob("reproduce*.sh"))
+# Commands are not run but printed, with their loops and variables expanded by a real shell.
+PRELUDE = """set -f
+python() { printf 'COMMAND'; printf '\\x1f%s' "$@"; printf '\\n'; }
+cd() { :; }
+"""
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def commands(shell):
+    """The argument lists that `python` gets in a piece of shell, everything else left out."""
+    lines = [line for line in shell.replace("\\\n", " ").splitlines()
+             if not re.match(r"\s*(git|pip|pytest|python3? -m|\.|source|export|sbatch|scontrol|parallel|xargs|apt|ssh|tail|VSM_\w+=\S+ pytest)\b", line)]
+    done = subprocess.run(["bash", "-c", PRELUDE + "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    return [line.split("\x1f")[1:] for line in done.stdout.splitlines() if line.startswith("COMMAND\x1f")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = [re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in path.read_text().splitlines()
+                        if line.startswith("#")]
+            assert anchor in headings, f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: page.name)
+def test_commands_parse(page, capsys):
+    shells = blocks(page, "bash") + blocks(page, "sh") if page.suffix == ".md" else [page.read_text()]
+    for shell in shells:
+        assert subprocess.run(["bash", "-n"], input=shell, capture_output=True, text=True).returncode == 0, shell
+        for script, *argv in commands(shell):
+            if not script.endswith(".py") or not (ROOT / script).exists():
+                assert script == "-c" or script.startswith("-"), f"{page.name}: python {script}"
+                continue
+            try:
+                importlib.import_module(script.removesuffix(".py")).parse_args(argv)
+            except SystemExit as error:
+                message = capsys.readouterr().err.strip().rpartition("\n")[2]
+                assert error.code == 0, f"{page.name}: python {script} {shlex.join(argv)}: {message}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_compile(page):
+    for block in blocks(page, "python"):
+        compile(block, page.name, "exec")
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 150 and len(text.split()) <= 1500
