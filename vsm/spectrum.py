@@ -34,9 +34,12 @@ def spectrum(args, device):
     models = [(objective, estimator, N) for objective, estimator in OBJECTIVES for N in SAMPLES if estimator != "unbiased" or N > 1]
     bar = tqdm(models, desc="models", disable=None)
     rows = [one_model(pixels, C, args, *model) for model in bar]
+    ends = {round(kappa(*model), 9): model for model in models}  # the expected update depends on the model through kappa alone
+    ends = {key: expected_end(C, args, *model) for key, model in ends.items()}
     objective, estimator, samples = (np.array(column) for column in zip(*models))
     return {"objective": objective, "estimator": estimator, "samples": samples, "gamma": gamma,
             "kappa": np.array([kappa(*model) for model in models]), "eigenvalues": descending(C),
+            "expected": np.stack([ends[round(kappa(*model), 9)] for model in models]),
             **{key: np.stack([row[key] for row in rows]) for key in rows[0]}}
 
 
@@ -54,17 +57,22 @@ def descending(C):
 
 
 def one_model(pixels, C, args, objective, estimator, N):
-    gamma, K = args.gamma, args.latents
+    gamma = args.gamma
     W = train(pixels, C, args, objective, estimator, N)
     W = W[:, W.square().sum(0).argsort(descending=True)]
     vae = linear_vae(W, gamma)
     set_posterior(vae)
     phi, s2 = vae.encoder.phi.data, (2 * vae.encoder.log_std.data).exp()
-    expected = torch.randn(len(C), K, generator=torch.Generator().manual_seed(args.seed), dtype=torch.float64).to(C) / math.sqrt(len(C))
+    learnt = gamma + torch.linalg.svdvals(W).square()
+    return {"learnt": learnt.cpu().numpy(), "second_moment": ((phi @ C * phi).sum(1) + s2).cpu().numpy()}
+
+
+def expected_end(C, args, objective, estimator, N):
+    """The eigenvalues of gamma I + W W' [K] after expected updates from random weights."""
+    W = torch.randn(len(C), args.latents, generator=torch.Generator().manual_seed(args.seed), dtype=torch.float64).to(C) / math.sqrt(len(C))
     for _ in range(EXPECTED_UPDATES):
-        expected = expected - 0.5 * expected_slope(expected, C, gamma, objective, estimator, N)
-    learnt, expected = (gamma + torch.linalg.svdvals(weight).square().cpu().numpy() for weight in (W, expected))
-    return {"learnt": learnt, "expected": expected, "second_moment": ((phi @ C * phi).sum(1) + s2).cpu().numpy()}
+        W = W - 0.5 * expected_slope(W, C, args.gamma, objective, estimator, N)
+    return args.gamma + torch.linalg.svdvals(W).square().cpu().numpy()
 
 
 def train(pixels, C, args, objective, estimator, N):
@@ -87,10 +95,10 @@ def train(pixels, C, args, objective, estimator, N):
     average, averaged = torch.zeros_like(vae.decoder.weight), args.iterations - args.iterations // 2
     for step in range(args.iterations):
         set_posterior(vae)
-        x = pixels[torch.randint(len(pixels), (args.batch,), generator=generator, device=device)]
+        x = pixels[torch.randint(len(pixels), (args.batch // 2,), generator=generator, device=device)]
         x = torch.cat((x, x)).view(-1, 1, 1, len(C)).requires_grad_(objective == "bao")
         q = vae.encode(x)
-        noise = torch.randn(N, args.batch, args.latents, generator=generator, device=device)
+        noise = torch.randn(N, args.batch // 2, args.latents, generator=generator, device=device)
         z = vae.sample(q, torch.cat((noise, -noise), 1)).detach()
         optimiser.zero_grad()
         LEARN[objective](vae, x, q, z, **options).mean().backward(inputs=[vae.decoder.weight])
@@ -99,3 +107,17 @@ def train(pixels, C, args, objective, estimator, N):
         if step >= args.iterations // 2:
             average += vae.decoder.weight.detach() / averaged
     return average.double()
+
+
+def report_spectrum(arrays):
+    """Print, for every model, learnt over predicted variances of the ten largest directions, E z^2, and the active latents."""
+    K, gamma = arrays["learnt"].shape[1], arrays["gamma"]
+    print("objective estimator  N   kappa   v / learnt (mean)   learnt / predicted, 10 largest   E z^2 (mean)   active, predicted")
+    for m, k in enumerate(arrays["kappa"]):
+        v, learnt = arrays["eigenvalues"][:K], arrays["learnt"][m]
+        ratio = (learnt / np.maximum(v / k, gamma))[:10]
+        print(f"{arrays['objective'][m]:9} {arrays['estimator'][m]:9} {arrays['samples'][m]:3} {k:7.3f} {(v / learnt)[:10].mean():14.3f} "
+              f"{ratio.min():22.3f} to {ratio.max():.3f} {arrays['second_moment'][m, :10].mean():19.3f} "
+              f"{(learnt > 1.05 * gamma).sum():12} {(v > 1.05 * k * gamma).sum():6}")
+    error = np.abs(arrays["expected"] / np.maximum(arrays["eigenvalues"][:K] / arrays["kappa"][:, None], gamma) - 1)
+    print(f"expected updates, largest error of all {K} directions: {100 * error.max():.2g} %; of the ten largest {100 * error[:, :10].max():.2g} %")
