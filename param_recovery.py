@@ -13,9 +13,9 @@ Rules, how w and phi are found (the names in the table, the arrays and the figur
     JKLD, JFD        the minimum over w and phi of the joint Kullback-Leibler and Fisher divergence, s2 moving with w (Figure 1).
                      Up to constants of the data they are E[elbo] and E[fae] of objectives.py
     held ELBO|F|S|B  w by the objective at a fixed q (phi and s2 do not move with w), phi by inference: Algorithm 1 of the paper.
-                     The fixed point of the two. KLD and FD inference agree here: phi = w / (gamma + w^2), the exact posterior's slope.
-                     S and B by exact expectations, which the unbiased estimators have; "held S, N = 5" by the plug-in estimator
-    following F|S|B  the same objective by its exact expectation, but q(z|x; w) is that fixed point at every w and the gradient goes through it: the limit
+                     The fixed point of the two. KLD and FD inference agree here: phi = w / (gamma + w^2), the exact slope. S and B
+                     by their exact expectations, which the unbiased estimators have; "held S, N = 5": by the plug-in estimator
+    following F|S|B  the same objective, but q(z|x; w) is that fixed point at every w and the gradient goes through it: the limit
                      of many bi-level steps. (For the ELBO this is JKLD.)
 """
 
@@ -95,7 +95,7 @@ def minimise(loss):
 
 
 # gamma + w^2 at the minimum where q follows w: r = (1 - w phi) x and tr W S W' = w^2 s2 in the closed forms of a linear VAE
-# (fd: (r^2 + w^2 s2) / 2 gamma^2, swersky: (r^2 / 2 + w^2 s2) / gamma^2, bao: r^2 / 2 gamma^2 + w phi / gamma), -1 / gamma left out.
+# (fd: (r^2 + w^2 s2) / 2 gamma^2, swersky: (r^2 / 2 + w^2 s2) / gamma^2, bao: r^2 / 2 gamma^2 + w phi / gamma), less 1 / gamma.
 # Where q is held, gamma + w^2 = v / kappa (vsm/linear.py).
 FOLLOWING = {"fd": lambda v, alpha: 2 * v / alpha, "swersky": lambda v, alpha: v / alpha, "bao": lambda v, alpha: v + 0 * alpha}
 SAMPLES = 1, 2, 5, 20  # N of the plug-in estimators
@@ -106,7 +106,8 @@ RULES = {  # name: how, objective, estimator (None: it has none), N (None: `--sa
     "held S": ("held", "swersky", "unbiased", None), "held B": ("held", "bao", "unbiased", None),
     "following F": ("following", "fd", None, None), "following S": ("following", "swersky", "unbiased", None),
     "following B": ("following", "bao", "unbiased", None),
-    **{f"held {name}, N = {N}": ("held", objective, "plugin", N) for name, objective in (("S", "swersky"), ("B", "bao")) for N in SAMPLES}}
+    **{f"held {name}, N = {N}": ("held", objective, "plugin", N)
+       for name, objective in (("S", "swersky"), ("B", "bao")) for N in SAMPLES}}
 
 
 def recover(rule, alpha, gamma, w_star):
@@ -139,7 +140,7 @@ class Scale(nn.Module):
 class MismatchedEncoder(nn.Module):
     """Mean and log std of q(z|x) = N(phi x, alpha gamma / (gamma + w^2)), x [S, B, 1], with the decoder's own w.
 
-    how: "joint", w carries a gradient through the variance; "held", it carries none; "following", as joint and phi = w / (gamma + w^2).
+    how: "joint", w carries a gradient through the variance; "held", it carries none; "following": joint, phi = w / (gamma + w^2).
     """
 
     def __init__(self, how, decoder, alpha, gamma):
@@ -221,8 +222,8 @@ def report(arrays):
         print("from samples, largest |w - closed form|:", ", ".join(f"{rule} {e:.3f}" for rule, e in zip(RULES, error)))
 
 
-# Flags whose default depends on what is run, and those that have a meaning in one of the modes alone
-DEFAULTS = {"gamma": (1.0, 0.25), "iterations": (4000, 1500), "lr": (0.2, 0.2), "batch": (500, 100), "seed": (0, 0)}  # without, with --spectrum
+# Flags' defaults without and with --spectrum, and of those that have a meaning in one of the two alone
+DEFAULTS = {"gamma": (1.0, 0.25), "iterations": (4000, 1500), "lr": (0.2, 0.2), "batch": (500, 100), "seed": (0, 0)}
 STOCHASTIC_ONLY = "iterations", "lr", "batch", "samples", "seed"
 SPECTRUM_ONLY = {"latents": 48, "limit": 0, "data_root": "data"}
 SCALAR_ONLY = {"alphas": [0.5, 1.0, 2.0], "w_star_max": 3.0, "points": 121, "alpha": 0.5, "w_star": 1.5, "samples": 4}
@@ -239,16 +240,16 @@ def parse_args(argv=None):
     flag("--w-star", type=positive_float, help="w* of the contours and of the comparison of all rules (default: 1.5)")
     flag("--seed", type=count, help="of the data and the posterior samples of --stochastic and --spectrum (default: 0)")
     flag = parser.add_argument_group("linear VAEs on images, in place of the above").add_argument
-    flag("--spectrum", default=None, metavar="DATA", help="train one per objective, estimator and N on mnist, fashion, celeba, glyphs or "
-         "folder:PATH, and compare the variances that they learn with those of the data")
+    flag("--spectrum", default=None, metavar="DATA", help="train one per objective, estimator and N on mnist, fashion, celeba, "
+         "glyphs or folder:PATH, and compare the variances that they learn with those of the data")
     flag("--data-root", help="where the data lie (default: data)")
     flag("--limit", type=count, help="the first so many training images; 0: all (default: 0)")
     flag("--latents", type=positive, help="number of latents (default: 48)")
     flag = parser.add_argument_group("optimisation, for --stochastic and --spectrum").add_argument
     flag("--stochastic", action="store_true", help="find every w also from samples, at w* = 0.5, 1, 1.5, 2, 3")
     flag("--iterations", type=positive, help="Adam steps (default: 4000), or gradient steps of --spectrum (default: 1500)")
-    flag("--lr", type=positive_float, help="Adam's step size, annealed to 0 by a cosine, or the first step of --spectrum in units of "
-         "gamma^2 (default: 0.2 in both)")
+    flag("--lr", type=positive_float, help="Adam's step size, annealed to 0 by a cosine, or the first step of --spectrum in "
+         "units of gamma^2 (default: 0.2 in both)")
     flag("--batch", type=positive, help="data per step (default: 500; 100 with --spectrum)")
     flag("--samples", type=positive, help="posterior samples per datum, N, of the unbiased estimators, at least 2 (default: 4)")
     flag = parser.add_argument_group("output").add_argument
@@ -258,20 +259,18 @@ def parse_args(argv=None):
     flag("--dry-run", action="store_true", help="say what would run, compute nothing, write nothing")
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    defaults = {key: values[bool(args.spectrum)] for key, values in DEFAULTS.items()} | (SPECTRUM_ONLY if args.spectrum else SCALAR_ONLY)
-    for key in [*SPECTRUM_ONLY, *SCALAR_ONLY]:
-        if key not in defaults:
-            delattr(args, key)
-    for key, value in defaults.items():
+    of_both = {key: values[bool(args.spectrum)] for key, values in DEFAULTS.items()}
+    mine, others = (SPECTRUM_ONLY, SCALAR_ONLY) if args.spectrum else (SCALAR_ONLY, SPECTRUM_ONLY)
+    for key in others:
+        delattr(args, key)
+    for key, value in (of_both | mine).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if not args.spectrum:
         check_ranges(parser, args)
-    args.out = args.out or f"runs/param_recovery/{run_name(args, ('spectrum', 'seed') if args.spectrum else ('seed',), vars(args) | FREE | defaults)}"
+    axes = ("spectrum", "seed") if args.spectrum else ("seed",)
+    args.out = args.out or f"runs/param_recovery/{run_name(args, axes, {'stochastic': False, 'spectrum': None} | of_both | mine)}"
     return args
-
-
-FREE = {"stochastic": False, "spectrum": None}  # flags whose default is the same everywhere
 
 
 def check_flags(parser, args):
@@ -279,7 +278,7 @@ def check_flags(parser, args):
     given = [name for name in vars(args) if getattr(args, name) is not None]
     if args.spectrum:
         if args.stochastic or any(name in SCALAR_ONLY for name in given):
-            parser.error("--spectrum has no use for --stochastic, --alphas, --w-star-max, --points, --alpha, --w-star and --samples")
+            parser.error("--spectrum has no use for --stochastic, --alphas, --w-star-max, --points, --alpha, --w-star, --samples")
         if args.batch and args.batch % 2:
             parser.error(f"--batch {args.batch} must be even with --spectrum: every image is in its minibatch twice")
     elif any(name in SPECTRUM_ONLY for name in given):
@@ -291,7 +290,8 @@ def check_flags(parser, args):
 def check_ranges(parser, args):
     if args.samples < 2:
         parser.error("--samples must be at least 2: the unbiased estimators divide by N - 1")
-    if max(args.w_star, args.w_star_max) > 100 or not 1e-4 <= args.gamma <= 1e4 or not all(1e-3 <= a <= 1e3 for a in (args.alpha, *args.alphas)):
+    alphas = args.alpha, *args.alphas
+    if max(args.w_star, args.w_star_max) > 100 or not 1e-4 <= args.gamma <= 1e4 or not all(1e-3 <= a <= 1e3 for a in alphas):
         parser.error("--w-star and --w-star-max go to 100, --gamma from 1e-4 to 1e4, --alpha and --alphas from 1e-3 to 1e3: "
                      "there the search finds w to a thousandth of the larger of w* and sqrt(gamma)")
 
@@ -299,8 +299,8 @@ def check_ranges(parser, args):
 def main(args):
     device = pick_device(args.device)
     if args.dry_run:
-        print((f"linear VAEs of {args.latents} latents on {args.spectrum}, {args.iterations} steps each on {device}" if args.spectrum else
-               f"{len(RULES)} rules, {len(args.alphas)} alphas, {args.points} w* by closed forms")
+        print((f"linear VAEs of {args.latents} latents on {args.spectrum}, {args.iterations} steps each on {device}"
+               if args.spectrum else f"{len(RULES)} rules, {len(args.alphas)} alphas, {args.points} w* by closed forms")
               + (f", {len(CHECKED)} w* by {args.iterations} Adam steps on {device}" if args.stochastic else "")
               + f"\nwould write {args.out}")
         return

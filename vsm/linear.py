@@ -1,9 +1,10 @@
-"""Linear VAEs: where each learning objective ends, predicted (`kappa`) and measured (`measured_kappa`). docs/theory.md has the proofs.
+"""Linear VAEs: where each learning objective ends, predicted (`kappa`) and measured (`measured_kappa`).
 
-    p(z) = N(0, I), p(x|z) = N(W z, gamma I); q(z|x) = N(Phi x, diag s^2) with the exact posterior's mean, Phi = (W'W + gamma I)^-1 W',
-    and alpha times its variance, s_j^2 = alpha gamma / (gamma + |w_j|^2), w_j the j-th column of W.
+    p(z) = N(0, I), p(x|z) = N(W z, gamma I); q(z|x) = N(Phi x, diag s^2) with the exact posterior's mean,
+    Phi = (W'W + gamma I)^-1 W', and alpha times its variance, s_j^2 = alpha gamma / (gamma + |w_j|^2), w_j the j-th column of W.
 
-In a direction where the data have variance v, a decoder that moves while q stands still (Algorithm 1) ends at gamma + w^2 = v / kappa.
+In a direction where the data have variance v, a decoder that moves while q stands still (Algorithm 1) ends at
+gamma + w^2 = v / kappa. docs/theory.md has the proofs.
 """
 
 import math
@@ -16,20 +17,20 @@ from torch import nn
 from models import VAE, EnsembleVAE
 from objectives import LEARN
 
-LOWEST, HIGHEST, SCANNED = 1e-6, 1e3, 16  # (gamma + w^2) / gamma - 1 at its lowest, (gamma + w^2) / v at its highest, values between
+LOWEST, HIGHEST, SCANNED = 1e-6, 1e3, 16  # w^2 / gamma at its lowest, (gamma + w^2) / v at its highest, values between
 
 
 def kappa(objective, estimator="plugin", N=math.inf, alpha=1.0, batch=None):
     """The contraction of a learning objective: a linear model that it trains gives its data the variance v / kappa, not v.
 
-    objective: elbo, fd, fae, swersky or bao. estimator: plugin, unbiased or released, for swersky and bao. N: posterior samples; plugin
-    with N = inf is the exact expectation. alpha: variance of q over the exact posterior's. batch: released as on vectors, which
-    averages over a minibatch of this size; None: released as on images. A kappa of 0 or less means that w grows without bound.
-    Raises ValueError for an objective without a constant kappa.
+    objective: elbo, fd, fae, swersky or bao. estimator: plugin, unbiased or released, for swersky and bao. N: posterior samples;
+    plugin with N = inf is the exact expectation. alpha: variance of q over the exact posterior's; these may be arrays. batch:
+    released as on vectors, which averages over a minibatch of this size; None: released as on images. A kappa of 0 or less means
+    that w grows without bound. Raises ValueError for an objective without a constant kappa.
     """
     if objective in ("elbo", "fd"):
         return alpha
-    if objective == "fae":  # were it trained like the others: it is trained jointly, with z reparametrised, where this does not apply
+    if objective == "fae":  # with q held like the others. The Fisher autoencoder is trained jointly, where this does not apply
         return 3 * alpha - 2
     if objective not in ("swersky", "bao"):
         raise ValueError(f"no constant contraction is known for the objective {objective}")
@@ -42,7 +43,7 @@ def kappa(objective, estimator="plugin", N=math.inf, alpha=1.0, batch=None):
 
 
 def second_moment(kappa, alpha, gamma, v):
-    """E z^2 of the aggregate posterior along an active latent (v > kappa gamma): kappa, but for a term that falls with gamma / v."""
+    """E z^2 of the aggregate posterior along an active latent (v > kappa gamma): kappa, less a term of the order of gamma / v."""
     return kappa - (kappa - alpha) * kappa * gamma / v
 
 
@@ -78,7 +79,7 @@ class LinearDecoder(nn.Module):
 def linear_vae(weight, gamma, event_shape=None, members=None):
     """A linear `models.VAE` of data [*event_shape] with W = `weight` [D, Dz], in weight's dtype, gamma held.
 
-    event_shape: (D,) where None; an image's (C, H, W) otherwise. With `members` it is an EnsembleVAE of one model seen that many times.
+    event_shape: (D,) where None; an image's (C, H, W) otherwise. With `members` it is an EnsembleVAE of as many equal members.
     """
     event_shape = event_shape or (len(weight),)
     encoder, decoder = LinearEncoder(weight.shape[1], event_shape), LinearDecoder(weight, event_shape)
@@ -100,15 +101,18 @@ def set_posterior(vae, alpha=1.0):
 
 
 def matched_noise(pairs, dims, seed=0):
-    """Noise [2 pairs, dims], float64: e and -e, whitened. Odd moments vanish and the covariance is I exactly, so that the mean of a
-    quadratic is its expectation under N(0, I); of another function it is an estimate. pairs must be at least dims."""
+    """Noise [2 pairs, dims], float64: e and -e, whitened; pairs must be at least dims.
+
+    Odd moments vanish and the covariance is I exactly. The mean of a quadratic is therefore its expectation under N(0, I); the
+    mean of another function is an estimate of it.
+    """
     e = torch.randn(pairs, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     e = torch.linalg.solve_triangular(torch.linalg.cholesky(e.T @ e / pairs), e.T, upper=False).T
     return torch.cat((e, -e))
 
 
 def expected_gradient(objective, w, v, N, alpha, gamma=1.0, batch=None, image=False, pairs=128, seed=0, **options):
-    """d E[loss] / dw of a one-dimensional linear VAE at w, with q and z held: the update of Algorithm 1. Options: see measured_kappa."""
+    """d E[loss] / dw of a one-dimensional linear VAE at w, q and z held: Algorithm 1. Options: see measured_kappa."""
     B = batch or 1
     noise = matched_noise(max(pairs, 2 * B * (1 + N)), B * (1 + N), seed).unflatten(-1, (1 + N, B))  # [M, 1 + N, B]
     x, noise = math.sqrt(v) * noise[:, 0, :, None], noise[:, 1:, :, None].transpose(0, 1)  # [M, B, 1], [N, M, B, 1]
@@ -126,13 +130,15 @@ def expected_gradient(objective, w, v, N, alpha, gamma=1.0, batch=None, image=Fa
 
 
 def measured_kappa(objective, N, alpha=1.0, v=25.0, gamma=1.0, **options):
-    """v / (gamma + w^2) at the fixed point w of the learning objective on a one-dimensional linear VAE: `kappa`, found without its formula.
+    """v / (gamma + w^2) at the fixed point w of a learning objective on a one-dimensional linear VAE; it does not use `kappa`.
 
-    objective: a name of objectives.LEARN or a function like them. N: posterior samples. alpha: variance of q over the exact posterior's.
-    v: variance of the data. Keywords of the expectation: `batch`, the size of minibatches where the objective couples data; `image`, x as
-    [C, H, W]; `pairs` and `seed` of the noise (more pairs for an objective that is not quadratic in x and z). Other keywords go to
-    the objective, `estimator` for example. Returns inf where the latent is pruned (kappa above v / gamma), 0 where w grows without
-    bound, nan where the loss is not finite, and the least kappa where there are several stable fixed points.
+    objective: a name of objectives.LEARN or a function like them. N: posterior samples. alpha: variance of q over the exact
+    posterior's. v: variance of the data. Keywords of the expectation: `batch`, the size of minibatches where the objective
+    couples data; `image`, x as [C, H, W]; `pairs` and `seed` of the noise (take more pairs for an objective that is not
+    quadratic in x and z). Other keywords go to the objective, `estimator` for example.
+
+    Returns inf where the latent is pruned (kappa above v / gamma), 0 where w grows without bound, nan where the gradient is not
+    finite, and the least kappa where there are several stable fixed points.
     """
     def slope(t):  # linear in t = gamma + w^2 for an objective with a constant kappa, so that one secant step finds the root
         w = math.sqrt(t - gamma)
@@ -151,8 +157,8 @@ def measured_kappa(objective, N, alpha=1.0, v=25.0, gamma=1.0, **options):
 def split_kappa(objective, alpha=1.0, samples=(2, 5, 20), **options):
     """What of an objective's kappa is its own and what is its estimator's: (limit, slope, residual) of kappa = limit + slope / N.
 
-    A least-squares fit over N in `samples`, at least three for a residual, the largest |error| of the fit. limit: N = inf, the objective
-    itself. slope: the bias of the estimator, 0 for an unbiased one. Options as in measured_kappa.
+    limit: N = inf, the objective itself. slope: the bias of the estimator, 0 for an unbiased one. residual: the largest |error|
+    of the least-squares fit over N in `samples`, which says something for three N or more. Options as in measured_kappa.
     """
     measured = np.array([measured_kappa(objective, N, alpha, **options) for N in samples])
     design = np.stack((np.ones(len(samples)), 1 / np.array(samples)), 1)
@@ -163,10 +169,10 @@ def split_kappa(objective, alpha=1.0, samples=(2, 5, 20), **options):
 def expected_slope(W, C, gamma, objective, estimator="plugin", N=math.inf, alpha=1.0):
     """gamma^2 times the gradient of an objective's expectation with respect to the decoder's weights W [D, Dz], in closed form.
 
-    C [D, D]: covariance of the data. q and z are held; q has the exact posterior's mean and alpha times its covariance, off-diagonals
-    included. For the objectives of `kappa` but fae; of the ELBO it is gamma times the gradient.
+    C [D, D]: covariance of the data. q and z are held; q has the exact posterior's mean and alpha times its covariance with its
+    off-diagonals. For elbo (there it is gamma times the gradient), fd, swersky and bao.
     """
     S = gamma * torch.linalg.inv(W.T @ W + gamma * torch.eye(W.shape[1], dtype=W.dtype, device=W.device))  # the exact covariance
     cross = C @ W @ S / gamma  # E[x m'], [D, Dz], m = S W' x / gamma the posterior mean
     mm = S @ W.T @ cross / gamma  # E[m m'], [Dz, Dz]
-    return W @ (mm + kappa(objective, estimator, N, alpha) * S) - cross  # B: (kappa - 1) S from ||E a||^2, and S from E[a . b] = tr(W Phi) / gamma
+    return W @ (mm + kappa(objective, estimator, N, alpha) * S) - cross

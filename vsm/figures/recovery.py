@@ -1,4 +1,4 @@
-"""Figures of `param_recovery.py`: the recovered w (Figure 1), the rules that find it, and the spectra of linear VAEs on images."""
+"""Figures of `param_recovery.py`: the recovered w (Figure 1), the rules that find it, spectra of linear VAEs on images."""
 
 from itertools import cycle
 
@@ -27,7 +27,8 @@ def param_recovery(runs, save):
                   label=["from samples"] + [None] * (len(sampled) - 1))
     left.set(xlabel="true $w^*$", ylabel="recovered $w$", title=rf"recovery, $\gamma = {flags['gamma']:g}$")
     left.legend(loc="upper left", fontsize=8)
-    for ax, name, w, phi, kld, fd in zip(joints, ("JKLD", "JFD"), *(arrays[f"example_{key}"] for key in ("w", "phi", "jkld", "jfd"))):
+    examples = (arrays[f"example_{key}"] for key in ("w", "phi", "jkld", "jfd"))
+    for ax, name, w, phi, kld, fd in zip(joints, ("JKLD", "JFD"), *examples):
         gamma, v = flags["gamma"], flags["gamma"] + flags["w_star"] ** 2
         p = np.array([[gamma + w**2, w], [w, 1]])
         q = np.array([[v, phi * v], [phi * v, phi**2 * v + flags["alpha"] * gamma / (gamma + w**2)]])
@@ -35,7 +36,8 @@ def param_recovery(runs, save):
         ellipses(ax, q, color="tab:purple", linestyle="--", label=r"$q_\phi(x, z)$")
         ax.set(xlabel="$x$", ylabel="$z$", title=f"minimum of {name}: $w = {w:.3f}$\n(JKLD {kld:.2f}, JFD {fd:.2f})")
     joints[0].legend(loc="upper left")
-    joints[0].text(0.98, 0.02, rf"$w^* = {flags['w_star']:g}$, $\alpha = {flags['alpha']:g}$", transform=joints[0].transAxes, ha="right")
+    joints[0].text(0.98, 0.02, rf"$w^* = {flags['w_star']:g}$, $\alpha = {flags['alpha']:g}$", transform=joints[0].transAxes,
+                   ha="right")
     joints[1].sharex(joints[0])
     joints[1].sharey(joints[0])
     save_figure(figure, save)
@@ -55,7 +57,7 @@ DASHES = {1: ":", 2: "-.", 5: "--", 20: "-"}
 
 
 def recovery_rules(runs, save):
-    """Recovered w against alpha at one w*, for every learning objective: q held fixed, by plug-in estimators too, and q following w."""
+    """Recovered w against alpha at one w*, for every learning objective: q held, by plug-in estimators too, and q following w."""
     arrays = open_runs(runs)[0].arrays()
     w_star, alpha = arrays["config"]["flags"]["w_star"], arrays["sweep_alpha"]
     recovered = dict(zip(arrays["rule"], arrays["sweep_w"]))
@@ -68,7 +70,8 @@ def recovery_rules(runs, save):
             same = (how, name) in (("held", "F"), ("following", "B"))  # the same curve as ELBO's, so dashed over it
             ax.plot(alpha, recovered[key], color=COLORS[name], lw=1.6, linestyle="--" if same else "-", label=name)
         for name, N in ((name, N) for name in "SB" for N in DASHES if how == "plug-in"):
-            ax.plot(alpha, recovered[f"held {name}, N = {N}"], color=COLORS[name], lw=1.4, linestyle=DASHES[N], label=f"{name}, $N = {N}$")
+            ax.plot(alpha, recovered[f"held {name}, N = {N}"], color=COLORS[name], lw=1.4, linestyle=DASHES[N],
+                    label=f"{name}, $N = {N}$")
         ax.set_xscale("log", base=2)
         ax.set(xlabel=r"$\alpha$: variance of $q$ / exact", title=RULE_PANELS[how], ylim=(-0.1, 3 * w_star))
         if how != "held":
@@ -108,7 +111,8 @@ def marker_style(objective, estimator):
 
 def models_of(arrays):
     """(row, objective, estimator, N) of every model."""
-    return [(m, str(arrays["objective"][m]), str(arrays["estimator"][m]), int(arrays["samples"][m])) for m in range(len(arrays["samples"]))]
+    columns = (arrays[name].tolist() for name in ("objective", "estimator", "samples"))
+    return [(m, *model) for m, model in enumerate(zip(*columns))]
 
 
 def draw_variances(ax, arrays, N=5):
@@ -143,14 +147,15 @@ def draw_ratios(ax, arrays):
                 linestyle="--" if estimator == "unbiased" else "-")
         ax.plot(arrays["samples"][rows], ratio[rows], **style)
     ax.text(1.13, 0.955, "S with $N = 1$ is F", fontsize=8, color="0.3")
-    ax.annotate("S and B cross\nat $N = 2$", (2, 2 / 3), (1.15, 0.72), fontsize=8, color="0.3", arrowprops={"arrowstyle": "-", "color": "0.6"})
+    ax.text(2.25, 2 / 3, "S and B cross at $N = 2$", fontsize=8, color="0.3", va="center")
     ax.set_xscale("log")
     ax.minorticks_off()
     ax.set(xlabel="posterior samples $N$", xticks=samples, xticklabels=samples, ylim=(0.45, 1.08), ylabel="learnt / data's",
            title=f"share of the data's variance, mean of the {TEN} largest")
     lines = [Line2D([], [], color="0.4", lw=1), Line2D([], [], color="0.4", marker="o", ls="none"),
              Line2D([], [], color="0.4", marker="o", mfc="white", ls="none")]
-    ax.legend(lines, ["predicted, $1/\\kappa$", "trained", "trained, unbiased"], fontsize=8, loc="center right", bbox_to_anchor=(1, 0.45))
+    ax.legend(lines, ["predicted, $1/\\kappa$", "trained", "trained, unbiased"], fontsize=8, loc="center right",
+              bbox_to_anchor=(1, 0.45))
 
 
 def draw_second_moments(ax, arrays):
@@ -162,7 +167,8 @@ def draw_second_moments(ax, arrays):
     ax.plot(k, second_moment(k[:, None], 1.0, gamma, v).mean(1), color="0.3", lw=1, label="predicted")
     for m, objective, estimator, _ in models_of(arrays):
         ax.plot(arrays["kappa"][m], arrays["second_moment"][m, :TEN].mean(), **marker_style(objective, estimator))
-    ax.set(xlabel=r"contraction $\kappa$", ylabel=r"$E\,z^2$", title=f"$E\\,z^2$ of the aggregate posterior, mean of the {TEN} largest")
+    ax.set(xlabel=r"contraction $\kappa$", ylabel=r"$E\,z^2$",
+           title=f"$E\\,z^2$ of the aggregate posterior, mean of the {TEN} largest")
     ax.legend(fontsize=8, loc="upper left")
 
 
@@ -173,5 +179,6 @@ def draw_active(ax, arrays):
     for m, objective, estimator, _ in models_of(arrays):
         ax.plot(arrays["kappa"][m], (arrays["learnt"][m] > ACTIVE * gamma).sum(), **marker_style(objective, estimator))
     ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.set(xlabel=r"contraction $\kappa$", ylabel=f"active latents of {K}", title=rf"latents not pruned: variance above {ACTIVE}$\,\gamma$")
+    ax.set(xlabel=r"contraction $\kappa$", ylabel=f"active latents of {K}",
+           title=rf"latents not pruned: variance above {ACTIVE}$\,\gamma$")
     ax.legend(fontsize=8, loc="upper right")
