@@ -13,7 +13,7 @@ Rules, how w and phi are found (the names in the table, the arrays and the figur
     JKLD, JFD        the minimum over w and phi of the joint Kullback-Leibler and Fisher divergence, s2 moving with w (Figure 1).
                      Up to constants of the data they are E[elbo] and E[fae] of objectives.py
     held ELBO|F|S|B  w by the objective at a fixed q (phi and s2 do not move with w), phi by inference: Algorithm 1 of the paper.
-                     The fixed point of the two. KLD and FD inference agree here: phi = w / (gamma + w^2), the exact slope. S and B
+                     The fixed point of the two. KLD and FD inference agree here: phi = w / (gamma + w^2), as exact. S and B
                      by their exact expectations, which the unbiased estimators have; "held S, N = 5": by the plug-in estimator
     following F|S|B  the same objective, but q(z|x; w) is that fixed point at every w and the gradient goes through it: the limit
                      of many bi-level steps. (For the ELBO this is JKLD.)

@@ -23,15 +23,13 @@ LOWEST, HIGHEST, SCANNED = 1e-6, 1e3, 16  # w^2 / gamma at its lowest, (gamma + 
 def kappa(objective, estimator="plugin", N=math.inf, alpha=1.0, batch=None):
     """The contraction of a learning objective: a linear model that it trains gives its data the variance v / kappa, not v.
 
-    objective: elbo, fd, fae, swersky or bao. estimator: plugin, unbiased or released, for swersky and bao. N: posterior samples;
-    plugin with N = inf is the exact expectation. alpha: variance of q over the exact posterior's; these may be arrays. batch:
-    released as on vectors, which averages over a minibatch of this size; None: released as on images. A kappa of 0 or less means
-    that w grows without bound. Raises ValueError for an objective without a constant kappa.
+    objective: elbo, fd, swersky or bao. estimator: plugin, unbiased or released, for swersky and bao. N: posterior samples;
+    plugin with N = inf is the exact expectation. alpha: variance of q over the exact posterior's, a number or an array.
+    batch: released as on vectors, which averages over a minibatch of this size; None: released as on images. Raises
+    ValueError for another objective.
     """
     if objective in ("elbo", "fd"):
         return alpha
-    if objective == "fae":  # with q held like the others. The Fisher autoencoder is trained jointly, where this does not apply
-        return 3 * alpha - 2
     if objective not in ("swersky", "bao"):
         raise ValueError(f"no constant contraction is known for the objective {objective}")
     if estimator == "unbiased":
@@ -170,7 +168,7 @@ def expected_slope(W, C, gamma, objective, estimator="plugin", N=math.inf, alpha
     """gamma^2 times the gradient of an objective's expectation with respect to the decoder's weights W [D, Dz], in closed form.
 
     C [D, D]: covariance of the data. q and z are held; q has the exact posterior's mean and alpha times its covariance with its
-    off-diagonals. For elbo (there it is gamma times the gradient), fd, swersky and bao.
+    off-diagonals. objective: elbo (there it is gamma times the gradient), fd, swersky or bao.
     """
     S = gamma * torch.linalg.inv(W.T @ W + gamma * torch.eye(W.shape[1], dtype=W.dtype, device=W.device))  # the exact covariance
     cross = C @ W @ S / gamma  # E[x m'], [D, Dz], m = S W' x / gamma the posterior mean

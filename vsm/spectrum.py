@@ -78,11 +78,13 @@ def expected_end(C, args, objective, estimator, N):
 
 
 def train(pixels, start, args, objective, estimator, N):
-    """W [D, K] (nan where it diverges) from `start`: gradient steps of the objective on minibatches, q held at the exact posterior of the W before each step.
+    """W [D, K] (nan where it diverges) from `start`: gradient steps of the objective on minibatches, q held in each step.
 
-    Each image is in its minibatch twice, with posterior noise of either sign: the terms of the gradient that are linear in the
-    noise cancel. The step is `--lr` times gamma^2 (gamma for the ELBO, in whose gradient gamma appears once) and falls as one
-    over the number of steps. W is the average over the last half of the steps.
+    q is the exact posterior of the W before the step.
+
+    Each image is in its minibatch twice, with posterior noise of either sign: the terms of the gradient that are linear in
+    the noise cancel. The step is `--lr` times gamma^2 (gamma for the ELBO, in whose gradient gamma appears once) and falls as
+    one over the number of steps. W is the average over the last half of the steps.
     """
     gamma, device = args.gamma, pixels.device
     vae = linear_vae(start.float(), gamma, (1, 1, len(start)))  # as an image, for the released estimator's sake
