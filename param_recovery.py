@@ -2,7 +2,8 @@
 
     python param_recovery.py                                               # the paper's figure, by closed forms: 4 s
     python param_recovery.py --stochastic                                  # and the same minima from samples and Adam: 1 min
-    python param_recovery.py --stochastic --iterations 200 --batch 100     # the same, not converged: 8 s
+    python param_recovery.py --stochastic --iterations 200 --batch 100     # the same, not converged: 15 s
+    python param_recovery.py --spectrum mnist                              # linear VAEs on images by minibatches: minutes
 
 Model: p(z) = N(0, 1), p_w(x|z) = N(w z, gamma), data from p_{w*}, v = gamma + w*^2. Encoder: q(z|x) = N(phi x, s2), its variance
 alpha times the exact one, s2 = alpha gamma / (gamma + w^2). (w, phi) and (-w, -phi) are the same model: w >= 0 here.
@@ -12,7 +13,8 @@ Rules, how w and phi are found (the names in the table, the arrays and the figur
     JKLD, JFD        the minimum over w and phi of the joint Kullback-Leibler and Fisher divergence, s2 moving with w (Figure 1).
                      Up to constants of the data they are E[elbo] and E[fae] of objectives.py
     held ELBO|F|S|B  w by the objective at a fixed q (phi and s2 do not move with w), phi by inference: Algorithm 1 of the paper.
-                     The fixed point of the two. KLD and FD inference agree here: phi = w / (gamma + w^2), the exact posterior's slope
+                     The fixed point of the two. KLD and FD inference agree here: phi = w / (gamma + w^2), as exact. S and B
+                     by their exact expectations, which the unbiased estimators have; "held S, N = 5": by the plug-in estimator
     following F|S|B  the same objective, but q(z|x; w) is that fixed point at every w and the gradient goes through it: the limit
                      of many bi-level steps. (For the ELBO this is JKLD.)
 """
@@ -25,12 +27,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import plots
 from models import EnsembleVAE
 from objectives import INFER, LEARN
 from vsm.cli import Formatter, command_line, count, positive, positive_float
 from vsm.device import pick_device
+from vsm.figures import recovery
+from vsm.linear import kappa
 from vsm.runs import Run, run_name
+from vsm.spectrum import report_spectrum, spectrum
 
 GRID, CELLS, ZOOMS = 2001, 3, 12  # points over w, local minima refined, refinements of each by a factor 10
 SWEEP = 2.0 ** np.linspace(-3, 3, 241)  # alphas of the comparison of all rules
@@ -90,25 +94,31 @@ def minimise(loss):
     return w[..., 0], best_phi(w)[..., 0]
 
 
-# gamma + w^2 at the fixed point or minimum, by objective: r = (1 - w phi) x and tr W S W' = w^2 s2 in the closed forms of a linear VAE
-# (fd: (r^2 + w^2 s2) / 2 gamma^2, swersky: (r^2 / 2 + w^2 s2) / gamma^2, bao: r^2 / 2 gamma^2 + w phi / gamma), -1 / gamma left out
-HELD = {"elbo": lambda v, alpha: v / alpha, "fd": lambda v, alpha: v / alpha,
-        "swersky": lambda v, alpha: v / (2 * alpha), "bao": lambda v, alpha: v + 0 * alpha}
+# gamma + w^2 at the minimum where q follows w: r = (1 - w phi) x and tr W S W' = w^2 s2 in the closed forms of a linear VAE
+# (fd: (r^2 + w^2 s2) / 2 gamma^2, swersky: (r^2 / 2 + w^2 s2) / gamma^2, bao: r^2 / 2 gamma^2 + w phi / gamma), less 1 / gamma.
+# Where q is held, gamma + w^2 = v / kappa (vsm/linear.py).
 FOLLOWING = {"fd": lambda v, alpha: 2 * v / alpha, "swersky": lambda v, alpha: v / alpha, "bao": lambda v, alpha: v + 0 * alpha}
+SAMPLES = 1, 2, 5, 20  # N of the plug-in estimators
 
-RULES = {"JKLD": ("joint", "elbo"), "JFD": ("joint", "fae"), "held ELBO": ("held", "elbo"), "held F": ("held", "fd"),
-         "held S": ("held", "swersky"), "held B": ("held", "bao"), "following F": ("following", "fd"),
-         "following S": ("following", "swersky"), "following B": ("following", "bao")}
+RULES = {  # name: how, objective, estimator (None: it has none), N (None: `--samples`)
+    "JKLD": ("joint", "elbo", None, None), "JFD": ("joint", "fae", None, None),
+    "held ELBO": ("held", "elbo", None, None), "held F": ("held", "fd", None, None),
+    "held S": ("held", "swersky", "unbiased", None), "held B": ("held", "bao", "unbiased", None),
+    "following F": ("following", "fd", None, None), "following S": ("following", "swersky", "unbiased", None),
+    "following B": ("following", "bao", "unbiased", None),
+    **{f"held {name}, N = {N}": ("held", objective, "plugin", N)
+       for name, objective in (("S", "swersky"), ("B", "bao")) for N in SAMPLES}}
 
 
 def recover(rule, alpha, gamma, w_star):
     """w and phi that the rule finds from data of p_{w*}, by closed forms; alpha and w_star broadcast."""
-    how, objective = RULES[rule]
+    how, objective, estimator, N = RULES[rule]
     alpha, w_star = np.broadcast_arrays(np.asarray(alpha, float), np.asarray(w_star, float))
     if how == "joint":
         divergence = {"elbo": joint_kld, "fae": joint_fd}[objective]
         return minimise(lambda w, phi: divergence(w, phi, alpha[..., None], gamma, w_star[..., None]))
-    t = {"held": HELD, "following": FOLLOWING}[how][objective](gamma + w_star**2, alpha)
+    v = gamma + w_star**2
+    t = v / kappa(objective, estimator, N, alpha) if how == "held" else FOLLOWING[objective](v, alpha)
     w = np.sqrt(np.maximum(t - gamma, 0))  # below gamma the loss rises with w from 0: collapse
     return w, w / (gamma + w**2)
 
@@ -130,7 +140,7 @@ class Scale(nn.Module):
 class MismatchedEncoder(nn.Module):
     """Mean and log std of q(z|x) = N(phi x, alpha gamma / (gamma + w^2)), x [S, B, 1], with the decoder's own w.
 
-    how: "joint", w carries a gradient through the variance; "held", it carries none; "following", as joint and phi = w / (gamma + w^2).
+    how: "joint", w carries a gradient through the variance; "held", it carries none; "following": joint, phi = w / (gamma + w^2).
     """
 
     def __init__(self, how, decoder, alpha, gamma):
@@ -147,13 +157,13 @@ class MismatchedEncoder(nn.Module):
 
 def sampled(rule, alpha, w_star, args, device):
     """w and phi [S] that the rule finds with objectives.py, fresh samples and Adam, for alpha and w_star [S], all at once."""
-    how, objective = RULES[rule]
+    how, objective, estimator, N = RULES[rule]
     alpha, w_star = (torch.as_tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1) for value in (alpha, w_star))
     decoder = Scale(len(alpha)).to(device)
     encoder = MismatchedEncoder(how, decoder, alpha, args.gamma)
     vae = EnsembleVAE(encoder, decoder, 1, len(alpha), init_sd=math.sqrt(args.gamma)).to(device)
     vae.log_gamma.requires_grad_(False)
-    options = {"estimator": "unbiased"} if objective in ("swersky", "bao") else {}
+    options = {"estimator": estimator} if estimator else {}
     optimiser = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.iterations)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -161,7 +171,7 @@ def sampled(rule, alpha, w_star, args, device):
     for _ in range(args.iterations):
         x = sd * torch.randn(len(alpha), args.batch, 1, generator=generator, device=device)
         q = vae.encode(x)
-        z = vae.sample(q, vae.noise(q, args.samples, generator))
+        z = vae.sample(q, vae.noise(q, N or args.samples, generator))
         optimiser.zero_grad()
         if how == "held":
             LEARN[objective](vae, x, q, z.detach(), **options).mean(-1).sum().backward(inputs=[decoder.w], retain_graph=True)
@@ -206,61 +216,103 @@ def report(arrays):
     print("w recovered from w* =", *(f"{w:7.3f}" for w in CHECKED))
     for r, rule in enumerate(RULES):
         for a, alpha in enumerate(arrays["alpha"]):
-            print(f"{rule:12} alpha {alpha:<5g}", *(f"{w:7.3f}" for w in arrays["checked_w"][r, a]))
+            print(f"{rule:14} alpha {alpha:<5g}", *(f"{w:7.3f}" for w in arrays["checked_w"][r, a]))
     if "sampled_w" in arrays:
         error = np.abs(arrays["sampled_w"] - arrays["checked_w"]).max((1, 2))
         print("from samples, largest |w - closed form|:", ", ".join(f"{rule} {e:.3f}" for rule, e in zip(RULES, error)))
 
 
+# Flags' defaults without and with --spectrum, and of those that have a meaning in one of the two alone
+DEFAULTS = {"gamma": (1.0, 0.25), "iterations": (4000, 1500), "lr": (0.2, 0.2), "batch": (500, 100), "seed": (0, 0)}
+STOCHASTIC_ONLY = "iterations", "lr", "batch", "samples", "seed"
+SPECTRUM_ONLY = {"latents": 48, "limit": 0, "data_root": "data"}
+SCALAR_ONLY = {"alphas": [0.5, 1.0, 2.0], "w_star_max": 3.0, "points": 121, "alpha": 0.5, "w_star": 1.5, "samples": 4}
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--alphas", type=positive_float, nargs="+", default=[0.5, 1.0, 2.0], help="variance of q over the exact one")
-    flag("--gamma", type=positive_float, default=1.0, help="variance of p(x|z), known")
-    flag("--w-star-max", type=positive_float, default=3.0, help="w* runs from 0 to this")
-    flag("--points", type=positive, default=121, help="number of w*")
-    flag("--alpha", type=positive_float, default=0.5, help="alpha of the contours")
-    flag("--w-star", type=positive_float, default=1.5, help="w* of the contours and of the comparison of all rules")
-    flag("--seed", type=count, default=0, help="of the data and the posterior samples of --stochastic")
-    flag = parser.add_argument_group("optimisation, for --stochastic alone").add_argument
+    flag("--alphas", type=positive_float, nargs="+", help="variance of q over the exact one (default: 0.5 1 2)")
+    flag("--gamma", type=positive_float, help="variance of p(x|z), known (default: 1; 0.25 with --spectrum)")
+    flag("--w-star-max", type=positive_float, help="w* runs from 0 to this (default: 3)")
+    flag("--points", type=positive, help="number of w* (default: 121)")
+    flag("--alpha", type=positive_float, help="alpha of the contours (default: 0.5)")
+    flag("--w-star", type=positive_float, help="w* of the contours and of the comparison of all rules (default: 1.5)")
+    flag("--seed", type=count, help="of the data and the posterior samples of --stochastic and --spectrum (default: 0)")
+    flag = parser.add_argument_group("linear VAEs on images, in place of the above").add_argument
+    flag("--spectrum", default=None, metavar="DATA", help="train one per objective, estimator and N on mnist, fashion, celeba, "
+         "glyphs or folder:PATH, and compare the variances that they learn with those of the data")
+    flag("--data-root", help="where the data lie (default: data)")
+    flag("--limit", type=count, help="the first so many training images; 0: all (default: 0)")
+    flag("--latents", type=positive, help="number of latents (default: 48)")
+    flag = parser.add_argument_group("optimisation, for --stochastic and --spectrum").add_argument
     flag("--stochastic", action="store_true", help="find every w also from samples, at w* = 0.5, 1, 1.5, 2, 3")
-    flag("--iterations", type=positive, default=4000, help="Adam steps")
-    flag("--lr", type=positive_float, default=0.2, help="Adam's step size, annealed to 0 by a cosine")
-    flag("--batch", type=positive, default=500, help="data per step")
-    flag("--samples", type=positive, default=4, help="posterior samples per datum, N, at least 2")
+    flag("--iterations", type=positive, help="Adam steps (default: 4000), or gradient steps of --spectrum (default: 1500)")
+    flag("--lr", type=positive_float, help="Adam's step size, annealed to 0 by a cosine, or the first step of --spectrum in "
+         "units of gamma^2 (default: 0.2 in both)")
+    flag("--batch", type=positive, help="data per step (default: 500; 100 with --spectrum)")
+    flag("--samples", type=positive, help="posterior samples per datum, N, of the unbiased estimators, at least 2 (default: 4)")
     flag = parser.add_argument_group("output").add_argument
     flag("--device", default="cpu", help="auto | cpu | cuda | cuda:1 ... (the models are so small that a CPU is as fast)")
     flag("--out", default=None, help="the run's folder (default: runs/param_recovery/ and the flags that matter)")
     flag("--overwrite", action="store_true", help="redo a run that is there")
     flag("--dry-run", action="store_true", help="say what would run, compute nothing, write nothing")
     args = parser.parse_args(argv)
+    check_flags(parser, args)
+    of_both = {key: values[bool(args.spectrum)] for key, values in DEFAULTS.items()}
+    mine, others = (SPECTRUM_ONLY, SCALAR_ONLY) if args.spectrum else (SCALAR_ONLY, SPECTRUM_ONLY)
+    for key in others:
+        delattr(args, key)
+    for key, value in (of_both | mine).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if not args.spectrum:
+        check_ranges(parser, args)
+    axes = ("spectrum", "seed") if args.spectrum else ("seed",)
+    args.out = args.out or f"runs/param_recovery/{run_name(args, axes, {'stochastic': False, 'spectrum': None} | of_both | mine)}"
+    return args
+
+
+def check_flags(parser, args):
+    """Refuse flags that would do nothing."""
+    given = [name for name in vars(args) if getattr(args, name) is not None]
+    if args.spectrum:
+        if args.stochastic or any(name in SCALAR_ONLY for name in given):
+            parser.error("--spectrum has no use for --stochastic, --alphas, --w-star-max, --points, --alpha, --w-star, --samples")
+        if args.batch and args.batch % 2:
+            parser.error(f"--batch {args.batch} must be even with --spectrum: every image is in its minibatch twice")
+    elif any(name in SPECTRUM_ONLY for name in given):
+        parser.error("--data-root, --limit and --latents have a meaning with --spectrum only")
+    elif not args.stochastic and any(name in STOCHASTIC_ONLY for name in given):
+        parser.error("--iterations, --lr, --batch, --samples and --seed have a meaning with --stochastic only")
+
+
+def check_ranges(parser, args):
     if args.samples < 2:
         parser.error("--samples must be at least 2: the unbiased estimators divide by N - 1")
-    if max(args.w_star, args.w_star_max) > 100 or not 1e-4 <= args.gamma <= 1e4 or not all(1e-3 <= a <= 1e3 for a in (args.alpha, *args.alphas)):
+    alphas = args.alpha, *args.alphas
+    if max(args.w_star, args.w_star_max) > 100 or not 1e-4 <= args.gamma <= 1e4 or not all(1e-3 <= a <= 1e3 for a in alphas):
         parser.error("--w-star and --w-star-max go to 100, --gamma from 1e-4 to 1e4, --alpha and --alphas from 1e-3 to 1e3: "
                      "there the search finds w to a thousandth of the larger of w* and sqrt(gamma)")
-    if not args.stochastic and any(getattr(args, name) != parser.get_default(name) for name in ("iterations", "lr", "batch", "samples", "seed")):
-        parser.error("--iterations, --lr, --batch, --samples and --seed have a meaning with --stochastic only")
-    args.out = args.out or f"runs/param_recovery/{run_name(args, ('seed',), vars(parser.parse_args([])))}"
-    return args
 
 
 def main(args):
     device = pick_device(args.device)
     if args.dry_run:
-        print(f"{len(RULES)} rules, {len(args.alphas)} alphas, {args.points} w* by closed forms"
+        print((f"linear VAEs of {args.latents} latents on {args.spectrum}, {args.iterations} steps each on {device}"
+               if args.spectrum else f"{len(RULES)} rules, {len(args.alphas)} alphas, {args.points} w* by closed forms")
               + (f", {len(CHECKED)} w* by {args.iterations} Adam steps on {device}" if args.stochastic else "")
               + f"\nwould write {args.out}")
         return
     with Run(args.out, "param_recovery", vars(args), device, args.overwrite) as run:
         if not run.status:
-            arrays = closed_forms(args)
+            arrays = spectrum(args, device) if args.spectrum else closed_forms(args)
             if args.stochastic:
                 arrays.update(stochastic(args, device))
-            finite = all(np.isfinite(arrays[name]).all() for name in arrays.keys() & {"sampled_w", "sampled_phi"})
+            finite = all(np.isfinite(arrays[name]).all() for name in arrays.keys() & {"sampled_w", "sampled_phi", "learnt"})
             run.save_metrics(**arrays, status="ok" if finite else f"diverged@{args.iterations}")
-            report(arrays)
-        for figure in (plots.param_recovery, plots.recovery_rules):
+            (report_spectrum if args.spectrum else report)(arrays)
+        for figure in (recovery.spectrum,) if args.spectrum else (recovery.param_recovery, recovery.recovery_rules):
             figure([run.path], run.path / f"{figure.__name__}.png")
 
 

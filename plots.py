@@ -47,7 +47,7 @@ FIGURES = {figure.name: figure for figure in (
     *(Figure(name, {"train_images": "pictures"}) for name in ("samples", "reconstructions", "interpolations")),
     *(Figure(name, {"train_images": "latents"}) for name in ("posterior_sd", "posterior_mean", "aggregate_posterior")),
     *(Figure(name, {"train_synthetic": "synthetic"}) for name in ("synthetic", "study", "learning_curves", "synthetic_samples", "density")),
-    *(Figure(name, {"param_recovery": "recovery"}, many=False) for name in ("param_recovery", "recovery_rules")),
+    *(Figure(name, {"param_recovery": "recovery"}, many=False) for name in ("param_recovery", "recovery_rules", "spectrum")),
     *(Figure(name, {"toy_inference": "toys"}, many=False) for name in ("toy_trajectories", "toy_basins", "toy_mixtures", "toy_gradients")),
     Figure("benchmark", {"benchmark": "benchmark"}, many=False),
 )}

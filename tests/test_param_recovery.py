@@ -8,9 +8,11 @@ import torch
 
 import param_recovery
 import plots
+import vsm.spectrum
 from models import EnsembleVAE
 from objectives import LEARN
 from param_recovery import CHECKED, RULES, MismatchedEncoder, Scale, joint_fd, joint_kld, minimise, posterior_variance, recover
+from vsm.linear import kappa, matched_noise
 from vsm.runs import load_arrays
 
 POINTS = [(0.7, 0.2, 0.5, 1.3, 1.1), (1.5, 0.6, 2.0, 0.7, 0.4), (0.0, -0.3, 0.9, 1.0, 2.0)]  # w, phi, alpha, gamma, w*
@@ -62,18 +64,18 @@ def test_minimise_finds_the_lower_of_two_minima_and_the_one_at_zero():
     assert minimise(wells(0.1)) == (0, 0)
 
 
-def exact_vae(how, w, phi, alpha, gamma, w_star):
-    """A model at (w, phi) with x = +-sd and e = +-1: two-point laws with the moments of Gaussians, exact for losses quadratic in both."""
+def exact_vae(how, w, phi, alpha, gamma, w_star, N=1):
+    """A model at (w, phi) with noise whose covariance is exactly I in x and the N samples: exact for losses quadratic in them."""
     decoder = Scale(1).double()
     encoder = MismatchedEncoder(how, decoder, alpha, gamma).double()
     decoder.w.data.fill_(w)
     encoder.phi.data.fill_(phi)
     vae = EnsembleVAE(encoder, decoder, 1, 1).double()
     vae.log_gamma.requires_grad_(False).fill_(math.log(gamma))
-    signs = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    x = math.sqrt(gamma + w_star**2) * signs.view(1, 2, 1)
+    noise = matched_noise(64, 1 + N)
+    x = math.sqrt(gamma + w_star**2) * noise[None, :, :1].requires_grad_()
     q = vae.encode(x)
-    return vae, x, q, vae.sample(q, signs.view(2, 1, 1, 1).expand(2, 1, 2, 1))
+    return vae, x, q, vae.sample(q, noise[:, 1:].T[:, None, :, None])
 
 
 @pytest.mark.parametrize("objective, divergence", [("elbo", joint_kld), ("fae", joint_fd)])
@@ -85,26 +87,28 @@ def test_expected_elbo_and_fae_are_the_joint_divergences_up_to_a_constant(object
     assert np.ptp(constants) < 1e-6  # gamma passes through float32
 
 
-@pytest.mark.parametrize("rule", [rule for rule, (how, _) in RULES.items() if how != "joint"])
+@pytest.mark.parametrize("rule", [rule for rule, (how, *_) in RULES.items() if how != "joint"])
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.7])
 def test_held_and_following_rules_are_stationary_and_increase_beyond(rule, alpha):
-    how, objective = RULES[rule]
+    how, objective, estimator, N = RULES[rule]
+    N = N or 2 * (estimator == "unbiased") or 1
+    options = {"estimator": estimator} if estimator else {}
     w, phi = (float(value) for value in recover(rule, alpha, 1.3, 2.5))
     slopes = []
     for shift in (0.0, 0.05):
         at = (w + shift, phi if how == "held" else 0.0, alpha, 1.3, 2.5)
         if how == "held":  # the q of the fixed point, the decoder moved
-            vae, x, q, z = exact_vae(how, w, *at[1:])
+            vae, x, q, z = exact_vae(how, w, *at[1:], N)
             vae.decoder.w.data.fill_(at[0])
             z = z.detach()
         else:
-            vae, x, q, z = exact_vae(how, *at)
-        slopes.append(torch.autograd.grad(LEARN[objective](vae, x, q, z).mean(), vae.decoder.w)[0].item())
+            vae, x, q, z = exact_vae(how, *at, N)
+        slopes.append(torch.autograd.grad(LEARN[objective](vae, x, q, z, **options).mean(), vae.decoder.w)[0].item())
     assert abs(slopes[0]) < 1e-6
     assert slopes[1] > 1e-5
 
 
-@pytest.mark.parametrize("rule", ["JKLD", "JFD", "held S", "following B"])
+@pytest.mark.parametrize("rule", ["JKLD", "JFD", "held S", "following B", "held S, N = 2", "held B, N = 1"])
 def test_samples_and_adam_reach_the_closed_forms(rule):
     args = param_recovery.parse_args(["--stochastic", "--iterations", "1200", "--batch", "200", "--lr", "0.1"])
     alpha, w_star = np.array([0.5, 2.0, 0.5]), np.array([1.5, 1.5, 0.5])
@@ -170,8 +174,8 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, words", [(["--iterations", 5], "have a meaning with --stochastic only"), (["--seed", 1], "with --stochastic only"),
                                          (["--w-star", 1500], "there the search finds w"), (["--gamma", "1e-6"], "there the search finds w"),
-                                         (["--alphas", "1e200"], "there the search finds w"), (["--alpha", "1e-4"], "there the search finds w"),
-                                         (["--seed", 2**63, "--stochastic"], "below 2^63")])
+                                         (["--alphas", "1e200"], "a float32 can hold"), (["--alpha", "1e-4"], "there the search finds w"),
+                                         (["--seed", 2**63, "--stochastic"], "below 2^31")])
 def test_flags_that_would_do_nothing_or_harm_are_refused(fails, tmp_path, argv, words):
     assert words in fails(param_recovery, *argv, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -189,3 +193,45 @@ def test_the_search_finds_the_lowest_w_of_a_dense_profile_in_all_that_the_flags_
         tolerance = 1e-3 * max(w_star, math.sqrt(gamma))
         assert abs(recover("JFD", alpha, gamma, w_star)[0] - lowest) < tolerance, w_star
         assert abs(recover("JKLD", alpha, gamma, w_star)[0] - w_star) < tolerance, w_star
+
+
+@pytest.mark.parametrize("name, objective", [("S", "swersky"), ("B", "bao")])
+def test_plug_in_rules_learn_the_variance_over_kappa_and_meet_the_exact_ones(name, objective):
+    for N in (1, 2, 5, 20):
+        w, _ = recover(f"held {name}, N = {N}", 0.5, 1.0, 3.0)
+        assert 1 + w**2 == pytest.approx(10 / kappa(objective, "plugin", N, 0.5))
+    assert np.allclose(recover("held S, N = 1", 0.5, 1.0, CHECKED), recover("held F", 0.5, 1.0, CHECKED))
+    assert np.allclose(recover("held S, N = 2", 1.0, 1.0, CHECKED), recover("held B, N = 2", 1.0, 1.0, CHECKED))
+
+
+def test_the_spectra_of_images(tmp_path, capsys, digits, monkeypatch):
+    monkeypatch.setattr(vsm.spectrum, "EXPECTED_UPDATES", 400)
+    out = tmp_path / "run"
+    argv = ["--spectrum", "mnist", "--data-root", str(digits), "--latents", "4", "--iterations", "30", "--batch", "8", "--out", str(out)]
+    param_recovery.main(param_recovery.parse_args(argv))
+    arrays = load_arrays(out / "metrics.npz")
+    assert arrays["status"] == "ok"
+    assert arrays["learnt"].shape == arrays["expected"].shape == arrays["second_moment"].shape == (22, 4)
+    v = arrays["eigenvalues"][:4]
+    assert np.abs(arrays["expected"] / np.maximum(v / arrays["kappa"][:, None], arrays["gamma"]) - 1).max() < 0.01
+    assert (out / "spectrum.png").stat().st_size > 10_000
+    assert "largest error" in capsys.readouterr().out
+    plots.main(plots.parse_args(["spectrum", str(out), "--save", str(tmp_path / "again.png")]))
+    param_recovery.main(param_recovery.parse_args(argv))
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_diverged_spectrum_says_so(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(vsm.spectrum, "EXPECTED_UPDATES", 1)
+    argv = ["--spectrum", "mnist", "--data-root", str(digits), "--latents", "2", "--iterations", "9", "--batch", "8", "--lr", "1e30"]
+    param_recovery.main(param_recovery.parse_args([*argv, "--out", str(tmp_path / "run")]))
+    assert load_arrays(tmp_path / "run" / "metrics.npz")["status"] == "diverged@9"
+
+
+@pytest.mark.parametrize("argv, words", [(["--latents", 5], "with --spectrum only"), (["--limit", 5], "with --spectrum only"),
+                                         (["--spectrum", "mnist", "--alpha", 1], "has no use for"),
+                                         (["--spectrum", "mnist", "--stochastic"], "has no use for"),
+                                         (["--spectrum", "mnist", "--batch", 5], "must be even"),
+                                         (["--spectrum", "letters"], "unknown data")])
+def test_flags_of_the_spectrum_are_checked(fails, tmp_path, argv, words):
+    assert words in fails(param_recovery, *argv, "--out", tmp_path / "run")

@@ -1,0 +1,149 @@
+"""docs/theory.md: the proposition of the contraction, by the objectives of objectives.py, and the two identities of inference."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models import VAE
+from objectives import INFER, LEARN
+from vsm.linear import expected_slope, kappa, linear_vae, matched_noise, measured_kappa, second_moment, set_posterior, split_kappa
+
+ROWS = [("elbo", None), ("fd", None), ("swersky", "plugin"), ("swersky", "unbiased"), ("swersky", "released"),
+        ("bao", "plugin"), ("bao", "unbiased"), ("bao", "released")]
+
+
+def measure(objective, estimator, N, alpha, **options):
+    options |= {"estimator": estimator} if estimator else {}
+    return measured_kappa(objective, N, alpha, image=estimator == "released" and "batch" not in options, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ the contraction
+
+
+@pytest.mark.parametrize("objective, estimator", ROWS)
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_measured_kappa_is_the_predicted_one(objective, estimator, alpha):
+    for N in (1, 2, 5, 20):
+        if (estimator, N) != ("unbiased", 1):
+            predicted = kappa(objective, estimator, N, alpha)
+            assert measure(objective, estimator, N, alpha) == pytest.approx(predicted, rel=1e-6), N
+
+
+def test_kappa_does_not_depend_on_the_data_nor_on_gamma():
+    for v, gamma in ((2.5, 1.0), (400.0, 1.0), (0.3, 0.01)):
+        assert measured_kappa("swersky", 5, 1.0, v, gamma) == pytest.approx(1.8)
+        assert measured_kappa("bao", 5, 1.0, v, gamma) == pytest.approx(1.2)
+
+
+def test_the_released_estimator_on_vectors_contracts_by_the_size_of_the_minibatch():
+    for objective, N, alpha, batch in (("bao", 1, 1.0, 4), ("bao", 5, 0.5, 3), ("swersky", 1, 1.0, 4), ("swersky", 5, 0.5, 3)):
+        predicted = kappa(objective, "released", N, alpha, batch)
+        assert measure(objective, "released", N, alpha, batch=batch) == pytest.approx(predicted), objective
+    assert kappa("bao", "released", 1, 1.0, 1000) == 1001
+
+
+def test_a_latent_is_pruned_where_kappa_is_above_v_over_gamma():
+    assert measured_kappa("swersky", 5, v=1.79) == math.inf
+    assert measured_kappa("swersky", 5, v=1.81) == pytest.approx(1.8)
+
+
+def test_a_bias_is_told_from_an_estimator():
+    assert split_kappa("bao") == pytest.approx((1, 1, 0), abs=1e-6)
+    assert split_kappa("swersky", 0.5) == pytest.approx((1, -0.5, 0), abs=1e-6)
+    assert split_kappa("swersky", estimator="unbiased") == pytest.approx((2, 0, 0), abs=1e-6)
+
+
+def test_fae_with_q_held_has_a_kappa_with_the_exact_posterior_alone():
+    assert measured_kappa("fae", 2, 1.0) == pytest.approx(1)
+    assert measured_kappa("fae", 2, 0.5) == 0
+    assert measured_kappa("fae", 2, 1.5, v=5.0) < 4 < 5 < measured_kappa("fae", 2, 1.5, v=25.0)
+    with pytest.raises(ValueError, match="no constant contraction"):
+        kappa("fae")
+
+
+def test_kappa_of_a_function_and_of_one_that_is_not_finite():
+    assert measured_kappa(lambda vae, x, q, z: 3 * LEARN["fd"](vae, x, q, z), 2, 0.7) == pytest.approx(0.7)
+    assert math.isnan(measured_kappa(lambda vae, x, q, z: math.nan * LEARN["fd"](vae, x, q, z), 2))
+
+
+def expected_loss(vae, objective, estimator, C, N, alpha):
+    """The exact mean of a loss over x ~ N(0, C) and q; it moves with the decoder and gamma, not with q and z."""
+    set_posterior(vae, alpha)
+    D, Dz = vae.decoder.weight.shape
+    noise = matched_noise(2 * (D + N * Dz), D + N * Dz)
+    x = (noise[:, :D] @ torch.linalg.cholesky(C).T).requires_grad_()
+    q = vae.encode(x)
+    z = vae.sample(q, noise[:, D:].unflatten(-1, (N, Dz)).transpose(0, 1)).detach()
+    return LEARN[objective](vae, x, q, z, **({"estimator": estimator} if estimator else {})).mean()
+
+
+MODELS = [("elbo", None, 1), ("fd", None, 2), ("swersky", "plugin", 3), ("swersky", "unbiased", 2), ("bao", "plugin", 3),
+          ("bao", "unbiased", 2)]
+
+
+@pytest.mark.parametrize("objective, estimator, N", MODELS)
+def test_the_expected_gradient_of_every_objective_is_that_of_fd_with_kappa_before_the_posterior_covariance(objective, estimator, N):
+    gamma, alpha, generator = 0.3, 0.7, torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(4, 2, generator=generator, dtype=torch.float64))[0]
+    root = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    C, W = root @ root.T, Q * torch.tensor([1.3, 0.6], dtype=torch.float64)  # orthogonal columns: the exact posterior is diagonal
+    vae = linear_vae(W.clone(), gamma)
+    slope = torch.autograd.grad(expected_loss(vae, objective, estimator, C, N, alpha), vae.decoder.weight)[0]
+    scale = gamma if objective == "elbo" else gamma**2
+    assert torch.allclose(scale * slope, expected_slope(W, C, gamma, objective, estimator, N, alpha), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("objective, estimator, N", MODELS)
+def test_spectrum_second_moment_and_gamma_at_the_fixed_point(objective, estimator, N):
+    v, gamma, alpha = torch.tensor([9.0, 5.0, 0.7, 0.2, 0.1], dtype=torch.float64), 0.5, 1.0
+    Q = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    C, k = Q * v @ Q.T, kappa(objective, estimator, N, alpha)
+    W = torch.randn(5, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for _ in range(2000):
+        W = W - 0.3 * expected_slope(W, C, gamma, objective, estimator, N, alpha)
+    learnt = gamma + torch.linalg.svdvals(W).square()
+    assert torch.allclose(learnt, (v[:4] / k).clamp(min=gamma), rtol=1e-5)
+    # gamma learnt: sum of the variances left out over D - kappa K, for 2 latents in 5 dimensions
+    gamma = (v[2:].sum() / (5 - 2 * k)).item()
+    W = Q[:, :2] * (v[:2] / k - gamma).sqrt()
+    vae = linear_vae(W.clone(), gamma)
+    vae.log_gamma.requires_grad_(True)
+    slopes = torch.autograd.grad(expected_loss(vae, objective, estimator, C, N, alpha), (vae.decoder.weight, vae.log_gamma))
+    assert max(slope.abs().max() for slope in slopes) < 1e-9
+    phi, s2 = vae.encoder.phi.detach(), (2 * vae.encoder.log_std.detach()).exp()
+    assert np.allclose((phi @ C * phi).sum(1) + s2, second_moment(k, alpha, gamma, v[:2].numpy()))
+
+
+# ------------------------------------------------------------------------------------------------- FD inference and KLD inference
+
+
+def test_fd_inference_is_preconditioned_kld_inference_on_a_nonlinear_decoder():
+    # pairs z = m + s e, m - s e: s^2 FD = KLD for the mean; s^2 FD = 2 KLD for the log sd, within standard errors of M pairs
+    torch.manual_seed(0)
+    D, Dz, M = 4, 3, 50_000
+    decoder = nn.Sequential(nn.Linear(Dz, 8), nn.Tanh(), nn.Linear(8, D)).double().requires_grad_(False)
+    vae = VAE(nn.Identity(), decoder, Dz).double()
+    vae.log_gamma.requires_grad_(False).fill_(math.log(0.4))
+    x, h = torch.randn(D, dtype=torch.float64), torch.cat((torch.randn(Dz), torch.tensor([-0.7, 0.1, -0.3]))).double()
+    e = torch.randn(M, Dz, dtype=torch.float64)
+    gradients = {}
+    for name in ("kld", "fd", "fd-weighted"):
+        total = []
+        for noise in (e, -e):
+            outputs = h.expand(M, -1).clone().requires_grad_()  # a posterior of its own for every draw: a gradient for each
+            q = vae.posterior(outputs)
+            z = vae.sample(q, noise[None])
+            loss = INFER[name](vae, x.expand(M, -1), q, z if name == "kld" else z.detach())
+            total.append(torch.autograd.grad(loss.sum(), outputs)[0])
+        gradients[name] = sum(total) / 2
+    s2 = (2 * h[Dz:]).exp()
+    factor = torch.cat((torch.ones(Dz), torch.full((Dz,), 2.0))).double()
+    for scaled in (gradients["fd"] * torch.cat((s2, s2)), gradients["fd-weighted"]):
+        difference = scaled - factor * gradients["kld"]
+        assert (difference[:, :Dz].abs() < 1e-12).all()  # of the mean it holds sample by sample
+        resolution = 4 * difference.std(0)[Dz:] / math.sqrt(M)
+        assert (difference.mean(0)[Dz:].abs() < resolution).all()
+        assert (resolution < 0.05 * (2 * gradients["kld"]).mean(0)[Dz:].abs()).all()  # the check tells a factor 2 from another

@@ -1,0 +1,176 @@
+"""Linear VAEs: where each learning objective ends, predicted (`kappa`) and measured (`measured_kappa`).
+
+    p(z) = N(0, I), p(x|z) = N(W z, gamma I); q(z|x) = N(Phi x, diag s^2) with the exact posterior's mean,
+    Phi = (W'W + gamma I)^-1 W', and alpha times its variance, s_j^2 = alpha gamma / (gamma + |w_j|^2), w_j the j-th column of W.
+
+In a direction where the data have variance v, a decoder that moves while q stands still (Algorithm 1) ends at
+gamma + w^2 = v / kappa. docs/theory.md has the proofs.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from torch import nn
+
+from models import VAE, EnsembleVAE
+from objectives import LEARN
+
+LOWEST, HIGHEST, SCANNED = 1e-6, 1e3, 16  # w^2 / gamma at its lowest, (gamma + w^2) / v at its highest, values between
+
+
+def kappa(objective, estimator="plugin", N=math.inf, alpha=1.0, batch=None):
+    """The contraction of a learning objective: a linear model that it trains gives its data the variance v / kappa, not v.
+
+    objective: elbo, fd, swersky or bao. estimator: plugin, unbiased or released, for swersky and bao. N: posterior samples;
+    plugin with N = inf is the exact expectation. alpha: variance of q over the exact posterior's, a number or an array.
+    batch: released as on vectors, which averages over a minibatch of this size; None: released as on images. Raises
+    ValueError for another objective.
+    """
+    if objective in ("elbo", "fd"):
+        return alpha
+    if objective not in ("swersky", "bao"):
+        raise ValueError(f"no constant contraction is known for the objective {objective}")
+    if estimator == "unbiased":
+        return 2 * alpha if objective == "swersky" else 1.0
+    B = batch if estimator == "released" and batch else 1
+    if objective == "swersky":
+        return alpha * (2 * B - 1 / N) / (2 * B - 1)
+    return B + alpha / N
+
+
+def second_moment(kappa, alpha, gamma, v):
+    """E z^2 of the aggregate posterior along an active latent (v > kappa gamma): kappa, less a term of the order of gamma / v."""
+    return kappa - (kappa - alpha) * kappa * gamma / v
+
+
+# ------------------------------------------------------------------------------------------------------------------ models
+
+
+class LinearEncoder(nn.Module):
+    """x [..., *event_shape] to the mean Phi x and the log standard deviation of q(z|x), [..., 2 Dz]."""
+
+    def __init__(self, dim_z, event_shape):
+        super().__init__()
+        self.event_ndim = len(event_shape)
+        self.phi = nn.Parameter(torch.zeros(dim_z, math.prod(event_shape)))  # [Dz, D]
+        self.log_std = nn.Parameter(torch.zeros(dim_z))
+
+    def forward(self, x):
+        mean = x.flatten(-self.event_ndim) @ self.phi.T
+        return torch.cat((mean, self.log_std.expand_as(mean)), -1)
+
+
+class LinearDecoder(nn.Module):
+    """z [..., Dz] to W z, [..., *event_shape]."""
+
+    def __init__(self, weight, event_shape):
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.weight = nn.Parameter(weight)  # [D, Dz]
+
+    def forward(self, z):
+        return (z @ self.weight.T).unflatten(-1, self.event_shape)
+
+
+def linear_vae(weight, gamma, event_shape=None, members=None):
+    """A linear `models.VAE` of data [*event_shape] with W = `weight` [D, Dz], in weight's dtype, gamma held.
+
+    event_shape: (D,) where None; an image's (C, H, W) otherwise. With `members` it is an EnsembleVAE of as many equal members.
+    """
+    event_shape = event_shape or (len(weight),)
+    encoder, decoder = LinearEncoder(weight.shape[1], event_shape), LinearDecoder(weight, event_shape)
+    vae = EnsembleVAE(encoder, decoder, weight.shape[1], members) if members else VAE(encoder, decoder, weight.shape[1])
+    vae.to(weight.dtype).log_gamma.requires_grad_(False).fill_(math.log(gamma))
+    return vae
+
+
+@torch.no_grad()
+def set_posterior(vae, alpha=1.0):
+    """Give the encoder the exact posterior's mean and alpha times its variance (exact where the columns of W are orthogonal)."""
+    W, gamma = vae.decoder.weight, vae.log_gamma.exp().flatten()[0]
+    precision = W.T @ W / gamma + torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
+    vae.encoder.phi.copy_(torch.linalg.solve(precision, W.T / gamma))
+    vae.encoder.log_std.copy_((alpha / precision.diagonal()).log() / 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ fixed points
+
+
+def matched_noise(pairs, dims, seed=0):
+    """Noise [2 pairs, dims], float64: e and -e, whitened; pairs must be at least dims.
+
+    Odd moments vanish and the covariance is I exactly. The mean of a quadratic is therefore its expectation under N(0, I); the
+    mean of another function is an estimate of it.
+    """
+    e = torch.randn(pairs, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    e = torch.linalg.solve_triangular(torch.linalg.cholesky(e.T @ e / pairs), e.T, upper=False).T
+    return torch.cat((e, -e))
+
+
+def expected_gradient(objective, w, v, N, alpha, gamma=1.0, batch=None, image=False, pairs=128, seed=0, **options):
+    """d E[loss] / dw of a one-dimensional linear VAE at w, q and z held: Algorithm 1. Options: see measured_kappa."""
+    B = batch or 1
+    noise = matched_noise(max(pairs, 2 * B * (1 + N)), B * (1 + N), seed).unflatten(-1, (1 + N, B))  # [M, 1 + N, B]
+    x, noise = math.sqrt(v) * noise[:, 0, :, None], noise[:, 1:, :, None].transpose(0, 1)  # [M, B, 1], [N, M, B, 1]
+    if not batch:
+        x, noise = x[:, 0], noise[:, :, 0]
+    event_shape = (1, 1, 1) if image else (1,)
+    vae = linear_vae(torch.full((1, 1), w, dtype=torch.float64), gamma, event_shape, len(x) if batch else None)
+    set_posterior(vae, alpha)
+    vae.encoder.requires_grad_(False)
+    x = x.unflatten(-1, event_shape).requires_grad_()
+    q = vae.encode(x)
+    z = vae.sample(q, noise).detach()
+    loss = (LEARN[objective] if isinstance(objective, str) else objective)(vae, x, q, z, **options).mean()
+    return torch.autograd.grad(loss, vae.decoder.weight)[0].item()
+
+
+def measured_kappa(objective, N, alpha=1.0, v=25.0, gamma=1.0, **options):
+    """v / (gamma + w^2) at the fixed point w of a learning objective on a one-dimensional linear VAE; it does not use `kappa`.
+
+    objective: a name of objectives.LEARN or a function like them. N: posterior samples. alpha: variance of q over the exact
+    posterior's. v: variance of the data. Keywords of the expectation: `batch`, the size of minibatches where the objective
+    couples data; `image`, x as [C, H, W]; `pairs` and `seed` of the noise (take more pairs for an objective that is not
+    quadratic in x and z). Other keywords go to the objective, `estimator` for example.
+
+    Returns inf where the latent is pruned (kappa above v / gamma), 0 where w grows without bound, nan where the gradient is not
+    finite, and the least kappa where there are several stable fixed points.
+    """
+    def slope(t):  # linear in t = gamma + w^2 for an objective with a constant kappa, so that one secant step finds the root
+        w = math.sqrt(t - gamma)
+        return expected_gradient(objective, w, v, N, alpha, gamma, **options) * t / w
+
+    tried = np.append(gamma * (1 + LOWEST), np.geomspace(gamma * 1.01, HIGHEST * v, SCANNED))
+    above = slope(tried[-1])
+    if not above > 0:
+        return 0.0 if above <= 0 else math.nan
+    for low, high in zip(tried[-2::-1], tried[:0:-1]):
+        if slope(low) < 0:
+            return v / brentq(slope, low, high, rtol=1e-10)
+    return math.inf
+
+
+def split_kappa(objective, alpha=1.0, samples=(2, 5, 20), **options):
+    """What of an objective's kappa is its own and what is its estimator's: (limit, slope, residual) of kappa = limit + slope / N.
+
+    limit: N = inf, the objective itself. slope: the bias of the estimator, 0 for an unbiased one. residual: the largest |error|
+    of the least-squares fit over N in `samples`, which says something for three N or more. Options as in measured_kappa.
+    """
+    measured = np.array([measured_kappa(objective, N, alpha, **options) for N in samples])
+    design = np.stack((np.ones(len(samples)), 1 / np.array(samples)), 1)
+    limit, slope = np.linalg.lstsq(design, measured, rcond=None)[0]
+    return limit, slope, np.abs(design @ (limit, slope) - measured).max()
+
+
+def expected_slope(W, C, gamma, objective, estimator="plugin", N=math.inf, alpha=1.0):
+    """gamma^2 times the gradient of an objective's expectation with respect to the decoder's weights W [D, Dz], in closed form.
+
+    C [D, D]: covariance of the data. q and z are held; q has the exact posterior's mean and alpha times its covariance with its
+    off-diagonals. objective: elbo (there it is gamma times the gradient), fd, swersky or bao.
+    """
+    S = gamma * torch.linalg.inv(W.T @ W + gamma * torch.eye(W.shape[1], dtype=W.dtype, device=W.device))  # the exact covariance
+    cross = C @ W @ S / gamma  # E[x m'], [D, Dz], m = S W' x / gamma the posterior mean
+    mm = S @ W.T @ cross / gamma  # E[m m'], [Dz, Dz]
+    return W @ (mm + kappa(objective, estimator, N, alpha) * S) - cross

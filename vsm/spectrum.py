@@ -1,0 +1,128 @@
+"""Linear VAEs on real images: which variances does each learning objective give its model? (`param_recovery.py --spectrum mnist`)
+
+The data are the pixels less their mean, without those that never change; gamma is given and held.
+Every model starts at the PCA solution, the maximum of the likelihood. A spectrum that departs from it is the objective's doing.
+"""
+
+import math
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import load_images
+from objectives import LEARN
+from vsm.cli import UserError
+from vsm.linear import expected_slope, kappa, linear_vae, set_posterior
+
+SAMPLES = (1, 2, 5, 20)
+OBJECTIVES = (("elbo", "plugin"), ("fd", "plugin"), ("swersky", "plugin"), ("swersky", "unbiased"), ("bao", "plugin"),
+              ("bao", "unbiased"))
+DECAY = 100  # steps after which the step has halved; it falls as 1 / (1 + step / DECAY)
+EXPECTED_UPDATES = 1000
+
+
+def spectrum(args, device):
+    """The arrays of metrics.npz: M models of K = `--latents` latents, D pixels. Eigenvalues are sorted, the largest first.
+
+    objective, estimator, samples, kappa [M]; gamma; eigenvalues [D] of the data; learnt [M, K], the eigenvalues of gamma I + W
+    W' after training, and expected [M, K], the same after expected updates from random weights; second_moment [M, K], E z^2 of
+    the aggregate posterior, of the latent with the j-th largest weights.
+    """
+    pixels = load_pixels(args).to(device)
+    gamma = args.gamma
+    C = (pixels.T.double() @ pixels.double()) / len(pixels)
+    models = [(*objective, N) for objective in OBJECTIVES for N in SAMPLES if objective[1] != "unbiased" or N > 1]
+    bar = tqdm(models, desc="models", disable=None)
+    values, vectors = torch.linalg.eigh(C)
+    start = vectors[:, -args.latents:] * (values[-args.latents:] - gamma).clamp(min=0).sqrt()
+    rows = [one_model(pixels, C, start, args, *model) for model in bar]
+    ends = {round(kappa(*model), 9): model for model in models}  # the expected update depends on the model through kappa alone
+    ends = {key: expected_end(C, args, *model) for key, model in ends.items()}
+    objective, estimator, samples = (np.array(column) for column in zip(*models))
+    return {"objective": objective, "estimator": estimator, "samples": samples, "gamma": gamma,
+            "kappa": np.array([kappa(*model) for model in models]), "eigenvalues": values.flip(0).cpu().numpy(),
+            "expected": np.stack([ends[round(kappa(*model), 9)] for model in models]),
+            **{key: np.stack([row[key] for row in rows]) for key in rows[0]}}
+
+
+def load_pixels(args):
+    """The training images as float32 rows less their mean, without the pixels that never change."""
+    pixels = load_images(args.spectrum, args.data_root, limit=args.limit).train.flatten(1)
+    pixels = pixels[:, (pixels != pixels[0]).any(0)].float() / 255
+    if args.latents > pixels.shape[1]:
+        raise UserError(f"--latents {args.latents} are more than the {pixels.shape[1]} pixels of {args.spectrum} that change")
+    return pixels - pixels.mean(0)
+
+
+def one_model(pixels, C, start, args, objective, estimator, N):
+    gamma = args.gamma
+    W = train(pixels, start, args, objective, estimator, N)
+    if not W.isfinite().all():
+        return {"learnt": np.full(args.latents, math.nan), "second_moment": np.full(args.latents, math.nan)}
+    W = W[:, W.square().sum(0).argsort(descending=True)]
+    vae = linear_vae(W, gamma)
+    set_posterior(vae)
+    phi, s2 = vae.encoder.phi.data, (2 * vae.encoder.log_std.data).exp()
+    learnt = gamma + torch.linalg.svdvals(W).square()
+    return {"learnt": learnt.cpu().numpy(), "second_moment": ((phi @ C * phi).sum(1) + s2).cpu().numpy()}
+
+
+def expected_end(C, args, objective, estimator, N):
+    """The eigenvalues of gamma I + W W' [K] after expected updates from random weights."""
+    generator = torch.Generator().manual_seed(args.seed)
+    W = torch.randn(len(C), args.latents, generator=generator, dtype=torch.float64).to(C) / math.sqrt(len(C))
+    for _ in range(EXPECTED_UPDATES):
+        W = W - 0.5 * expected_slope(W, C, args.gamma, objective, estimator, N)
+    return args.gamma + torch.linalg.svdvals(W).square().cpu().numpy()
+
+
+def train(pixels, start, args, objective, estimator, N):
+    """W [D, K] (nan where it diverges) from `start`: gradient steps of the objective on minibatches, q held in each step.
+
+    q is the exact posterior of the W before the step.
+
+    Each image is in its minibatch twice, with posterior noise of either sign: the terms of the gradient that are linear in
+    the noise cancel. The step is `--lr` times gamma^2 (gamma for the ELBO, in whose gradient gamma appears once) and falls as
+    one over the number of steps. W is the average over the last half of the steps.
+    """
+    gamma, device = args.gamma, pixels.device
+    vae = linear_vae(start.float(), gamma, (1, 1, len(start)))  # as an image, for the released estimator's sake
+    vae.encoder.requires_grad_(False)
+    optimiser = torch.optim.SGD(vae.decoder.parameters(), lr=args.lr * (gamma if objective == "elbo" else gamma**2))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step / DECAY))
+    options = {"estimator": estimator} if objective in ("swersky", "bao") else {}
+    generator = torch.Generator(device).manual_seed(args.seed)
+    average, averaged = torch.zeros_like(vae.decoder.weight), args.iterations - args.iterations // 2
+    for step in range(args.iterations):
+        set_posterior(vae)
+        x = pixels[torch.randint(len(pixels), (args.batch // 2,), generator=generator, device=device)]
+        x = torch.cat((x, x)).view(-1, 1, 1, len(start)).requires_grad_(objective == "bao")
+        q = vae.encode(x)
+        noise = torch.randn(N, args.batch // 2, args.latents, generator=generator, device=device)
+        z = vae.sample(q, torch.cat((noise, -noise), 1)).detach()
+        optimiser.zero_grad()
+        LEARN[objective](vae, x, q, z, **options).mean().backward(inputs=[vae.decoder.weight])
+        optimiser.step()
+        schedule.step()
+        if not vae.decoder.weight.isfinite().all():
+            return torch.full_like(start, math.nan)
+        if step >= args.iterations // 2:
+            average += vae.decoder.weight.detach() / averaged
+    return average.double()
+
+
+def report_spectrum(arrays):
+    """Print, for every model, learnt over predicted variances of the ten largest directions, E z^2, and the active latents."""
+    K, gamma = arrays["learnt"].shape[1], arrays["gamma"]
+    print("ten largest directions: learnt / predicted variance, means of v / learnt and of E z^2; active latents, predicted")
+    print("objective estimator  N   kappa  v / learnt  learnt / predicted    E z^2   active")
+    for m, k in enumerate(arrays["kappa"]):
+        v, learnt = arrays["eigenvalues"][:K], arrays["learnt"][m]
+        ratio = (learnt / np.maximum(v / k, gamma))[:10]
+        print(f"{arrays['objective'][m]:9} {arrays['estimator'][m]:9} {arrays['samples'][m]:3} {k:7.3f} "
+              f"{(v / learnt)[:10].mean():11.3f}{ratio.min():12.3f} to {ratio.max():.3f} "
+              f"{arrays['second_moment'][m, :10].mean():8.3f} "
+              f"{(learnt > 1.05 * gamma).sum():5} {(v > 1.05 * k * gamma).sum():3}")
+    error = 100 * np.abs(arrays["expected"] / np.maximum(v / arrays["kappa"][:, None], gamma) - 1)
+    print(f"expected updates, largest error: {error.max():.2g} % of all {K} directions, {error[:, :10].max():.2g} % of ten")
