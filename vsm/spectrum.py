@@ -91,13 +91,13 @@ def train(pixels, start, args, objective, estimator, N):
     vae.encoder.requires_grad_(False)
     optimiser = torch.optim.SGD(vae.decoder.parameters(), lr=args.lr * (gamma if objective == "elbo" else gamma**2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step / DECAY))
-    options = {"estimator": estimator} if objective in ("swersky", "bao") else {}
+    options = {"estimator": estimator} if LEARN[objective].has_estimator else {}
     generator = torch.Generator(device).manual_seed(args.seed)
     average, averaged = torch.zeros_like(vae.decoder.weight), args.iterations - args.iterations // 2
     for step in range(args.iterations):
         set_posterior(vae)
         x = pixels[torch.randint(len(pixels), (args.batch // 2,), generator=generator, device=device)]
-        x = torch.cat((x, x)).view(-1, 1, 1, len(start)).requires_grad_(objective == "bao")
+        x = torch.cat((x, x)).view(-1, 1, 1, len(start)).requires_grad_(LEARN[objective].needs_b)
         q = vae.encode(x)
         noise = torch.randn(N, args.batch // 2, args.latents, generator=generator, device=device)
         z = vae.sample(q, torch.cat((noise, -noise), 1)).detach()
