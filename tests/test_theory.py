@@ -59,7 +59,7 @@ def test_a_bias_is_told_from_an_estimator():
 def test_fae_with_q_held_has_a_kappa_with_the_exact_posterior_alone():
     assert measured_kappa("fae", 2, 1.0) == pytest.approx(1)
     assert measured_kappa("fae", 2, 0.5) == 0
-    assert measured_kappa("fae", 2, 1.5, v=5.0) < 4 < 5 < measured_kappa("fae", 2, 1.5, v=25.0)
+    assert measured_kappa("fae", 2, 1.5, v=5.0) < 0.6 * measured_kappa("fae", 2, 1.5, v=25.0)
     with pytest.raises(ValueError, match="no constant contraction"):
         kappa("fae")
 
