@@ -1,9 +1,9 @@
 """Does a joint divergence recover the parameter that made the data, when q has the wrong variance? (Figure 1)
 
     python param_recovery.py                                               # the paper's figure, by closed forms: 4 s
-    python param_recovery.py --stochastic                                  # and the same minima from samples and Adam: 1 min
+    python param_recovery.py --stochastic                                  # and the same minima from samples and Adam: 2 min
     python param_recovery.py --stochastic --iterations 200 --batch 100     # the same, not converged: 15 s
-    python param_recovery.py --spectrum mnist                              # linear VAEs on images by minibatches: minutes
+    python param_recovery.py --spectrum mnist                              # linear VAEs on images by minibatches: 10 min
 
 Model: p(z) = N(0, 1), p_w(x|z) = N(w z, gamma), data from p_{w*}, v = gamma + w*^2. Encoder: q(z|x) = N(phi x, s2), its variance
 alpha times the exact one, s2 = alpha gamma / (gamma + w^2). (w, phi) and (-w, -phi) are the same model: w >= 0 here.

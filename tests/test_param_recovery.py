@@ -205,15 +205,16 @@ def test_plug_in_rules_learn_the_variance_over_kappa_and_meet_the_exact_ones(nam
 
 
 def test_the_spectra_of_images(tmp_path, capsys, digits, monkeypatch):
-    monkeypatch.setattr(vsm.spectrum, "EXPECTED_UPDATES", 400)
+    monkeypatch.setattr(vsm.spectrum, "EXPECTED_UPDATES", 250)
+    monkeypatch.setattr(vsm.spectrum, "OBJECTIVES", (("swersky", "plugin"), ("bao", "unbiased")))
     out = tmp_path / "run"
     argv = ["--spectrum", "mnist", "--data-root", str(digits), "--latents", "4", "--iterations", "30", "--batch", "8", "--out", str(out)]
     param_recovery.main(param_recovery.parse_args(argv))
     arrays = load_arrays(out / "metrics.npz")
     assert arrays["status"] == "ok"
-    assert arrays["learnt"].shape == arrays["expected"].shape == arrays["second_moment"].shape == (22, 4)
+    assert arrays["learnt"].shape == arrays["expected"].shape == arrays["second_moment"].shape == (7, 4)
     v = arrays["eigenvalues"][:4]
-    assert np.abs(arrays["expected"] / np.maximum(v / arrays["kappa"][:, None], arrays["gamma"]) - 1).max() < 0.01
+    assert np.abs(arrays["expected"] / np.maximum(v / arrays["kappa"][:, None], arrays["gamma"]) - 1).max() < 0.02
     assert (out / "spectrum.png").stat().st_size > 10_000
     assert "largest error" in capsys.readouterr().out
     plots.main(plots.parse_args(["spectrum", str(out), "--save", str(tmp_path / "again.png")]))
@@ -223,6 +224,7 @@ def test_the_spectra_of_images(tmp_path, capsys, digits, monkeypatch):
 
 def test_a_diverged_spectrum_says_so(tmp_path, digits, monkeypatch):
     monkeypatch.setattr(vsm.spectrum, "EXPECTED_UPDATES", 1)
+    monkeypatch.setattr(vsm.spectrum, "OBJECTIVES", (("fd", "plugin"),))
     argv = ["--spectrum", "mnist", "--data-root", str(digits), "--latents", "2", "--iterations", "9", "--batch", "8", "--lr", "1e30"]
     param_recovery.main(param_recovery.parse_args([*argv, "--out", str(tmp_path / "run")]))
     assert load_arrays(tmp_path / "run" / "metrics.npz")["status"] == "diverged@9"

@@ -59,7 +59,7 @@ def test_a_bias_is_told_from_an_estimator():
 def test_fae_with_q_held_has_a_kappa_with_the_exact_posterior_alone():
     assert measured_kappa("fae", 2, 1.0) == pytest.approx(1)
     assert measured_kappa("fae", 2, 0.5) == 0
-    assert measured_kappa("fae", 2, 1.5, v=5.0) < 4 < 5 < measured_kappa("fae", 2, 1.5, v=25.0)
+    assert measured_kappa("fae", 2, 1.5, v=5.0) < 0.6 * measured_kappa("fae", 2, 1.5, v=25.0)
     with pytest.raises(ValueError, match="no constant contraction"):
         kappa("fae")
 
@@ -85,7 +85,7 @@ MODELS = [("elbo", None, 1), ("fd", None, 2), ("swersky", "plugin", 3), ("swersk
 
 
 @pytest.mark.parametrize("objective, estimator, N", MODELS)
-def test_the_expected_gradient_of_every_objective_is_that_of_fd_with_kappa_before_the_posterior_covariance(objective, estimator, N):
+def test_the_expected_gradient_is_that_of_fd_with_kappa_before_the_posterior_covariance(objective, estimator, N):
     gamma, alpha, generator = 0.3, 0.7, torch.Generator().manual_seed(0)
     Q = torch.linalg.qr(torch.randn(4, 2, generator=generator, dtype=torch.float64))[0]
     root = torch.randn(4, 4, generator=generator, dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_fd_inference_is_preconditioned_kld_inference_on_a_nonlinear_decoder():
     factor = torch.cat((torch.ones(Dz), torch.full((Dz,), 2.0))).double()
     for scaled in (gradients["fd"] * torch.cat((s2, s2)), gradients["fd-weighted"]):
         difference = scaled - factor * gradients["kld"]
-        assert (difference[:, :Dz].abs() < 1e-12).all()  # of the mean it holds sample by sample
+        assert (difference[:, :Dz].abs() < 1e-12).all()  # of the mean it holds pair by pair
         resolution = 4 * difference.std(0)[Dz:] / math.sqrt(M)
         assert (difference.mean(0)[Dz:].abs() < resolution).all()
         assert (resolution < 0.05 * (2 * gradients["kld"]).mean(0)[Dz:].abs()).all()  # the check tells a factor 2 from another
