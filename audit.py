@@ -15,6 +15,7 @@ import argparse
 import numpy as np
 import torch
 
+import plots
 from objectives import ESTIMATORS, LEARN
 from vsm import auditing
 from vsm.cli import Formatter, command_line, count, positive
@@ -51,16 +52,18 @@ def main(args):
             return
         options = {"estimator": args.estimator} if LEARN[args.objective].has_estimator else {}
         findings, arrays = [], {}
+        if LEARN[args.objective].joint:
+            print(f"{args.objective} trains both halves by one loss; the audit takes its decoder's part, with q held")
+        if not args.no_training:
+            report(auditing.spectrum(args.objective, options, args.data, args.data_root), findings, arrays)
         for step in (auditing.form, auditing.gradient, auditing.coupling, auditing.composition, auditing.target, auditing.contraction,
                      auditing.cost):
             report(step(args.objective, options, args.seed), findings, arrays)
         if not args.no_training:
-            report(auditing.spectrum(args.objective, options, args.data, args.data_root), findings, arrays)
             report(auditing.short_run(args), findings, arrays)
         write_atomic(run.path / "audit.md", auditing.page(args.objective, args.estimator, findings).encode())
         run.save_metrics(**{name: np.asarray(value) for name, value in arrays.items()}, status="ok",
                          verdict=np.array([finding.verdict for finding in findings]), finding=np.array([finding.text for finding in findings]))
-        import plots
         plots.FIGURES["audit"]([run.path], run.path / "audit.png")
     if wrong := [finding for finding in findings if finding.verdict == "WRONG"]:
         raise SystemExit(f"{args.objective}: {len(wrong)} of {len(findings)} findings are wrong; see {args.out}/audit.md")

@@ -50,6 +50,7 @@ FIGURES = {figure.name: figure for figure in (
     *(Figure(name, {"param_recovery": "recovery"}, many=False) for name in ("param_recovery", "recovery_rules", "spectrum")),
     *(Figure(name, {"toy_inference": "toys"}, many=False) for name in ("toy_trajectories", "toy_basins", "toy_mixtures", "toy_gradients")),
     Figure("benchmark", {"benchmark": "benchmark"}, many=False),
+    Figure("audit", {"audit": "audit"}, many=False),
 )}
 OTHERS = ("pack", "sweep_table")  # commands that write no figure
 ENDINGS = {"pack": (".npz",), "sweep_table": (".md",)}

@@ -233,7 +233,7 @@ def cost(name, options, seed, samples=5, data=50):
 
 def spectrum(name, options, data, root, samples=5, shown=10):
     """The variances that a linear VAE learns from images, against PCA's, by gradient steps of the objective from the PCA solution."""
-    args = SimpleNamespace(spectrum=data, data_root=root, limit=20_000, latents=24, gamma=0.25, lr=0.1, iterations=400, batch=500, seed=0)
+    args = SimpleNamespace(spectrum=data, data_root=root, limit=20_000, latents=16, gamma=0.25, lr=0.1, iterations=300, batch=200, seed=0)
     pixels = load_pixels(args)
     C = pixels.T.double() @ pixels.double() / len(pixels)
     values, vectors = torch.linalg.eigh(C)

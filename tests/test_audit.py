@@ -1,0 +1,99 @@
+"""The audit passes the right objectives and says what is wrong with deliberately wrong ones."""
+
+import numpy as np
+import pytest
+
+import audit
+from objectives import LEARN, Objective, dot, likelihood_score, posterior_score
+from vsm import auditing
+from vsm.runs import load_arrays
+
+CHECKS = (auditing.form, auditing.gradient, auditing.coupling, auditing.composition, auditing.target, auditing.contraction)
+
+
+def findings(name, **options):
+    return {finding.title: finding for check in CHECKS for finding in check(name, options, 0)[0]}
+
+
+@pytest.mark.parametrize("name, options, notes", [pytest.param("elbo", {}, set(), marks=pytest.mark.slow), pytest.param("fd", {}, {"target"}, marks=pytest.mark.slow),
+                                                  ("swersky", {"estimator": "plugin"}, {"bias", "estimator"}),
+                                                  ("bao", {"estimator": "plugin"}, {"estimator"}),
+                                                  ("bao", {"estimator": "unbiased"}, set())])
+def test_right_objectives_pass(name, options, notes):
+    found = findings(name, **options)
+    assert {title for title, finding in found.items() if finding.verdict == "note"} == notes
+    assert not [finding for finding in found.values() if finding.verdict == "WRONG"]
+
+
+def test_a_composition_is_named():
+    (swersky,), _ = auditing.composition("swersky", {"estimator": "plugin"}, 0)
+    (elbo,), _ = auditing.composition("elbo", {}, 0)
+    assert swersky.text == "2 E 1/2 |a|^2 -1 1/2 |E a|^2 +1 lap" and elbo.text == "1 -log p(x|z) +1 KL"
+
+
+def factor(vae, x, q, z):
+    a, lap = likelihood_score(vae, x, q, z)
+    return dot(a, a).mean(0) + lap - dot(a.mean(0), a.mean(0))
+
+
+def sign(vae, x, q, z):
+    a, lap = likelihood_score(vae, x, q, z)
+    b = posterior_score(vae, x, q, z)
+    return dot(a.mean(0), a.mean(0)) / 2 - dot(a, b).mean(0) + lap
+
+
+def minibatch(vae, x, q, z):
+    a, lap = likelihood_score(vae, x, q, z)
+    mean = a.mean((0, 1)).expand_as(a[0])
+    return dot(a, a).mean(0) + lap - dot(mean, mean) / 2
+
+
+def detached(vae, x, q, z):
+    a, lap = likelihood_score(vae, x, q, z)
+    return dot(a, a.detach()).mean(0) / 2 + lap
+
+
+def reduced(vae, x, q, z):
+    a, lap = likelihood_score(vae, x, q, z)
+    return (dot(a, a).mean(0) / 2 + lap).mean()
+
+
+@pytest.mark.parametrize("wrong, titles, words", [(factor, {"target", "bias"}, "a factor or a sign is off"), (sign, {"target", "bias"}, "a factor or a sign is off"),
+                                                  (minibatch, {"coupling", "target"}, "a mean over the minibatch"),
+                                                  (detached, {"gradient"}, "is detached")])
+def test_wrong_objectives_are_caught(monkeypatch, wrong, titles, words):
+    monkeypatch.setitem(LEARN, "wrong", Objective(wrong, "W", needs_b=wrong is sign))
+    caught = {finding.title: finding.text for finding in findings("wrong").values() if finding.verdict == "WRONG"}
+    assert set(caught) == titles and any(words in text for text in caught.values())
+
+
+def test_a_reduced_loss_is_caught(monkeypatch):
+    monkeypatch.setitem(LEARN, "wrong", Objective(reduced, "W"))
+    assert auditing.form("wrong", {}, 0)[0][0].verdict == "WRONG"
+
+
+def test_the_cost_of_an_update():
+    costs = {name: auditing.cost(name, {}, 0)[1] for name in ("elbo", "bao", "fae")}
+    assert costs["elbo"]["cost_encoder_passes"] == pytest.approx(1, abs=0.2) and costs["elbo"]["cost_decoder_passes"] == pytest.approx(3, abs=0.3)
+    assert costs["bao"]["cost_encoder_passes"] == pytest.approx(6, abs=0.5)  # forward, and N input gradients
+    assert costs["fae"]["cost_encoder_passes"] > 15
+
+
+def test_the_script_writes_its_report(tmp_path, capsys):
+    audit.main(audit.parse_args(["bao", "--no-training", "--out", str(tmp_path / "run")]))
+    assert "kappa: for N = 1, 2, 5, 20: alpha 0.5: 1.500, 1.250, 1.100, 1.025" in capsys.readouterr().out
+    arrays = load_arrays(tmp_path / "run" / "metrics.npz")
+    np.testing.assert_allclose(arrays["kappa"][1], [2, 1.5, 1.2, 1.05], rtol=1e-6)
+    assert (tmp_path / "run" / "audit.png").exists() and "| kappa |" in (tmp_path / "run" / "audit.md").read_text()
+
+
+def test_a_wrong_objective_ends_with_exit_code_1(monkeypatch, tmp_path):
+    monkeypatch.setitem(LEARN, "wrong", Objective(factor, "W"))
+    with pytest.raises(SystemExit, match="findings are wrong"):
+        audit.main(audit.parse_args(["wrong", "--no-training", "--out", str(tmp_path / "run")]))
+
+
+@pytest.mark.slow
+def test_an_audit_in_full(tmp_path, digits):
+    audit.main(audit.parse_args(["swersky", "--data-root", str(digits), "--updates", "100", "--out", str(tmp_path / "run")]))
+    assert {"spectrum_learnt", "excess_elbo", "excess_swersky"} <= load_arrays(tmp_path / "run" / "metrics.npz").keys()
