@@ -7,7 +7,7 @@
 A pack holds plain arrays: `runs` [R] the folders' names; for each key of metrics.npz, eval.npz or gradient_snr.npz a block of its
 distinct values over the runs, as in `metrics.nll` [U, members], with a second block `metrics.nll.1` where shapes differ; `blocks` [K] the
 blocks' names, and `index` [R, K] the row of a run in a block, -1 for none. Configs are JSON strings: `config.json`, and `metrics.config`
-or `eval.config` where it differs from config.json. What is not in a pack, checkpoints above all, is not needed for figures and tables.
+or `eval.config` where it differs from config.json. Values are kept to the bit. What is not in a pack, checkpoints above all, is not needed for figures and tables.
 """
 
 import fnmatch
@@ -22,7 +22,6 @@ from vsm.runs import load_arrays, load_config, save_arrays
 PARTS = ("metrics", "eval", "gradient_snr")
 OF_MEMBERS = ("model_samples", "density_grid")  # of a 2-D run: kept for the members that figures show
 HEAVY = (*OF_MEMBERS, "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept on request alone
-SMALL = 1000  # float64 arrays of more elements become float32
 
 
 class StoredRun:
@@ -175,5 +174,5 @@ def _record(run, keep, drop):
                 continue
             if key in OF_MEMBERS and f"{key}_of" not in arrays:
                 record[f"{part}.{key}_of"], value = np.array([member]), value[member:member + 1]
-            record[f"{part}.{key}"] = value.astype(np.float32) if value.dtype == np.float64 and value.size > SMALL else value
+            record[f"{part}.{key}"] = value
     return record

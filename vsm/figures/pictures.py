@@ -36,12 +36,12 @@ def grids(runs, save, make):
     pages = [make(arrays) for _, arrays in named]
     rows = -(-len(named) // 4)
     height, width = pages[0].shape[:2]
-    figure, axes = new_figure(rows, -(-len(named) // rows), size=(2.6, 2.6 * height / width + 0.25))
+    figure, axes = new_figure(rows, -(-len(named) // rows), size=(width / 150, height / 150 + 0.2))  # a dot a pixel
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, (title, _), page in zip(axes.flat, named, pages):
         ax.imshow(page, vmin=0, vmax=255, cmap="gray", interpolation="nearest")
-        ax.set_title(title)
+        ax.set_title(title, fontsize=7.5)
     save_figure(figure, save)
 
 
