@@ -19,7 +19,7 @@ import numpy as np
 from vsm.cli import UserError
 from vsm.runs import load_arrays, load_config, save_arrays
 
-PARTS = ("metrics", "eval", "gradient_snr")
+PARTS = ("metrics", "eval", "gradient_snr", "gradient_snr_train")
 OF_MEMBERS = ("model_samples", "density_grid")  # of a 2-D run: kept for the members that figures show
 HEAVY = (*OF_MEMBERS, "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept on request alone
 

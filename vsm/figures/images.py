@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from data import short_name
 from vsm.figures.style import (
     COLORS,
     label_ticks,
@@ -47,7 +48,7 @@ def grouped(runs, part="metrics"):
 
 
 def title_of(flags):
-    return f"{flags['data']}, {flags['net']}"
+    return f"{short_name(flags['data'])}, {flags['net']}"
 
 
 def named_groups(panels):
@@ -61,7 +62,7 @@ def named_groups(panels):
 def training_curves(runs, save):
     """Test metrics, training losses and gradient norms against epochs, a line per pair of objectives, a band over seeds.
 
-    Axes show the second half of training; what lies far beyond most runs is left outside and named in the panel.
+    Axes show the second half of training or the last three evaluations; what lies far beyond most runs is left outside and named in the panel.
     """
     groups = named_groups(grouped(runs))
     names = [name for name in CURVES if any(has_curve(members[0], name) for _, members in groups)]
@@ -77,7 +78,7 @@ def training_curves(runs, save):
 def trajectories(runs, save):
     """The paper's four test metrics against epochs, a row per data set and network, a band over seeds (Figures 4, 8).
 
-    Axes show the second half of training; what lies far beyond most runs is left outside and named in the panel.
+    Axes show the second half of training or the last three evaluations; what lies far beyond most runs is left outside and named in the panel.
     """
     names = ("negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
     panels = grouped(runs)
@@ -94,21 +95,24 @@ def trajectories(runs, save):
 def fid_curves(runs, save):
     """FID against epochs, a panel per data set and network, a band over seeds; epochs without a measurement are bridged."""
     panels = grouped(runs)
+    if not any(measured(groups, "fid") for groups in panels.values()):
+        raise KeyError("fid")
     figure, axes = new_figure(1, len(panels), size=(4.4, 2.8))
     for ax, (title, groups) in zip(axes.flat, panels.items()):
-        measured = [(name, [without_gaps(arrays, "fid") for arrays in members]) for name, members in groups]
-        draw_curves(ax, measured, "fid")
+        draw_curves(ax, groups, "fid")
         ax.set(title=title, ylabel="FID")
     legend(figure, axes)
     save_figure(figure, save)
 
 
-def without_gaps(arrays, key):
-    """The arrays with `epoch` and `key` at the epochs where `key` was measured. Raises KeyError where it never was."""
-    if not has_curve(arrays, key):
-        raise KeyError(key)
-    known = np.isfinite(arrays[key])
-    return {**arrays, "epoch": arrays["epoch"][known], key: arrays[key][known]}
+def measured(groups, key):
+    """The groups with `epoch` and `key` at the epochs where `key` was measured, without runs that have none."""
+    def known(arrays):
+        keep = np.isfinite(arrays[key])
+        return {**arrays, "epoch": arrays["epoch"][keep], key: arrays[key][keep]}
+
+    found = [(name, [known(arrays) for arrays in members if has_curve(arrays, key)]) for name, members in groups]
+    return [(name, members) for name, members in found if members]
 
 
 def has_curve(arrays, name):
@@ -118,13 +122,15 @@ def has_curve(arrays, name):
 def draw_curves(ax, groups, name):
     """One metric against epochs; the ELBO and its two terms from the first trained epoch on."""
     title, scale = CURVES[name]
+    if name == "fid":  # not measured at every evaluation
+        groups = measured(groups, name)
     lines = draw_lines(ax, groups, "epoch", name, start=1 if name in ("negative_elbo", "reconstruction", "kl") else 0)
     ax.set(xlabel="epoch", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if name == "active_units":
         ax.set_ylim(0, 1.05 * max([1, *(np.nanmax(values) for values in lines.values())]))
     else:
-        limit_robustly(ax, {label: values[len(values) // 2:] for label, values in lines.items()}, scale, LINEAR.get(name, 1))
+        limit_robustly(ax, {label: values[-max(3, len(values) // 2):] for label, values in lines.items()}, scale, LINEAR.get(name, 1))
     if scale == "symlog":
         linear_around_zero(ax, LINEAR[name])
     elif scale == "log" and ax.get_ylim()[0] > 0:

@@ -34,9 +34,9 @@ def grids(runs, save, make):
     named = [((f"{panel}\n" if len(panels) > 1 else "") + f"{name}, {seeds_of([arrays])}", arrays)
              for panel, groups in panels.items() for name, members in groups for arrays in members]
     pages = [make(arrays) for _, arrays in named]
-    rows = -(-len(named) // 4)
+    rows, scale = -(-len(named) // 4), 1 if len(named) > 2 else 2  # dots a pixel
     height, width = pages[0].shape[:2]
-    figure, axes = new_figure(rows, -(-len(named) // rows), size=(width / 150, height / 150 + 0.2))  # a dot a pixel
+    figure, axes = new_figure(rows, -(-len(named) // rows), size=(scale * width / 150, scale * height / 150 + 0.2))
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, (title, _), page in zip(axes.flat, named, pages):

@@ -7,7 +7,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from objectives import LEARN
-from vsm.figures.style import COLORS, color_of, dash_of, label_ticks, legend_below, letter_of, new_figure, pair_order, save_figure
+from vsm.figures.images import limit_robustly
+from vsm.figures.style import (
+    COLORS,
+    color_of,
+    dash_of,
+    label_ticks,
+    legend_below,
+    letter_of,
+    line_style,
+    linear_around_zero,
+    new_figure,
+    pair_order,
+    save_figure,
+)
 from vsm.packs import of_member, open_runs, shown_member
 from vsm.sweep import name_order, objective_name, sweep_points
 
@@ -216,44 +229,59 @@ HISTORY = {  # metric: axis title, the scale's linear part (None: a linear axis)
 }
 
 
+FEW = ("excess_curve", "nll_curve", "negative_elbo", "log_gamma", "posterior_sd")  # drawn of each of several data sets
+
+
 def learning_curves(runs, save):
-    """What 2-D runs recorded while training against decoder updates: every member (thin) and the mean over members (thick), a colour per run."""
+    """What 2-D runs recorded while training against decoder updates: every member (thin) and the mean over members (thick, with markers).
+
+    One data set: a panel per quantity. Several: a row per data set, and fewer quantities. What is far beyond most is left outside.
+    """
     loaded = sorted((run.arrays() for run in open_runs(runs)), key=lambda arrays: pair_order(arrays["config"]["flags"]))
-    names = [name for name in HISTORY if any(name in arrays for arrays in loaded)]
+    datas = {}
+    for arrays in loaded:
+        datas.setdefault(arrays["config"]["flags"]["data"], []).append(arrays)
+    names = [name for name in (HISTORY if len(datas) == 1 else FEW) if any(name in arrays for arrays in loaded)]
     if "excess_curve" in names:
         names.remove("nll_curve")
+    panels = [(data, name) for data in sorted(datas) for name in names]
     columns = min(4, len(names))
-    figure, axes = new_figure(-(-len(names) // columns), columns, size=(2.9, 2.3))
-    datas = {arrays["config"]["flags"]["data"] for arrays in loaded}
-    for ax, name in zip(axes.flat, names):
-        draw_history(ax, loaded, name)
-    for ax in axes.flat[len(names):]:
+    figure, axes = new_figure(-(-len(panels) // columns), columns, size=(2.9, 2.3))
+    for ax, (data, name) in zip(axes.flat, panels):
+        draw_history(ax, datas[data], name)
+        if len(datas) > 1 and name == names[0]:
+            ax.set_ylabel(data, fontweight="bold")
+    for ax in axes.flat[len(panels):]:
         ax.set_axis_off()
-    handles = {}
-    for arrays in loaded:
-        flags = arrays["config"]["flags"]
-        title = (f"{flags['data']}, " if len(datas) > 1 else "") + f"{objective_name(arrays['config'])}, K = {flags['inner_steps']}, J = {flags['bilevel_steps']}"
-        handles[title] = Line2D([], [], color=color_of(flags), linestyle=dash_of(flags))
+    handles = {curve_name(arrays): Line2D([], [], lw=1.8, marker=kind_of(curve_name(arrays))[0], ms=4, **line_style(arrays["config"]["flags"]))
+               for arrays in loaded}
     legend_below(figure, list(handles.values()), list(handles), columns=4)
     save_figure(figure, save)
 
 
+def curve_name(arrays):
+    flags = arrays["config"]["flags"]
+    return f"{objective_name(arrays['config'])}, K = {flags['inner_steps']}" + (f", J = {flags['bilevel_steps']}" if flags["bilevel_steps"] else "")
+
+
 def draw_history(ax, loaded, name):
-    from vsm.figures.images import limit_robustly
-    from vsm.figures.style import linear_around_zero
     title, scale = HISTORY[name]
     late = {}
     for arrays in loaded:
         if name not in arrays:
             continue
-        flags = arrays["config"]["flags"]
-        updates, values = arrays["epoch"] * flags["steps_per_epoch"], arrays[name].reshape(len(arrays["epoch"]), -1)  # [T, S] or [T, 2 S]
-        style = {"color": color_of(flags), "linestyle": dash_of(flags)}
-        ax.plot(updates, values, lw=0.5, alpha=0.35, **style)
+        flags, (first, *_) = arrays["config"]["flags"], arrays[name].shape
+        updates, values = arrays["epoch"] * flags["steps_per_epoch"], arrays[name].reshape(first, -1)  # [T, S], posterior_sd [T, 2 S]
+        ax.plot(updates, values, lw=0.6, alpha=0.4, **line_style(flags))
         if name != "posterior_sd":
-            ax.plot(updates, np.ma.masked_invalid(values).mean(1), lw=1.8, **style)
-        late[objective_name(arrays["config"])] = values[len(values) // 3:].ravel()
-    limit_robustly(ax, late, scale, 1)
+            every = max(1, len(updates) // 5)
+            ax.plot(updates, np.ma.masked_invalid(values).mean(1), lw=1.8, marker=kind_of(curve_name(arrays))[0], ms=4, markevery=every,
+                    **line_style(flags))
+        late.setdefault(curve_name(arrays), []).append(values[len(values) // 3:].ravel())
+    if name == "posterior_sd":
+        ax.set_ylim(0, 1.05 * max([1, *(np.nanmax(part) for parts in late.values() for part in parts if np.isfinite(part).any())]))
+    else:
+        limit_robustly(ax, {name: np.concatenate(parts) for name, parts in late.items()}, scale, 1)
     if scale == "symlog":
         linear_around_zero(ax, 0.1 if name == "excess_curve" else 10)
     elif scale == "log":
