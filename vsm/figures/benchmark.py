@@ -1,5 +1,7 @@
 """The figure of benchmark.py."""
 
+from itertools import cycle
+
 import numpy as np
 
 from vsm.figures.style import label_ticks, new_figure, save_figure
@@ -46,10 +48,11 @@ def benchmark(runs, save):
         )
         ax.set_xticks(sizes := np.unique(batches["size"]), sizes)
         ax.minorticks_off()
+    styles = styles_of(others)
     for ax, rows in zip(axes[len(axes) - len(others) :, 0], others):
         for mode in np.unique(rows["mode"]):
             line = select(rows, mode=mode)
-            ax.plot(line["size"], 1e3 * np.median(line["seconds"], 1), marker=".", label=mode)
+            ax.plot(line["size"], 1e3 * np.median(line["seconds"], 1), marker=".", **styles[mode])
         unit = {"sweep": "runs at once", "ensemble": "members", "toy": "runs", "importance": "samples"}[rows["part"][0]]
         ax.set(xlabel=unit, ylabel="ms", xscale="log", yscale="log", title=rows["part"][0])
         ax.set_xticks(sizes := np.unique(rows["size"]), sizes)
@@ -59,6 +62,13 @@ def benchmark(runs, save):
     if axes[0, 0].get_legend() is None:
         axes[0, 0].legend(loc="upper right", ncols=4)
     save_figure(figure, save)
+
+
+def styles_of(tables):
+    """{mode: style}: a colour means the same mode in every panel."""
+    names = sorted({str(mode) for rows in tables for mode in rows["mode"]} - MODES.keys())
+    colors = ["tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan"]
+    return MODES | {name: {"color": color, "label": name} for name, color in zip(names, cycle(colors))}
 
 
 def rate_bars(ax, rows):

@@ -73,9 +73,12 @@ def label_ticks(ax):
 
 
 def linear_around_zero(ax, linear):
-    """A symlog y axis with few ticks where the limits go beyond ten times `linear`, else a linear one."""
-    ax.set_yscale("symlog", linthresh=linear)
+    """A symlog y axis with few ticks where the limits go beyond ten times `linear`, else a linear one. Log far from zero."""
     low, high = ax.get_ylim()
+    if low > linear:
+        ax.set_yscale("log")
+        return
+    ax.set_yscale("symlog", linthresh=linear)
     first, last = math.log10(linear), math.log10(max(-low, high))
     if last <= first + 1:
         ax.set_yscale("linear")

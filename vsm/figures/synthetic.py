@@ -229,6 +229,8 @@ def excess_axis(ax, values, width):
         ticks = round_numbers(low / 1.4, high * 1.4, (1, 2, 5))
         if len(ticks) < 3:
             ticks = round_numbers(low / 1.4, high * 1.4, (1, 1.5, 2, 3, 4, 6, 8))
+        elif len(ticks) > 7:
+            ticks = round_numbers(low / 1.4, high * 1.4, (1,))
     else:
         ax.axhline(0, color="0.8", lw=0.8, zorder=0)
         ax.set_yscale("asinh", linear_width=width)
