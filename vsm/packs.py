@@ -6,9 +6,9 @@
 
 A pack holds plain arrays: `runs` [R] the folders' names; for each key of metrics.npz, eval.npz or gradient_snr.npz a block of
 its distinct values over the runs, as in `metrics.nll` [U, members], with a second block `metrics.nll.1` where shapes differ;
-`blocks` [K] the blocks' names; and `index` [R, K] the row of a run in a block, -1 for none. Configs are JSON strings: `config.json`, and
-`metrics.config` or `eval.config` where it differs from config.json. Values are kept to the bit. A pack has no checkpoints, and
-large arrays (HEAVY) only where they were asked for.
+`blocks` [K] the blocks' names; and `index` [R, K] the row of a run in a block, -1 for none. Configs are JSON strings:
+`config.json`, and `metrics.config` or `eval.config` where it differs from config.json. Values are kept to the bit. A pack has no
+checkpoints, and large arrays (HEAVY) only where they were asked for.
 """
 
 import fnmatch

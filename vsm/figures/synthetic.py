@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import torch
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -21,6 +22,7 @@ from vsm.figures.style import (
     pair_order,
     save_figure,
 )
+from vsm.laws import LAWS
 from vsm.packs import of_member, open_runs, shown_member
 from vsm.sweep import name_order, objective_name, sweep_points
 
@@ -373,8 +375,14 @@ def synthetic_samples(runs, save):
     save_figure(figure, save)
 
 
+DEPTHS = np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])  # nats below the peak
+
+
 def density(runs, save):
-    """Log density of the member with the median NLL (grey, 8 nats deep) under the test data (dots), a panel per run."""
+    """Log density of the member with the median NLL (grey, 8 nats deep) and test data (dots), a panel per run.
+
+    Red contours are 8 and 2 nats below the peak of the data's law, where its density is known.
+    """
     figure, axes, loaded = panels_of_runs(runs)
     for ax, arrays in zip(axes.flat, loaded):
         member = shown_member(arrays["nll"])
@@ -382,11 +390,23 @@ def density(runs, save):
             log_density = of_member(arrays, "density_grid", member).astype(float)
             left, right, bottom, top = arrays["density_extent"]
             x, y = np.linspace(left, right, len(log_density)), np.linspace(bottom, top, len(log_density))
-            levels = log_density.max() - np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])
+            levels = log_density.max() - DEPTHS
             ax.contourf(x, y, log_density.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 4)
+            truth = law_density(arrays["config"]["flags"]["data"], x, y)
+            if truth is not None:
+                ax.contour(x, y, truth.T, np.nanmax(truth) - DEPTHS[[0, 4]], colors="tab:red", linewidths=0.7, linestyles="solid")
         ax.scatter(*arrays["test_data"][:500].T, s=1.5, color=color_of(arrays["config"]["flags"]), alpha=0.5, lw=0)
         frame_data(ax, arrays)
     save_figure(figure, save)
+
+
+def law_density(name, x, y):
+    """Log density of a law on the grid of x and y, [len(x), len(y)], or None where it is not known."""
+    law = LAWS.get(name)
+    if law is None or law.log_prob is None:
+        return None
+    points = np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)
+    return law.log_prob(torch.tensor(points)).reshape(len(x), len(y)).numpy()
 
 
 def panels_of_runs(runs):
