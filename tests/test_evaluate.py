@@ -79,7 +79,8 @@ def test_table_and_figures_over_seeds(runs, tmp_path, capsys):
     assert text in printed and "2 (+1 diverged)" in text and "floor: 60 training images" in text and "N = 60" in text
     assert network["hash"] in text and f"{network['accuracy']:.4f}" in text and "standard deviation of" in text
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "table.md", "table.npz", "trajectories.png", "posterior_sd.png", "samples.png", "importance_bound.png", "denoising.png"}
+        "table.md", "table.npz", "trajectories.png", "posterior_sd.png", "samples.png", "importance_bound.png", "denoising.png",
+        "aggregate_posterior.png"}
     assert not (runs.diverged / "eval.npz").exists()
 
 

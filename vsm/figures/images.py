@@ -69,7 +69,7 @@ def training_curves(runs, save):
     Axes show the second half of training, or the last three evaluations. Lines that end far beyond most are named in the panel.
     """
     groups = named_groups(grouped(runs))
-    names = [name for name in CURVES if any(has_curve(members[0], name) for _, members in groups)]
+    names = [name for name in CURVES if any(measured(groups, name))]
     figure, axes = new_figure(-(-len(names) // 4), 4, size=(2.9, 2.3))
     for ax, name in zip(axes.flat, names):
         draw_curves(ax, groups, name)
@@ -194,9 +194,10 @@ def draw_lines(ax, groups, x, y, start=0):
     """A line per group: the mean over its seeds, as far as any got, in a band of one standard error. Returns {name: means}."""
     labels, lines = [members[0]["config"]["label"] for _, members in groups], {}
     for k, (name, members) in enumerate(groups):
-        if y not in members[0]:
+        members = [arrays for arrays in members if y in arrays]
+        if not members:
             continue
-        longest = max((arrays[x] for arrays in members if y in arrays), key=len)
+        longest = max((arrays[x] for arrays in members), key=len)
         values = np.full((len(members), len(longest)), np.nan)
         for row, arrays in zip(values, members):
             row[: len(arrays[y])] = arrays[y]

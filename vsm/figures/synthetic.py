@@ -394,7 +394,7 @@ def density(runs, save):
             ax.contourf(x, y, log_density.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 4)
             truth = law_density(arrays["config"]["flags"]["data"], x, y)
             if truth is not None:
-                ax.contour(x, y, truth.T, np.nanmax(truth) - DEPTHS[[0, 4]], colors="tab:red", linewidths=0.7, linestyles="solid")
+                ax.contour(x, y, truth.T, truth.max() - DEPTHS[[0, 4]], colors="tab:red", linewidths=0.7, linestyles="solid")
         ax.scatter(*arrays["test_data"][:500].T, s=1.5, color=color_of(arrays["config"]["flags"]), alpha=0.5, lw=0)
         frame_data(ax, arrays)
     save_figure(figure, save)
@@ -406,7 +406,7 @@ def law_density(name, x, y):
     if law is None or law.log_prob is None:
         return None
     points = np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)
-    return law.log_prob(torch.tensor(points)).reshape(len(x), len(y)).numpy()
+    return np.ma.masked_invalid(law.log_prob(torch.tensor(points)).reshape(len(x), len(y)).numpy())
 
 
 def panels_of_runs(runs):
