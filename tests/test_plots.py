@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -283,3 +285,29 @@ def test_published_packs_open():
         runs = open_runs([path])
         assert runs and all(run.config["flags"] for run in runs)
         assert path.name in (ROOT / "results" / "README.md").read_text()
+
+
+def published_figures():
+    """(file, command line of plots.py) of each row of results/README.md that plots.py makes."""
+    rows = re.findall(r"\| \[(\S+\.(?:png|md))\]\(\1\) \|[^|]*\| `([^`]*)` \|", (ROOT / "results" / "README.md").read_text())
+    return [(file, command.replace("results/", f"{ROOT}/results/")) for file, command in rows]
+
+
+def test_every_published_figure_has_its_command():
+    found = dict(published_figures())
+    files = {path.name for path in (ROOT / "results").iterdir()} - {"README.md", "image_tables.md"}
+    assert {name for name in files if not name.endswith(".npz")} == found.keys()
+    for command in found.values():
+        plots.parse_args(shlex.split(command) + (["--save", "a.md"] if command.startswith("sweep_table") else []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file, command", published_figures())
+def test_published_figures_are_redrawn_to_the_pixel(file, command, tmp_path):
+    plots.main(plots.parse_args([*shlex.split(command), "--save", str(tmp_path / file)]))
+    if file.endswith(".md"):
+        assert (tmp_path / file).read_text() == (ROOT / "results" / file).read_text()
+    else:
+        from matplotlib.image import imread
+
+        assert np.array_equal(imread(tmp_path / file), imread(ROOT / "results" / file))

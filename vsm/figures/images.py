@@ -36,6 +36,7 @@ CURVES = {  # metric: axis title, scale
 }
 LINEAR = {"latent_mmd": 100, "infer_loss": 100, "learn_loss": 100}  # up to here a symlog axis is linear
 MARKERS = ".xsv^"
+FEW_GAP = 6  # of robust_limits, for a few final values
 
 
 def grouped(runs, part="metrics"):
@@ -70,7 +71,8 @@ def training_curves(runs, save):
     """
     groups = named_groups(grouped(runs))
     names = [name for name in CURVES if any(measured(groups, name))]
-    figure, axes = new_figure(-(-len(names) // 4), 4, size=(2.9, 2.3))
+    columns = min((4, 5), key=lambda columns: (-len(names) % columns, columns))  # fewest empty panels
+    figure, axes = new_figure(-(-len(names) // columns), columns, size=(2.9, 2.3))
     for ax, name in zip(axes.flat, names):
         draw_curves(ax, groups, name)
     for ax in axes.flat[len(names) :]:
@@ -146,15 +148,19 @@ def draw_curves(ax, groups, name):
     label_ticks(ax)
 
 
-def limit_robustly(ax, late, scale, linear=1):
+def limit_robustly(ax, late, scale, linear=1, gap=3):
     """Set robust limits of y around {name: values}; names of what ends outside are written in the panel."""
-    low, high = robust_limits(late, scale, linear)
+    low, high = robust_limits(late, scale, linear, gap)
     ax.set_ylim(low, high)
     note_beyond(ax, [name for name, ends in late.items() if len(ends) and np.isfinite(ends[-1]) and not low <= ends[-1] <= high])
 
 
-def robust_limits(late, scale, linear=1):
-    """Limits of all values of {name: values} within 7 median absolute deviations of their median, measured on the axis' scale."""
+def robust_limits(late, scale, linear=1, gap=3):
+    """Limits of {name: values} without what lies far from most values, measured on the axis' scale.
+
+    Far is beyond 7 median absolute deviations from the median, on logarithmic scales beyond a factor of 3 at least, and `gap`
+    times as far from it as the farthest value that is kept.
+    """
 
     def forward(y):
         return np.log10(np.maximum(y, 1e-300)) if scale == "log" else np.arcsinh(y / linear) if scale == "symlog" else y
@@ -166,10 +172,17 @@ def robust_limits(late, scale, linear=1):
     values = forward(np.concatenate(pool)) if pool else np.empty(0)
     if not len(values):
         return back(np.array([0.0, 1.0]))
-    middle = np.median(values)
-    near = values[np.abs(values - middle) <= 7 * max(np.median(np.abs(values - middle)), 1e-3 * abs(middle), 1e-12)]
+    distance = np.abs(values - (middle := np.median(values)))
+    floor = {"linear": 1e-3 * abs(middle) + 1e-12, "log": 0.5, "symlog": 1.1}[scale]
+    reach = max(7 * np.median(distance), floor)
+    for next_distance in np.sort(distance):
+        if next_distance > reach:
+            if next_distance > gap * distance[distance <= reach].max():
+                break
+            reach = next_distance
+    near = values[distance <= reach]
     margin = 0.08 * np.ptp(near) or 0.5
-    return back(np.array([near.min() - margin, near.max() + margin]))
+    return back(np.array([near.min() - margin, near.max() + 2 * margin]))  # room for a note
 
 
 def note_beyond(ax, names):
@@ -254,7 +267,7 @@ def draw_finals(ax, groups, metric):
         )
         if np.isfinite(finals[name]).any():
             ax.hlines(np.nanmean(finals[name]), k - 0.3, k + 0.3, color=style["color"], lw=1.5)
-    limit_robustly(ax, finals, scale, LINEAR.get(metric, 1))
+    limit_robustly(ax, finals, scale, LINEAR.get(metric, 1), FEW_GAP)
     if scale == "symlog":
         linear_around_zero(ax, LINEAR[metric])
     elif scale == "log":
@@ -279,45 +292,42 @@ def rate_distortion(runs, save):
     panels = grouped(runs)
     figure, axes = new_figure(1, len(panels), size=(4.4, 3.4))
     for ax, (title, groups) in zip(axes.flat, panels.items()):
-        ends = {}
-        for name, members in groups:
-            style = line_style(members[0]["config"]["flags"])
-            for i, arrays in enumerate(members):
-                kl, distortion = arrays["kl"], arrays["reconstruction"]
-                half = len(kl) // 2
-                ax.plot(kl[half:], distortion[half:], lw=0.8, alpha=0.35, **style)
-                ax.plot(
-                    kl[-1],
-                    distortion[-1],
-                    "o",
-                    ms=6,
-                    color=style["color"],
-                    mfc="white" if style["linestyle"] != "-" else None,
-                    label=f"{name}, {seeds_of(members)}" if i == 0 else None,
-                )
-            ends[name] = np.array([(arrays["kl"][-1], arrays["reconstruction"][-1]) for arrays in members])
-        limits = [robust_limits({name: values[:, i] for name, values in ends.items()}, "linear") for i in range(2)]
-        (left, right), (bottom, top) = limits
-        ax.set(xlim=(left, right), ylim=(bottom, top + 0.1 * (top - bottom)))  # room for the note
-        note_beyond(
-            ax, [name for name, values in ends.items() if not all(left <= x <= right and bottom <= y <= top for x, y in values)]
-        )
+        draw_rates(ax, groups)
         elbo_contours(ax)
         ax.set(xlabel="rate: KL(q || prior) (nats)", title=title)
     axes[0, 0].set_ylabel("distortion: $-E_q\\log p(x|z)$ (nats)")
-    handles, labels = zip(
-        *{label: (handle, label) for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}.values()
-    )
-    figure.set_figwidth(figure.get_figwidth() + 0.09 * max(map(len, labels)) + 0.4)
-    figure.legend(handles, labels, loc="outside right center")
+    named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.set_figwidth(figure.get_figwidth() + 0.09 * max(map(len, named)) + 0.4)
+    figure.legend(named.values(), named.keys(), loc="outside right center")
     save_figure(figure, save)
+
+
+def draw_rates(ax, groups):
+    """The seeds' ways and ends; a marker tells groups of one colour and line apart."""
+    labels, ends = [members[0]["config"]["label"] for _, members in groups], {}
+    for k, (name, members) in enumerate(groups):
+        style = line_style(members[0]["config"]["flags"])
+        dot = {"marker": "os^Dv"[labels[:k].count(labels[k]) % 5], "ms": 6, "color": style["color"], "linestyle": ""}
+        if style["linestyle"] != "-":
+            dot["mfc"] = "white"
+        ways = [np.array([arrays["kl"], arrays["reconstruction"]]) for arrays in members]  # [2, T] each
+        for way in ways:
+            ax.plot(*way[:, way.shape[1] // 2 :], lw=0.8, alpha=0.35, **style)
+        ends[name] = np.array([way[:, -1] for way in ways])
+        ax.plot(*ends[name].T, label=f"{name}, {seeds_of(members)}", **dot)
+    (left, right), (bottom, top) = (
+        robust_limits({name: xy[:, i] for name, xy in ends.items()}, "linear", gap=FEW_GAP) for i in range(2)
+    )
+    ax.set(xlim=(left, right), ylim=(bottom, top + 0.1 * (top - bottom)))  # room for the note
+    low, high = (left, bottom), (right, top)
+    note_beyond(ax, [name for name, xy in ends.items() if not ((low <= xy) & (xy <= high)).all()])
 
 
 def elbo_contours(ax):
     """Dotted lines of equal negative ELBO (rate + distortion) with their values, inside the limits of the axes."""
     x, y = (np.linspace(*limits, 50) for limits in (ax.get_xlim(), ax.get_ylim()))
     lines = ax.contour(x, y, x + y[:, None], levels=6, colors="0.75", linewidths=0.7, linestyles="dotted", zorder=0)
-    ax.clabel(lines, fmt="%.0f", fontsize=6.5)
+    ax.clabel(lines, fmt="%g", fontsize=6.5)
 
 
 # ------------------------------------------------------------------------------------------- what evaluate.py measured
