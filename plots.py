@@ -22,7 +22,9 @@ from vsm.runs import write_atomic
 
 
 class Figure:
-    """figure(runs, save): a list of run folders, packs or opened runs in, a PNG, PDF or SVG out. Its module is imported when it draws.
+    """figure(runs, save): a list of run folders, packs or opened runs in, a PNG, PDF or SVG out.
+
+    The module that draws it is imported when it draws.
 
     modules: {script that makes the runs: module of vsm.figures with a function of this name, or "module.function"}.
     many: it draws several runs.
@@ -40,18 +42,23 @@ class Figure:
         return getattr(importlib.import_module(f"vsm.figures.{module}"), function or self.name)(runs, save)
 
 
-FIGURES = {figure.name: figure for figure in (
+def family(script, module, *names, many=True):
+    return [Figure(name, {script: module}, many) for name in names]
+
+
+FIGURES = [
     Figure("training_curves", {"train_images": "images", "train_synthetic": "synthetic.learning_curves"}),
-    *(Figure(name, {"train_images": "images"}) for name in ("trajectories", "fid_curves", "final_values", "rate_distortion",
-                                                            "importance_bound", "denoising", "gradient_snr")),
-    *(Figure(name, {"train_images": "pictures"}) for name in ("samples", "reconstructions", "interpolations")),
-    *(Figure(name, {"train_images": "latents"}) for name in ("posterior_sd", "posterior_mean", "aggregate_posterior")),
-    *(Figure(name, {"train_synthetic": "synthetic"}) for name in ("synthetic", "study", "learning_curves", "synthetic_samples", "density")),
-    *(Figure(name, {"param_recovery": "recovery"}, many=False) for name in ("param_recovery", "recovery_rules", "spectrum")),
-    *(Figure(name, {"toy_inference": "toys"}, many=False) for name in ("toy_trajectories", "toy_basins", "toy_mixtures", "toy_gradients")),
-    Figure("benchmark", {"benchmark": "benchmark"}, many=False),
-    Figure("audit", {"audit": "audit"}, many=False),
-)}
+    *family("train_images", "images", "trajectories", "fid_curves", "final_values", "rate_distortion"),
+    *family("train_images", "images", "importance_bound", "denoising", "gradient_snr"),
+    *family("train_images", "pictures", "samples", "reconstructions", "interpolations"),
+    *family("train_images", "latents", "posterior_sd", "posterior_mean", "aggregate_posterior"),
+    *family("train_synthetic", "synthetic", "synthetic", "study", "learning_curves", "synthetic_samples", "density"),
+    *family("param_recovery", "recovery", "param_recovery", "recovery_rules", "spectrum", many=False),
+    *family("toy_inference", "toys", "toy_trajectories", "toy_basins", "toy_mixtures", "toy_gradients", many=False),
+    *family("benchmark", "benchmark", "benchmark", many=False),
+    *family("audit", "audit", "audit", many=False),
+]
+FIGURES = {figure.name: figure for figure in FIGURES}
 OTHERS = ("pack", "sweep_table")  # commands that write no figure
 ENDINGS = {"pack": (".npz",), "sweep_table": (".md",)}
 
@@ -66,7 +73,11 @@ def draw_run(run):
     """The PNGs of one finished image run, those that are not there yet. A diverged run has curves only."""
     (opened,) = open_runs([run])
     arrays = opened.finished()
-    pictures = ("samples", "reconstructions", "interpolations", "posterior_sd", "posterior_mean") if str(arrays["status"]) == "ok" else ()
+    pictures = (
+        ("samples", "reconstructions", "interpolations", "posterior_sd", "posterior_mean")
+        if str(arrays["status"]) == "ok"
+        else ()
+    )
     for name in ("training_curves", *pictures):
         save = Path(run) / f"{name}.png"
         if not save.exists() and (name == "training_curves" or name in arrays):
@@ -77,12 +88,24 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=(*FIGURES, *OTHERS), metavar="FIGURE", help=" | ".join((*FIGURES, *OTHERS)))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or packs of runs (.npz)")
-    parser.add_argument("--save", default=None, help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder); "
-                        "for pack an .npz, for sweep_table an .md")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="draw those of the runs whose names match one of these patterns")
+    parser.add_argument(
+        "--save",
+        default=None,
+        help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder); "
+        "for pack an .npz, for sweep_table an .md",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="GLOB", help="draw those of the runs whose names match one of these patterns"
+    )
     parser.add_argument("--without", nargs="+", default=[], metavar="GLOB", help="leave those out whose names match one of these")
-    parser.add_argument("--keep", nargs="+", default=[], choices=HEAVY, metavar="KEY",
-                        help=f"pack: large arrays to keep, of {', '.join(HEAVY)}; of model_samples and density_grid the member that figures show")
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        choices=HEAVY,
+        metavar="KEY",
+        help=f"pack: large arrays to keep, of {', '.join(HEAVY)}; of model_samples and density_grid the member that figures show",
+    )
     parser.add_argument("--keep-of", default="*", metavar="GLOB", help="pack: keep them of the runs whose names match only")
     parser.add_argument("--drop", nargs="+", default=[], metavar="KEY", help="pack: arrays that no figure or table needs")
     args = parser.parse_args(argv)
@@ -109,6 +132,7 @@ def main(args):
     elif args.figure == "sweep_table":
         refuse_other_scripts(args.figure, runs, ["train_synthetic"])
         from vsm.sweep import sweep_table
+
         write_atomic(save, sweep_table(runs).encode())
     else:
         draw(FIGURES[args.figure], runs, save)
@@ -122,14 +146,18 @@ def draw(figure, runs, save):
     try:
         figure(runs, save)
     except KeyError as error:
-        raise UserError(f"{figure.name} cannot be drawn: one of these runs has no {error}; has it ended, and is it of this kind?") from error
+        raise UserError(
+            f"{figure.name} cannot be drawn: one of these runs has no {error}; has it ended, and is it of this kind?"
+        ) from error
 
 
 def refuse_other_scripts(name, runs, scripts):
     """Raises UserError for runs that another script made, or for runs of two scripts."""
     for run in runs:
         if (made_by := run.config["script"]) not in scripts:
-            raise UserError(f"{run} is a run of {made_by}.py; {name} draws those of {' or '.join(f'{script}.py' for script in scripts)}")
+            raise UserError(
+                f"{run} is a run of {made_by}.py; {name} draws those of {' or '.join(f'{script}.py' for script in scripts)}"
+            )
         if made_by != runs[0].config["script"]:
             raise UserError(f"{run} is a run of {made_by}.py and {runs[0]} one of {runs[0].config['script']}.py; draw them apart")
 

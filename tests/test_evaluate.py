@@ -18,6 +18,7 @@ from metrics import evaluate_images
 from training import EVALUATION, seed_of
 from vsm import features
 from vsm.cli import UserError
+from vsm.figures.style import label_ticks, new_figure
 from vsm.runs import group_by_seed, load_arrays, load_config, save_arrays
 
 CPU = torch.device("cpu")
@@ -78,7 +79,8 @@ def test_table_and_figures_over_seeds(runs, tmp_path, capsys):
     assert text in printed and "2 (+1 diverged)" in text and "floor: 60 training images" in text and "N = 60" in text
     assert network["hash"] in text and f"{network['accuracy']:.4f}" in text and "standard deviation of" in text
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "table.md", "table.npz", "trajectories.png", "posterior_sd.png", "samples.png", "importance_bound.png", "denoising.png"}
+        "table.md", "table.npz", "trajectories.png", "posterior_sd.png", "samples.png", "importance_bound.png", "denoising.png",
+        "aggregate_posterior.png"}
     assert not (runs.diverged / "eval.npz").exists()
 
 
@@ -148,11 +150,11 @@ def test_a_figure_that_cannot_be_drawn_says_why(runs, tmp_path, fails):
 
 
 def test_every_logarithmic_axis_has_numbers(tmp_path):
-    figure, axes = plots.new_figure(1, 3)
+    figure, axes = new_figure(1, 3)
     for ax, top in zip(axes.flat, (800, 8, 7e6)):
         ax.plot([1, 2], [0.3 * top, 0.8 * top])
         ax.set_yscale("log")
-        plots.label_ticks(ax)
+        label_ticks(ax)
         figure.canvas.draw()
         low, high = ax.get_ylim()
         assert sum(bool(label.get_text()) and low <= label.get_position()[1] <= high for label in ax.get_yticklabels()) >= 2

@@ -306,6 +306,7 @@ def test_figures_are_redrawn_from_the_arrays(tmp_path, fails):
         save = tmp_path / f"{figure}.png"
         plots.main(plots.parse_args([figure, *map(str, runs), "--save", str(save)]))
         assert save.stat().st_size > 10_000
+    plots.main(plots.parse_args(["sweep_table", *map(str, runs), "--save", str(tmp_path / "synthetic.md")]))
     nll = load_arrays(runs[0] / "metrics.npz")["nll"]
     rows = [line for line in (tmp_path / "synthetic.md").read_text().splitlines() if line.startswith("| mixture | 0 | KLD-ELBO |")]
     assert len(rows) == 2 and f"| {nll.mean():.4g} ± {nll.std(ddof=1) / 2 ** 0.5:.2g} / {np.median(nll):.4g} |" in rows[0]
@@ -376,7 +377,7 @@ def test_members_are_told_apart_by_the_latents_they_use(tmp_path, fails):
     sd[-1] = 0.1
     sd[-1, 0], sd[-1, 1, 0] = 0.95, 0.95
     save_arrays(run / "metrics.npz", config, **arrays)
-    plots.main(plots.parse_args(["synthetic", str(run)]))
+    plots.main(plots.parse_args(["sweep_table", str(run), "--save", str(run / "synthetic.md")]))
     assert "(1 c, 1 h) |" in (run / "synthetic.md").read_text()
     twin = shutil.copytree(run, tmp_path / "twin")
     assert f"{run} and {twin} are the same experiment with the same seed 0" in fails(plots, "synthetic", run, twin)

@@ -4,10 +4,11 @@
     for run in open_runs(["results/figure3.npz", "runs/synthetic/c"]):
         run.name, run.config, run.arrays("metrics")["nll"], run.has("eval")
 
-A pack holds plain arrays: `runs` [R] the folders' names; for each key of metrics.npz, eval.npz or gradient_snr.npz a block of its
-distinct values over the runs, as in `metrics.nll` [U, members], with a second block `metrics.nll.1` where shapes differ; `blocks` [K] the
-blocks' names, and `index` [R, K] the row of a run in a block, -1 for none. Configs are JSON strings: `config.json`, and `metrics.config`
-or `eval.config` where it differs from config.json. What is not in a pack, checkpoints above all, is not needed for figures and tables.
+A pack holds plain arrays: `runs` [R] the folders' names; for each key of metrics.npz, eval.npz or gradient_snr.npz a block of
+its distinct values over the runs, as in `metrics.nll` [U, members], with a second block `metrics.nll.1` where shapes differ;
+`blocks` [K] the blocks' names; and `index` [R, K] the row of a run in a block, -1 for none. Configs are JSON strings:
+`config.json`, and `metrics.config` or `eval.config` where it differs from config.json. Values are kept to the bit. A pack has no
+checkpoints, and large arrays (HEAVY) only where they were asked for.
 """
 
 import fnmatch
@@ -19,10 +20,9 @@ import numpy as np
 from vsm.cli import UserError
 from vsm.runs import load_arrays, load_config, save_arrays
 
-PARTS = ("metrics", "eval", "gradient_snr")
+PARTS = ("metrics", "eval", "gradient_snr", "gradient_snr_train")
 OF_MEMBERS = ("model_samples", "density_grid")  # of a 2-D run: kept for the members that figures show
 HEAVY = (*OF_MEMBERS, "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept on request alone
-SMALL = 1000  # float64 arrays of more elements become float32
 
 
 class StoredRun:
@@ -43,7 +43,7 @@ class StoredRun:
         return part in self._parts
 
     def arrays(self, part="metrics"):
-        """A dict of the arrays of metrics, eval or gradient_snr, with the parsed `config`. Raises UserError for missing or damaged ones."""
+        """The arrays of metrics, eval or gradient_snr and the parsed `config`, a dict. Raises UserError for missing ones."""
         return self._read_part(part)
 
     def finished(self):
@@ -77,8 +77,12 @@ def _open_folder(folder):
         regular(folder / "config.json")
         return load_config(folder)
 
-    return StoredRun(str(folder), read_config, lambda part: load_arrays(regular(folder / f"{part}.npz")),
-                     [part for part in PARTS if (folder / f"{part}.npz").exists()])
+    return StoredRun(
+        str(folder),
+        read_config,
+        lambda part: load_arrays(regular(folder / f"{part}.npz")),
+        [part for part in PARTS if (folder / f"{part}.npz").exists()],
+    )
 
 
 def _open_pack(path):
@@ -90,8 +94,13 @@ def _open_pack(path):
     if not {"runs", "blocks", "index"} <= arrays.keys():
         raise UserError(f"{path} is not a pack of runs; name the folder of a run, or a pack that `python plots.py pack` made")
     names, blocks, index = list(map(str, arrays["runs"])), list(map(str, arrays["blocks"])), arrays["index"]
-    if (index.shape != (len(names), len(blocks)) or not np.issubdtype(index.dtype, np.integer) or not {*blocks} <= arrays.keys()
-            or any(index[:, k].max(initial=-1) >= len(arrays[block]) for k, block in enumerate(blocks)) or index.min(initial=0) < -1):
+    if (
+        index.shape != (len(names), len(blocks))
+        or not np.issubdtype(index.dtype, np.integer)
+        or not {*blocks} <= arrays.keys()
+        or any(index[:, k].max(initial=-1) >= len(arrays[block]) for k, block in enumerate(blocks))
+        or index.min(initial=0) < -1
+    ):
         raise UserError(f"{path} is damaged (its index does not fit its blocks)")
     return [_packed_run(f"{path}:{name}", dict(zip(blocks, row)), arrays) for name, row in zip(names, index)]
 
@@ -155,8 +164,14 @@ def pack(paths, save, keep=(), keep_of="*", drop=()):
             values = blocks.setdefault(block, {})
             rows[-1][block] = values.setdefault(value.tobytes(), (len(values), value))[0]
     index = np.array([[row.get(block, -1) for block in blocks] for row in rows], np.int32)
-    save_arrays(Path(save), {"script": runs[0].config["script"]}, runs=np.array(names), blocks=np.array(list(blocks)), index=index,
-                **{block: np.stack([value for _, value in values.values()]) for block, values in blocks.items()})
+    save_arrays(
+        Path(save),
+        {"script": runs[0].config["script"]},
+        runs=np.array(names),
+        blocks=np.array(list(blocks)),
+        index=index,
+        **{block: np.stack([value for _, value in values.values()]) for block, values in blocks.items()},
+    )
 
 
 def _record(run, keep, drop):
@@ -174,6 +189,6 @@ def _record(run, keep, drop):
             if key in drop or key in HEAVY and key not in keep or key in OF_MEMBERS and member is None:
                 continue
             if key in OF_MEMBERS and f"{key}_of" not in arrays:
-                record[f"{part}.{key}_of"], value = np.array([member]), value[member:member + 1]
-            record[f"{part}.{key}"] = value.astype(np.float32) if value.dtype == np.float64 and value.size > SMALL else value
+                record[f"{part}.{key}_of"], value = np.array([member]), value[member : member + 1]
+            record[f"{part}.{key}"] = value
     return record

@@ -12,15 +12,30 @@ from vsm.packs import open_runs
 from vsm.runs import NOT_IDENTITY, refuse_twins
 from vsm.tables import markdown_table, mean_and_error
 
-SWEEP_AXES = ("data", "learn", "infer", "estimator", "samples", "infer_samples", "inner_steps", "inner_lr", "bilevel_steps", "seed",
-              "seeds", *NOT_IDENTITY)
+SWEEP_AXES = (
+    "data",
+    "learn",
+    "infer",
+    "estimator",
+    "samples",
+    "infer_samples",
+    "inner_steps",
+    "inner_lr",
+    "bilevel_steps",
+    "seed",
+    "seeds",
+    *NOT_IDENTITY,
+)
 
 
 def objective_name(config):
     """The pair as the paper names it, and what the paper does not vary: "KLD-B released, N = 5"."""
     flags = config["flags"]
-    return (config["label"] + (f" {flags['estimator']}" if flags["estimator"] != "plugin" else "")
-            + (f", N = {flags['samples']}" if flags["samples"] > 1 else ""))
+    return (
+        config["label"]
+        + (f" {flags['estimator']}" if flags["estimator"] != "plugin" else "")
+        + (f", N = {flags['samples']}" if flags["samples"] > 1 else "")
+    )
 
 
 def name_order(point):
@@ -30,16 +45,18 @@ def name_order(point):
 def sweep_points(runs):
     """One dict per data, J, name and K over the members of all runs there.
 
-    nll and divergence: (mean, standard error, median); `members` has the values of each, `truth` those of the data's law at the test
-    points; diverged, collapsed and half_collapsed: flags of the members. Raises UserError for runs that differ in more than the axes of
-    a sweep, or that share a seed.
+    nll and divergence: (mean, standard error, median); `members` has the values of each, `truth` those of the data's law at the
+    test points; diverged, collapsed and half_collapsed: flags of the members. Raises UserError for runs that differ in more than
+    the axes of a sweep, or that share a seed.
     """
     opened = open_runs(runs)
     loaded = [run.finished() for run in opened]
     fixed = [{key: value for key, value in arrays["config"]["flags"].items() if key not in SWEEP_AXES} for arrays in loaded]
     differ = sorted(key for key in fixed[0] if any(flags.get(key) != fixed[0][key] for flags in fixed))
     if differ:
-        raise UserError(f"the runs differ in {', '.join(differ)}; draw runs that differ in nothing but the objective, data, K, J and seeds")
+        raise UserError(
+            f"the runs differ in {', '.join(differ)}; draw runs that differ in nothing but the objective, data, K, J and seeds"
+        )
     groups = {}
     for run, arrays in zip(opened, loaded):
         flags = arrays["config"]["flags"]
@@ -54,6 +71,7 @@ def sweep_points(runs):
 
 def sweep_point(group):
     """The statistics of one point from the arrays of its runs."""
+
     def of_members(key):
         return np.concatenate([arrays[key] for arrays in group])
 
@@ -61,15 +79,20 @@ def sweep_point(group):
     divergence = "fisher_divergence" if "fisher_divergence" in group[0] else "sm_loss"
     members = {"nll": of_members("nll"), "divergence": of_members(divergence)}
     nll, loss = truth_of(group[0])
-    return {"flags": group[0]["config"]["flags"], "members": members, "diverged": of_members("diverged_at") >= 0,
-            "collapsed": unused.all(-1), "half_collapsed": unused.any(-1) & ~unused.all(-1),
-            "truth": {"nll": nll, "divergence": loss if divergence == "sm_loss" else 0.0},
-            "divergence_name": {"fisher_divergence": "Fisher divergence", "sm_loss": "score-matching loss"}[divergence],
-            **{key: tuple(map(float, mean_and_error(values))) for key, values in members.items()}}
+    return {
+        "flags": group[0]["config"]["flags"],
+        "members": members,
+        "diverged": of_members("diverged_at") >= 0,
+        "collapsed": unused.all(-1),
+        "half_collapsed": unused.any(-1) & ~unused.all(-1),
+        "truth": {"nll": nll, "divergence": loss if divergence == "sm_loss" else 0.0},
+        "divergence_name": {"fisher_divergence": "Fisher divergence", "sm_loss": "score-matching loss"}[divergence],
+        **{key: tuple(map(float, mean_and_error(values))) for key, values in members.items()},
+    }
 
 
 def truth_of(arrays):
-    """NLL and score-matching loss of the data's law at the run's test points, the data's entropy and NaN without these, or NaN."""
+    """NLL and score-matching loss of the data's law at the run's test points; without these the data's entropy and NaN."""
     if "test_data" in arrays:
         return law_at(arrays["config"]["flags"]["data"], arrays["test_data"].tobytes())
     return float(arrays.get("data_entropy", np.nan)), np.nan
@@ -77,7 +100,7 @@ def truth_of(arrays):
 
 @cache
 def law_at(name, points):
-    """Mean NLL (nats) and score-matching loss of a law over float32 points [n, 2], given as bytes; NaN where they are not known."""
+    """Mean NLL (nats) and score-matching loss of a law over float32 points [n, 2], given as bytes; NaN where not known."""
     law = LAWS.get(name)
     if law is None or law.log_prob is None:
         return np.nan, np.nan
@@ -89,14 +112,18 @@ def sweep_table(runs):
     """The numbers behind `synthetic`, two Markdown tables: a row per data set, J and objective, a column per K."""
     points = sweep_points(runs)
     inner = sorted({point["K"] for point in points})
-    legend = ("Mean ± standard error / median over the members that did not diverge; d: members that diverged, c: members whose posterior "
-              "collapsed (sd above 0.9 at the end in both latents), h: half collapsed (in one of the two). The data's entropy is the least NLL.")
+    legend = (
+        "Mean ± standard error / median over the members that did not diverge; d: members that diverged, c: members whose "
+        "posterior collapsed (sd above 0.9 at the end in both latents), h: half collapsed (in one of the two)."
+    )
     sections = [legend]
     titles = {"nll": "NLL (nats)", "divergence": "Fisher divergence, or score-matching loss where the data's score is not known"}
     found = {(point["data"], point["J"], name_order(point), point["K"]): point for point in points}
     for metric, title in titles.items():
-        rows = [[data, J, order[-1], *(sweep_cell(found.get((data, J, order, K)), metric) for K in inner)]
-                for data, J, order in sorted({key[:3] for key in found})]
+        rows = [
+            [data, J, order[-1], *(sweep_cell(found.get((data, J, order, K)), metric) for K in inner)]
+            for data, J, order in sorted({key[:3] for key in found})
+        ]
         sections += [title, markdown_table(["data", "J", "objective", *(f"K = {K}" for K in inner)], rows)]
     return "\n\n".join(sections) + "\n"
 

@@ -26,7 +26,7 @@ def mean_and_error_text(mean, error=math.nan):
 
 
 def mean_and_error(values):
-    """Mean, standard error (0 of a single value) and median over the first axis of the finite values; NaN where there are none."""
+    """Mean, standard error (0 of a single value) and median over the first axis of the finite values; NaN where all are NaN."""
     values = np.ma.masked_invalid(np.asarray(values, float))
     count = values.count(0)
     error = values.std(0, ddof=1) / np.sqrt(np.maximum(count, 1)) if len(values) > 1 else np.ma.zeros(values.shape[1:])

@@ -1,12 +1,17 @@
 """The figure of benchmark.py."""
 
+from itertools import cycle
+
 import numpy as np
 
 from vsm.figures.style import label_ticks, new_figure, save_figure
 from vsm.packs import open_runs
 
-MODES = {"plain": {"color": "0.6", "label": "plain, float32"}, "eager": {"color": "tab:blue", "label": "eager"},
-         "captured": {"color": "tab:orange", "label": "captured"}}
+MODES = {
+    "plain": {"color": "0.6", "label": "plain, float32"},
+    "eager": {"color": "tab:blue", "label": "eager"},
+    "captured": {"color": "tab:orange", "label": "captured"},
+}
 FLOOR = {"color": "black", "linestyle": ":", "label": "convolutions alone"}
 
 
@@ -14,26 +19,40 @@ def benchmark(runs, save):
     """Images per second of every pair with the smallest and largest of the turns, beside what its convolutions alone allow."""
     arrays = open_runs(runs)[0].arrays()
     images, batches = (select(arrays, part=part) for part in ("images", "batch"))
-    panels = sorted({(image, net, precision) for image, net, precision, mode in zip(images["image"], images["net"], images["precision"], images["mode"]) if mode == "floor"})
+    panels = sorted(
+        {
+            (image, net, precision)
+            for image, net, precision, mode in zip(images["image"], images["net"], images["precision"], images["mode"])
+            if mode == "floor"
+        }
+    )
     of_batches = np.unique(batches["precision"][batches["mode"] == "floor"])
     others = [rows for part in ("sweep", "ensemble", "toy", "importance") if len((rows := select(arrays, part=part))["size"])]
     figure, axes = new_figure(len(panels) + len(of_batches) + len(others), 1, size=(7.2, 2.6))
     for ax, (image, net, precision) in zip(axes[:, 0], panels):
         rate_bars(ax, beside_plain(select(images, image=image, net=net), precision))
-        ax.set_title(f"{net}, {image.replace('x', ' x ')} x {image.split('x')[1]} pixels, {precision}, {arrays['config']['device']}")
-    for ax, precision in zip(axes[len(panels):, 0], of_batches):
+        ax.set_title(
+            f"{net}, {image.replace('x', ' x ')} x {image.split('x')[1]} pixels, {precision}, {arrays['config']['device']}"
+        )
+    for ax, precision in zip(axes[len(panels) :, 0], of_batches):
         for mode, style in (MODES | {"floor": FLOOR}).items():
             rows = select(beside_plain(batches, precision), mode=mode)
             if len(rows["size"]):
                 ax.plot(rows["size"], 1e3 / np.median(rates(rows), 1), marker=".", **style)
-        ax.set(xlabel="images per minibatch", ylabel="ms per image", xscale="log", ylim=(0, None),
-               title=f"{batches['pair'][0]}, {batches['net'][0]}, {precision}")
+        ax.set(
+            xlabel="images per minibatch",
+            ylabel="ms per image",
+            xscale="log",
+            ylim=(0, None),
+            title=f"{batches['pair'][0]}, {batches['net'][0]}, {precision}",
+        )
         ax.set_xticks(sizes := np.unique(batches["size"]), sizes)
         ax.minorticks_off()
-    for ax, rows in zip(axes[len(axes) - len(others):, 0], others):
+    styles = styles_of(others)
+    for ax, rows in zip(axes[len(axes) - len(others) :, 0], others):
         for mode in np.unique(rows["mode"]):
             line = select(rows, mode=mode)
-            ax.plot(line["size"], 1e3 * np.median(line["seconds"], 1), marker=".", label=mode)
+            ax.plot(line["size"], 1e3 * np.median(line["seconds"], 1), marker=".", **styles[mode])
         unit = {"sweep": "runs at once", "ensemble": "members", "toy": "runs", "importance": "samples"}[rows["part"][0]]
         ax.set(xlabel=unit, ylabel="ms", xscale="log", yscale="log", title=rows["part"][0])
         ax.set_xticks(sizes := np.unique(rows["size"]), sizes)
@@ -45,14 +64,29 @@ def benchmark(runs, save):
     save_figure(figure, save)
 
 
+def styles_of(tables):
+    """{mode: style}: a colour means the same mode in every panel."""
+    names = sorted({str(mode) for rows in tables for mode in rows["mode"]} - MODES.keys())
+    colors = ["tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan"]
+    return MODES | {name: {"color": color, "label": name} for name, color in zip(names, cycle(colors))}
+
+
 def rate_bars(ax, rows):
     """A group of bars per pair, a bar per mode, a line where the floor lies."""
     pairs, modes = list(dict.fromkeys(rows["pair"])), [mode for mode in MODES if mode in rows["mode"]]
     at, width = np.arange(len(pairs)), 0.8 / len(modes)
     for i, mode in enumerate(modes):
         rate = rates(select(rows, mode=mode))
-        ax.bar(at + (i - (len(modes) - 1) / 2) * width, np.median(rate, 1), width, **MODES[mode], ecolor="black", capsize=1.5,
-               yerr=abs(np.stack([rate.min(1), rate.max(1)]) - np.median(rate, 1)), error_kw={"linewidth": 0.7})
+        ax.bar(
+            at + (i - (len(modes) - 1) / 2) * width,
+            np.median(rate, 1),
+            width,
+            **MODES[mode],
+            ecolor="black",
+            capsize=1.5,
+            yerr=abs(np.stack([rate.min(1), rate.max(1)]) - np.median(rate, 1)),
+            error_kw={"linewidth": 0.7},
+        )
     floor = np.median(rates(select(rows, mode="floor")), 1)
     ax.hlines(floor, at - 0.42, at + 0.42, **FLOOR)
     ax.set(ylabel="images/s", ylim=(0, 1.25 * floor.max()))

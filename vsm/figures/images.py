@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from data import short_name
 from vsm.figures.style import (
     COLORS,
     label_ticks,
@@ -35,6 +36,7 @@ CURVES = {  # metric: axis title, scale
 }
 LINEAR = {"latent_mmd": 100, "infer_loss": 100, "learn_loss": 100}  # up to here a symlog axis is linear
 MARKERS = ".xsv^"
+FEW_GAP = 6  # of robust_limits, for a few final values
 
 
 def grouped(runs, part="metrics"):
@@ -43,16 +45,20 @@ def grouped(runs, part="metrics"):
     loaded, panels = [run.arrays(part) for run in opened], {}
     for name, members in group_by_seed([run.name for run in opened], [arrays["config"] for arrays in loaded]):
         panels.setdefault(title_of(loaded[members[0]]["config"]["flags"]), []).append((name, [loaded[i] for i in members]))
-    return {title: sorted(groups, key=lambda group: pair_order(group[1][0]["config"]["flags"])) for title, groups in panels.items()}
+    return {
+        title: sorted(groups, key=lambda group: pair_order(group[1][0]["config"]["flags"])) for title, groups in panels.items()
+    }
 
 
 def title_of(flags):
-    return f"{flags['data']}, {flags['net']}"
+    return f"{short_name(flags['data'])}, {flags['net']}"
 
 
 def named_groups(panels):
     """[(name, members)] over all panels; the panel's title is part of the name where there are several panels."""
-    return [(f"{title}, {name}" if len(panels) > 1 else name, members) for title, groups in panels.items() for name, members in groups]
+    return [
+        (f"{title}, {name}" if len(panels) > 1 else name, members) for title, groups in panels.items() for name, members in groups
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- curves against epochs
@@ -61,14 +67,15 @@ def named_groups(panels):
 def training_curves(runs, save):
     """Test metrics, training losses and gradient norms against epochs, a line per pair of objectives, a band over seeds.
 
-    Axes show the second half of training; what lies far beyond most runs is left outside and named in the panel.
+    Axes show the second half of training, or the last three evaluations. Lines that end far beyond most are named in the panel.
     """
     groups = named_groups(grouped(runs))
-    names = [name for name in CURVES if any(has_curve(members[0], name) for _, members in groups)]
-    figure, axes = new_figure(-(-len(names) // 4), 4, size=(2.9, 2.3))
+    names = [name for name in CURVES if any(measured(groups, name))]
+    columns = min((4, 5), key=lambda columns: (-len(names) % columns, columns))  # fewest empty panels
+    figure, axes = new_figure(-(-len(names) // columns), columns, size=(2.9, 2.3))
     for ax, name in zip(axes.flat, names):
         draw_curves(ax, groups, name)
-    for ax in axes.flat[len(names):]:
+    for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
     legend(figure, axes)
     save_figure(figure, save)
@@ -77,7 +84,7 @@ def training_curves(runs, save):
 def trajectories(runs, save):
     """The paper's four test metrics against epochs, a row per data set and network, a band over seeds (Figures 4, 8).
 
-    Axes show the second half of training; what lies far beyond most runs is left outside and named in the panel.
+    Axes show the second half of training, or the last three evaluations. Lines that end far beyond most are named in the panel.
     """
     names = ("negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
     panels = grouped(runs)
@@ -94,21 +101,25 @@ def trajectories(runs, save):
 def fid_curves(runs, save):
     """FID against epochs, a panel per data set and network, a band over seeds; epochs without a measurement are bridged."""
     panels = grouped(runs)
+    if not any(measured(groups, "fid") for groups in panels.values()):
+        raise KeyError("fid")
     figure, axes = new_figure(1, len(panels), size=(4.4, 2.8))
     for ax, (title, groups) in zip(axes.flat, panels.items()):
-        measured = [(name, [without_gaps(arrays, "fid") for arrays in members]) for name, members in groups]
-        draw_curves(ax, measured, "fid")
+        draw_curves(ax, groups, "fid")
         ax.set(title=title, ylabel="FID")
     legend(figure, axes)
     save_figure(figure, save)
 
 
-def without_gaps(arrays, key):
-    """The arrays with `epoch` and `key` at the epochs where `key` was measured. Raises KeyError where it never was."""
-    if not has_curve(arrays, key):
-        raise KeyError(key)
-    known = np.isfinite(arrays[key])
-    return {**arrays, "epoch": arrays["epoch"][known], key: arrays[key][known]}
+def measured(groups, key):
+    """The groups with `epoch` and `key` at the epochs where `key` was measured, without runs that have none."""
+
+    def known(arrays):
+        keep = np.isfinite(arrays[key])
+        return {**arrays, "epoch": arrays["epoch"][keep], key: arrays[key][keep]}
+
+    found = [(name, [known(arrays) for arrays in members if has_curve(arrays, key)]) for name, members in groups]
+    return [(name, members) for name, members in found if members]
 
 
 def has_curve(arrays, name):
@@ -118,13 +129,17 @@ def has_curve(arrays, name):
 def draw_curves(ax, groups, name):
     """One metric against epochs; the ELBO and its two terms from the first trained epoch on."""
     title, scale = CURVES[name]
+    if name == "fid":  # not measured at every evaluation
+        groups = measured(groups, name)
     lines = draw_lines(ax, groups, "epoch", name, start=1 if name in ("negative_elbo", "reconstruction", "kl") else 0)
     ax.set(xlabel="epoch", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if name == "active_units":
         ax.set_ylim(0, 1.05 * max([1, *(np.nanmax(values) for values in lines.values())]))
     else:
-        limit_robustly(ax, {label: values[len(values) // 2:] for label, values in lines.items()}, scale, LINEAR.get(name, 1))
+        limit_robustly(
+            ax, {label: values[-max(3, len(values) // 2) :] for label, values in lines.items()}, scale, LINEAR.get(name, 1)
+        )
     if scale == "symlog":
         linear_around_zero(ax, LINEAR[name])
     elif scale == "log" and ax.get_ylim()[0] > 0:
@@ -133,15 +148,20 @@ def draw_curves(ax, groups, name):
     label_ticks(ax)
 
 
-def limit_robustly(ax, late, scale, linear=1):
+def limit_robustly(ax, late, scale, linear=1, gap=3):
     """Set robust limits of y around {name: values}; names of what ends outside are written in the panel."""
-    low, high = robust_limits(late, scale, linear)
+    low, high = robust_limits(late, scale, linear, gap)
     ax.set_ylim(low, high)
     note_beyond(ax, [name for name, ends in late.items() if len(ends) and np.isfinite(ends[-1]) and not low <= ends[-1] <= high])
 
 
-def robust_limits(late, scale, linear=1):
-    """Limits that hold all values of {name: values} within 7 median absolute deviations of their median, measured on the axis' scale."""
+def robust_limits(late, scale, linear=1, gap=3):
+    """Limits of {name: values} without what lies far from most values, measured on the axis' scale.
+
+    Far is beyond 7 median absolute deviations from the median, on logarithmic scales beyond a factor of 3 at least, and `gap`
+    times as far from it as the farthest value that is kept.
+    """
+
     def forward(y):
         return np.log10(np.maximum(y, 1e-300)) if scale == "log" else np.arcsinh(y / linear) if scale == "symlog" else y
 
@@ -152,30 +172,48 @@ def robust_limits(late, scale, linear=1):
     values = forward(np.concatenate(pool)) if pool else np.empty(0)
     if not len(values):
         return back(np.array([0.0, 1.0]))
-    middle = np.median(values)
-    near = values[np.abs(values - middle) <= 7 * max(np.median(np.abs(values - middle)), 1e-3 * abs(middle), 1e-12)]
+    distance = np.abs(values - (middle := np.median(values)))
+    floor = {"linear": 1e-3 * abs(middle) + 1e-12, "log": 0.5, "symlog": 1.1}[scale]
+    reach = max(7 * np.median(distance), floor)
+    for next_distance in np.sort(distance):
+        if next_distance > reach:
+            if next_distance > gap * distance[distance <= reach].max():
+                break
+            reach = next_distance
+    near = values[distance <= reach]
     margin = 0.08 * np.ptp(near) or 0.5
-    return back(np.array([near.min() - margin, near.max() + margin]))
+    return back(np.array([near.min() - margin, near.max() + 2 * margin]))  # room for a note
 
 
 def note_beyond(ax, names):
     """Names of what the limits leave outside, in the panel's upper right corner."""
     if names:
         text = "beyond: " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=6.5, color="0.35", zorder=9,
-                bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1})
+        ax.text(
+            0.98,
+            0.97,
+            text,
+            transform=ax.transAxes,
+            ha="right",
+            va="top",
+            fontsize=6.5,
+            color="0.35",
+            zorder=9,
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
+        )
 
 
 def draw_lines(ax, groups, x, y, start=0):
-    """A line per group, the mean over its seeds (as far as any got), in a band of one standard error to either side: {name: means}."""
+    """A line per group: the mean over its seeds, as far as any got, in a band of one standard error. Returns {name: means}."""
     labels, lines = [members[0]["config"]["label"] for _, members in groups], {}
     for k, (name, members) in enumerate(groups):
-        if y not in members[0]:
+        members = [arrays for arrays in members if y in arrays]
+        if not members:
             continue
-        longest = max((arrays[x] for arrays in members if y in arrays), key=len)
+        longest = max((arrays[x] for arrays in members), key=len)
         values = np.full((len(members), len(longest)), np.nan)
         for row, arrays in zip(values, members):
-            row[:len(arrays[y])] = arrays[y]
+            row[: len(arrays[y])] = arrays[y]
         mean, error, _ = mean_and_error(values[:, start:])
         style, marker = line_style(members[0]["config"]["flags"]), MARKERS[labels[:k].count(labels[k]) % 5]
         ax.plot(longest[start:], mean, marker=marker, markersize=4, label=f"{name}, {seeds_of(members)}", **style)
@@ -197,9 +235,15 @@ def final_values(runs, save):
     Values far beyond most runs are left outside and named in the panel.
     """
     panels = grouped(runs)
-    names = [name for name in FINAL if any(has_curve(arrays, name) for groups in panels.values() for _, members in groups for arrays in members)]
+    names = [
+        name
+        for name in FINAL
+        if any(has_curve(arrays, name) for groups in panels.values() for _, members in groups for arrays in members)
+    ]
     longest = max(len(name) for groups in panels.values() for name, _ in groups)
-    figure, axes = new_figure(len(panels), len(names), size=(max(2.2, 0.2 * max(map(len, panels.values())) + 0.6), 2 + 0.08 * longest))
+    figure, axes = new_figure(
+        len(panels), len(names), size=(max(2.2, 0.2 * max(map(len, panels.values())) + 0.6), 2 + 0.08 * longest)
+    )
     for row, (title, groups) in zip(axes, panels.items()):
         for ax, metric in zip(row, names):
             draw_finals(ax, groups, metric)
@@ -212,11 +256,18 @@ def draw_finals(ax, groups, metric):
     finals = {name: np.array([last_finite(arrays[metric]) for arrays in members if metric in arrays]) for name, members in groups}
     for k, (name, members) in enumerate(groups):
         style = line_style(members[0]["config"]["flags"])
-        ax.plot(k + np.linspace(-0.15, 0.15, len(finals[name])) if len(finals[name]) > 1 else [k] * len(finals[name]), finals[name], "o",
-                ms=4, color=style["color"], mfc="white" if style["linestyle"] != "-" else None, clip_on=True)
+        ax.plot(
+            k + np.linspace(-0.15, 0.15, len(finals[name])) if len(finals[name]) > 1 else [k] * len(finals[name]),
+            finals[name],
+            "o",
+            ms=4,
+            color=style["color"],
+            mfc="white" if style["linestyle"] != "-" else None,
+            clip_on=True,
+        )
         if np.isfinite(finals[name]).any():
             ax.hlines(np.nanmean(finals[name]), k - 0.3, k + 0.3, color=style["color"], lw=1.5)
-    limit_robustly(ax, finals, scale, LINEAR.get(metric, 1))
+    limit_robustly(ax, finals, scale, LINEAR.get(metric, 1), FEW_GAP)
     if scale == "symlog":
         linear_around_zero(ax, LINEAR[metric])
     elif scale == "log":
@@ -233,41 +284,50 @@ def last_finite(values):
 
 
 def rate_distortion(runs, save):
-    """Rate, KL(q || prior), against distortion, -E_q log p(x|z), of every seed at the end of training (dots), on contours of the negative ELBO.
+    """Rate, KL(q || prior), against distortion, -E_q log p(x|z), of every seed at the end of training (dots).
 
-    A thin line is a seed's way over the second half of training. Runs far beyond most others are left outside and named.
+    Dotted lines are contours of the negative ELBO; a thin line is a seed's way over the second half of training. Runs far beyond
+    most others are left outside and named.
     """
     panels = grouped(runs)
     figure, axes = new_figure(1, len(panels), size=(4.4, 3.4))
     for ax, (title, groups) in zip(axes.flat, panels.items()):
-        ends = {}
-        for name, members in groups:
-            style = line_style(members[0]["config"]["flags"])
-            for i, arrays in enumerate(members):
-                kl, distortion = arrays["kl"], arrays["reconstruction"]
-                half = len(kl) // 2
-                ax.plot(kl[half:], distortion[half:], lw=0.8, alpha=0.35, **style)
-                ax.plot(kl[-1], distortion[-1], "o", ms=6, color=style["color"], mfc="white" if style["linestyle"] != "-" else None,
-                        label=f"{name}, {seeds_of(members)}" if i == 0 else None)
-            ends[name] = np.array([(arrays["kl"][-1], arrays["reconstruction"][-1]) for arrays in members])
-        limits = [robust_limits({name: values[:, i] for name, values in ends.items()}, "linear") for i in range(2)]
-        (left, right), (bottom, top) = limits
-        ax.set(xlim=(left, right), ylim=(bottom, top + 0.1 * (top - bottom)))  # room for the note
-        note_beyond(ax, [name for name, values in ends.items() if not all(left <= x <= right and bottom <= y <= top for x, y in values)])
+        draw_rates(ax, groups)
         elbo_contours(ax)
         ax.set(xlabel="rate: KL(q || prior) (nats)", title=title)
     axes[0, 0].set_ylabel("distortion: $-E_q\\log p(x|z)$ (nats)")
-    handles, labels = zip(*{label: (handle, label) for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}.values())
-    figure.set_figwidth(figure.get_figwidth() + 0.09 * max(map(len, labels)) + 0.4)
-    figure.legend(handles, labels, loc="outside right center")
+    named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.set_figwidth(figure.get_figwidth() + 0.09 * max(map(len, named)) + 0.4)
+    figure.legend(named.values(), named.keys(), loc="outside right center")
     save_figure(figure, save)
+
+
+def draw_rates(ax, groups):
+    """The seeds' ways and ends; a marker tells groups of one colour and line apart."""
+    labels, ends = [members[0]["config"]["label"] for _, members in groups], {}
+    for k, (name, members) in enumerate(groups):
+        style = line_style(members[0]["config"]["flags"])
+        dot = {"marker": "os^Dv"[labels[:k].count(labels[k]) % 5], "ms": 6, "color": style["color"], "linestyle": ""}
+        if style["linestyle"] != "-":
+            dot["mfc"] = "white"
+        ways = [np.array([arrays["kl"], arrays["reconstruction"]]) for arrays in members]  # [2, T] each
+        for way in ways:
+            ax.plot(*way[:, way.shape[1] // 2 :], lw=0.8, alpha=0.35, **style)
+        ends[name] = np.array([way[:, -1] for way in ways])
+        ax.plot(*ends[name].T, label=f"{name}, {seeds_of(members)}", **dot)
+    (left, right), (bottom, top) = (
+        robust_limits({name: xy[:, i] for name, xy in ends.items()}, "linear", gap=FEW_GAP) for i in range(2)
+    )
+    ax.set(xlim=(left, right), ylim=(bottom, top + 0.1 * (top - bottom)))  # room for the note
+    low, high = (left, bottom), (right, top)
+    note_beyond(ax, [name for name, xy in ends.items() if not ((low <= xy) & (xy <= high)).all()])
 
 
 def elbo_contours(ax):
     """Dotted lines of equal negative ELBO (rate + distortion) with their values, inside the limits of the axes."""
     x, y = (np.linspace(*limits, 50) for limits in (ax.get_xlim(), ax.get_ylim()))
     lines = ax.contour(x, y, x + y[:, None], levels=6, colors="0.75", linewidths=0.7, linestyles="dotted", zorder=0)
-    ax.clabel(lines, fmt="%.0f", fontsize=6.5)
+    ax.clabel(lines, fmt="%g", fontsize=6.5)
 
 
 # ------------------------------------------------------------------------------------------- what evaluate.py measured
@@ -275,7 +335,9 @@ def elbo_contours(ax):
 
 def importance_bound(runs, save):
     """The importance-weighted bound on the negative log-likelihood against its number of samples from q(z|x)."""
-    figure, axes = curves(runs, "iw_samples", "negative_iw_bound", xlabel="samples $K$", ylabel="negative bound (nats)", xscale="log")
+    figure, axes = curves(
+        runs, "iw_samples", "negative_iw_bound", xlabel="samples $K$", ylabel="negative bound (nats)", xscale="log"
+    )
     legend(figure, axes)
     save_figure(figure, save)
 
@@ -315,7 +377,7 @@ ESTIMATOR_DASHES = {"plugin": "-", "unbiased": "--", "released": ":"}
 def gradient_snr(runs, save):
     """Signal-to-noise ratio of the decoder's gradient by learning objective and estimator against N, a row per group of seeds.
 
-    Several seeds: their mean in a range from the least to the largest. One seed: bars of one standard error over draws, where stored.
+    Bars go from the least to the largest of several seeds; of one seed they are one standard error over draws, where stored.
     """
     groups = named_groups(grouped(runs, "gradient_snr"))
     figure, axes = new_figure(len(groups), len(SNR_PANELS), size=(3, 2.6))
@@ -343,5 +405,15 @@ def draw_snr(ax, members, key, k, name, count):
     else:
         error = members[0][f"{key}_se"][k] if f"{key}_se" in members[0] else np.full_like(mean, np.nan)
     x = np.arange(len(mean)) + 0.5 * ((k + 0.5) / count - 0.5)
-    ax.errorbar(x, mean, error, marker=".", capsize=1.5, elinewidth=0.8, lw=1, color=COLORS.get(letter, "tab:gray"),
-                linestyle=ESTIMATOR_DASHES.get(estimator, "-"), label=name)
+    ax.errorbar(
+        x,
+        mean,
+        error,
+        marker=".",
+        capsize=1.5,
+        elinewidth=0.8,
+        lw=1,
+        color=COLORS.get(letter, "tab:gray"),
+        linestyle=ESTIMATOR_DASHES.get(estimator, "-"),
+        label=name,
+    )

@@ -15,6 +15,7 @@ def posterior_sd(runs, save):
 
     Bins cover the range of all runs; what is above 1.2 is counted in the last bin.
     """
+
     def clipped(arrays):
         return np.clip(arrays["posterior_sd"][-1], 0, LARGEST_SD)
 
@@ -24,20 +25,25 @@ def posterior_sd(runs, save):
     def draw(ax, arrays, **style):
         ax.hist(clipped(arrays), bins=edges, histtype="stepfilled", alpha=0.5, **style)
 
-    figure, _ = histograms(runs, draw, "posterior SD" + (" (clipped at 1.2)" if values.max() == LARGEST_SD else ""), "latent dimensions")
+    figure, _ = histograms(
+        runs, draw, "posterior SD" + (" (clipped at 1.2)" if values.max() == LARGEST_SD else ""), "latent dimensions"
+    )
     save_figure(figure, save)
 
 
 def posterior_mean(runs, save):
     """Histograms of the posterior's mean of Bernoulli latents, 1/2 where a latent says nothing of an image (Figure 11).
 
-    Filled: over images and latents. Line: over latents, each averaged over the images, where a latent in use may be at 1/2 as well.
+    Filled: over images and latents. Line: over latents, each averaged over the images, and a latent in use may be at 1/2 as well.
     """
+
     def draw(ax, arrays, **style):
         share, averaged = arrays["posterior_mean_histogram"][-1], arrays["posterior_mean"][-1]
         edges = np.linspace(0, 1, len(share) + 1)
         ax.stairs(share, edges, fill=True, alpha=0.4, label="each image and latent", **style)
-        ax.stairs(np.histogram(averaged, edges)[0] / len(averaged), edges, linestyle=":", label="each latent, mean over images", **style)
+        ax.stairs(
+            np.histogram(averaged, edges)[0] / len(averaged), edges, linestyle=":", label="each latent, mean over images", **style
+        )
 
     figure, axes = histograms(runs, draw, "posterior mean", "share")
     legend(figure, axes, columns=1)
@@ -58,12 +64,12 @@ def aggregate_posterior(runs, save):
         for arrays in members:
             draw_aggregate(left, right, arrays, color=color_of(arrays["config"]["flags"]))
         z = np.linspace(-4, 4, 200)
-        left.plot(z, np.exp(-z**2 / 2) / math.sqrt(2 * math.pi), "k--", lw=1)
+        left.plot(z, np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi), "k--", lw=1)
         left.set(xlabel="$z$, active latents", ylabel="density", xlim=(-4, 4))
         left.set_title(f"{name}, {seeds_of(members)}", loc="left")
         right.axhline(1, color="black", linestyle="--", lw=1)
         right.set(xlabel="latent, sorted", ylabel="$E\\,z^2$", ylim=(0, None))
-    for ax in panels[len(groups):].flat:
+    for ax in panels[len(groups) :].flat:
         ax.set_axis_off()
     save_figure(figure, save)
 
@@ -79,7 +85,7 @@ def histograms(runs, draw, xlabel, ylabel, columns=4):
     """A figure with a panel per group, its seeds on top of each other, and its axes; a new row for each data set and network."""
     panels = grouped(runs)
     columns = min(columns, max(map(len, panels.values())))
-    rows = [(title, groups[i:i + columns]) for title, groups in panels.items() for i in range(0, len(groups), columns)]
+    rows = [(title, groups[i : i + columns]) for title, groups in panels.items() for i in range(0, len(groups), columns)]
     figure, axes = new_figure(len(rows), columns, size=(2.4, 2.2), sharex=True)
     for row, (title, groups) in zip(axes, rows):
         for ax, (name, members) in zip(row, groups):
@@ -88,6 +94,6 @@ def histograms(runs, draw, xlabel, ylabel, columns=4):
             ax.set_title(f"{name}, {seeds_of(members)}")
             ax.set_xlabel(xlabel)
         row[0].set_ylabel(f"{title}\n{ylabel}" if len(panels) > 1 else ylabel)
-        for ax in row[len(groups):]:
+        for ax in row[len(groups) :]:
             ax.set_axis_off()
     return figure, axes

@@ -13,8 +13,9 @@ def samples(runs, save):
 
 def reconstructions(runs, save):
     """Noisy test inputs (rows one and three, ...) above their reconstructions, one grid per run."""
+
     def pairs(arrays):
-        rows = [tile(arrays[name][i:i + 8], 8) for i in range(0, 32, 8) for name in ("inputs", "reconstructions")]
+        rows = [tile(arrays[name][i : i + 8], 8) for i in range(0, 32, 8) for name in ("inputs", "reconstructions")]
         return np.concatenate(rows)
 
     grids(runs, save, pairs)
@@ -22,6 +23,7 @@ def reconstructions(runs, save):
 
 def interpolations(runs, save):
     """Decoded points on the way between the codes of two test images, a row per pair, one grid per run."""
+
     def rows(arrays):
         pictures = arrays["interpolations"]  # [rows, steps, C, H, W]
         return tile(pictures.reshape(-1, *pictures.shape[2:]), pictures.shape[1])
@@ -31,17 +33,21 @@ def interpolations(runs, save):
 
 def grids(runs, save, make):
     panels = grouped(runs)
-    named = [((f"{panel}\n" if len(panels) > 1 else "") + f"{name}, {seeds_of([arrays])}", arrays)
-             for panel, groups in panels.items() for name, members in groups for arrays in members]
+    named = [
+        ((f"{panel}\n" if len(panels) > 1 else "") + f"{name}, {seeds_of([arrays])}", arrays)
+        for panel, groups in panels.items()
+        for name, members in groups
+        for arrays in members
+    ]
     pages = [make(arrays) for _, arrays in named]
-    rows = -(-len(named) // 4)
+    rows, scale = -(-len(named) // 4), 1 if len(named) > 2 else 2  # dots a pixel
     height, width = pages[0].shape[:2]
-    figure, axes = new_figure(rows, -(-len(named) // rows), size=(2.6, 2.6 * height / width + 0.25))
+    figure, axes = new_figure(rows, -(-len(named) // rows), size=(scale * width / 150, scale * height / 150 + 0.2))
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, (title, _), page in zip(axes.flat, named, pages):
         ax.imshow(page, vmin=0, vmax=255, cmap="gray", interpolation="nearest")
-        ax.set_title(title)
+        ax.set_title(title, fontsize=7.5)
     save_figure(figure, save)
 
 

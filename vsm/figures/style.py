@@ -19,7 +19,7 @@ matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon
 
 
 def letter_of(flags):
-    """The letter of the learning objective that a run's flags amount to: F for S where S equals F. Unknown names stand for themselves."""
+    """The letter of a run's learning objective by its flags: F for S where S equals F. An unknown name is its own letter."""
     entry = LEARN.get(flags["learn"])
     if entry is None:
         return flags["learn"]
@@ -28,6 +28,7 @@ def letter_of(flags):
 
 def pair_order(flags):
     """Learning objectives in the order of objectives.LEARN, then inference in that of INFER; unknown ones last."""
+
     def place(name, names):
         return names.index(name) if name in names else len(names)
 
@@ -72,9 +73,12 @@ def label_ticks(ax):
 
 
 def linear_around_zero(ax, linear):
-    """A symlog y axis with few ticks where the limits go beyond ten times `linear`, else a linear one."""
-    ax.set_yscale("symlog", linthresh=linear)
+    """A symlog y axis with few ticks where the limits go beyond ten times `linear`, else a linear one. Log far from zero."""
     low, high = ax.get_ylim()
+    if low > linear:
+        ax.set_yscale("log")
+        return
+    ax.set_yscale("symlog", linthresh=linear)
     first, last = math.log10(linear), math.log10(max(-low, high))
     if last <= first + 1:
         ax.set_yscale("linear")
@@ -98,10 +102,9 @@ def legend_below(figure, handles, labels, columns=5):
 
 
 def seeds_of(members):
-    """"seed 0", or "3 seeds", and how many diverged; `members` are the arrays of runs that differ in their seed alone."""
+    """ "seed 0", or "3 seeds", and how many diverged; `members` are the arrays of runs that differ in their seed alone."""
     statuses = [str(arrays.get("status", "unfinished")) for arrays in members]
     if len(members) == 1:
         return f"seed {members[0]['config']['flags']['seed']}" + "".join(f" ({status})" for status in statuses if status != "ok")
     diverged = sum(status.startswith("diverged") for status in statuses)
     return f"{len(members)} seeds" + (f" ({diverged} diverged)" if diverged else "")
-

@@ -3,25 +3,45 @@
 import math
 
 import numpy as np
+import torch
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from objectives import LEARN
-from vsm.figures.style import COLORS, color_of, dash_of, label_ticks, legend_below, letter_of, new_figure, pair_order, save_figure
+from vsm.figures.images import limit_robustly
+from vsm.figures.style import (
+    COLORS,
+    color_of,
+    dash_of,
+    label_ticks,
+    legend_below,
+    letter_of,
+    line_style,
+    linear_around_zero,
+    new_figure,
+    pair_order,
+    save_figure,
+)
+from vsm.laws import LAWS
 from vsm.packs import of_member, open_runs, shown_member
 from vsm.sweep import name_order, objective_name, sweep_points
 
-KINDS = {"step": ("D", "another encoder step"), "released": ("X", "released estimator"), "unbiased": ("v", "unbiased estimator"),
-         "N = ": ("o", "N = 5"), "": ("^", "N = 1")}  # by what a name holds, the first that fits: marker, legend
+KINDS = {
+    "step": ("D", "another encoder step"),
+    "released": ("X", "released estimator"),
+    "unbiased": ("v", "unbiased estimator"),
+    "N = ": ("o", "N = 5"),
+    "": ("^", "N = 1"),
+}  # by what a name holds, the first that fits: marker, legend
 METRICS = ("nll", "divergence")
 
 
 def synthetic(runs, save):
     """NLL and Fisher divergence of a sweep: against K, or, where all runs have one K, by objective (Figures 3, 6, 7).
 
-    Against K: mean +- standard error over the members that did not diverge; a panel per J, two rows per data set. By objective: the
-    members (dots), their mean (bar) and two standard errors to either side; red: how many diverged. NLL is shown above that of the
-    data's law, and so is the score-matching loss where the law's score was not known; axes are linear near zero, logarithmic beyond.
+    Against K: mean +- standard error over the members that did not diverge; a panel per J, two rows per data set. By objective:
+    the members (dots), their mean (bar) and two standard errors to either side; red: how many diverged. NLL is shown above that
+    of the data's law, and so is the score-matching loss where a run has no Fisher divergence. Axes are linear near zero.
     """
     points = sweep_points(runs)
     if len({point["K"] for point in points}) > 1:
@@ -31,7 +51,7 @@ def synthetic(runs, save):
 
 
 def study(runs, save):
-    """NLL above that of the data's law by objective, a panel per data set: every seed (dots), mean (bar), two standard errors (box)."""
+    """NLL above that of the data's law by objective, a panel per data set: seeds (dots), mean (bar), 2 standard errors (box)."""
     points = sweep_points(runs)
     panels = panels_of(points)
     figure, axes = new_figure(1, len(panels), size=(max(2.2, 0.22 * most(panels) + 0.8), 3.2))
@@ -81,15 +101,34 @@ def draw_strip(ax, points, metric):
     origin, width, values = shifted(points, metric)
     for x, (point, members) in enumerate(zip(points, values)):
         color, finite = color_of(point["flags"]), members[np.isfinite(members)]
-        ax.plot(x + np.linspace(-0.25, 0.25, len(members)), np.sort(members), "o", ms=2.5, alpha=0.7, mew=0.6, color=color,
-                mfc="white" if dash_of(point["flags"]) != "-" else None)
+        ax.plot(
+            x + np.linspace(-0.25, 0.25, len(members)),
+            np.sort(members),
+            "o",
+            ms=2.5,
+            alpha=0.7,
+            mew=0.6,
+            color=color,
+            mfc="white" if dash_of(point["flags"]) != "-" else None,
+        )
         mean, error, _ = point[metric]
         if len(finite):
             ax.hlines(mean - origin, x - 0.35, x + 0.35, color=color, lw=1.6)
-            ax.fill_between([x - 0.35, x + 0.35], mean - origin - 2 * error, mean - origin + 2 * error, color=color, alpha=0.2, lw=0)
+            ax.fill_between(
+                [x - 0.35, x + 0.35], mean - origin - 2 * error, mean - origin + 2 * error, color=color, alpha=0.2, lw=0
+            )
         if point["diverged"].any():
-            ax.text(x, 0.99, f"{point['diverged'].sum()}", transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=6.5, color="tab:red")
-    excess_axis(ax, values, origin, width)
+            ax.text(
+                x,
+                0.99,
+                f"{point['diverged'].sum()}",
+                transform=ax.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                fontsize=6.5,
+                color="tab:red",
+            )
+    excess_axis(ax, values, width)
     ax.set_xticks(range(len(points)), [point["name"] for point in points], rotation=90, fontsize=7.5)
     ax.set_xlim(-0.7, len(points) - 0.3)
 
@@ -101,12 +140,12 @@ def sweep_figure(points, save):
     datas, steps, inner = (sorted({point[key] for point in points}) for key in ("data", "J", "K"))
     figure, axes = new_figure(2 * len(datas), len(steps), size=(4.8, 2.3), sharex=True, sharey="row")
     for i, data in enumerate(datas):
-        for row, metric in zip(axes[2 * i:2 * i + 2], METRICS):
+        for row, metric in zip(axes[2 * i : 2 * i + 2], METRICS):
             here = [point for point in points if point["data"] == data]
             origin, width, values = shifted(here, metric, means=True)
             for ax, J in zip(row, steps):
                 draw_sweep(ax, [point for point in here if point["J"] == J], metric, origin, inner)
-                excess_axis(ax, values, origin, width)
+                excess_axis(ax, values, width)
                 ax.set_title(f"{data}, J = {J}" if metric == "nll" else "")
             row[0].set_ylabel(axis_title(here[0], metric))
     for ax in axes[-1]:
@@ -122,7 +161,9 @@ def draw_sweep(ax, points, metric, origin, inner):
         line = sorted((inner.index(point["K"]), *point[metric][:2]) for point in points if point["name"] == name)
         x, mean, error = np.array(line).T
         style = {"color": color_of(first["flags"]), "linestyle": dash_of(first["flags"]), "marker": kind_of(name)[0]}
-        ax.errorbar(x + 0.84 * ((k + 0.5) / len(names) - 0.5), mean - origin, error, capsize=1.5, ms=4, lw=0.9, elinewidth=0.8, **style)
+        ax.errorbar(
+            x + 0.84 * ((k + 0.5) / len(names) - 0.5), mean - origin, error, capsize=1.5, ms=4, lw=0.9, elinewidth=0.8, **style
+        )
     for edge in range(len(inner) - 1):
         ax.axvline(edge + 0.5, color="0.92", lw=0.8, zorder=0)
     ax.set_xticks(range(len(inner)), inner)
@@ -136,26 +177,41 @@ def kind_of(name):
 def key_of_sweep(figure, points):
     """Three legends below the axes, one each for colour, line and marker."""
     letters = [letter for letter in COLORS if letter in {letter_of(point["flags"]) for point in points}]
-    lines = sorted({(dash_of(point["flags"]), "FAE" if LEARN.get(point["flags"]["learn"], LEARN["fd"]).joint else
-                     point["flags"]["infer"].upper()) for point in points}, key=lambda line: (line[0] != "-", line))
+    lines = sorted(
+        {
+            (
+                dash_of(point["flags"]),
+                "FAE" if LEARN.get(point["flags"]["learn"], LEARN["fd"]).joint else point["flags"]["infer"].upper(),
+            )
+            for point in points
+        },
+        key=lambda line: (line[0] != "-", line),
+    )
     sizes = sorted({point["flags"]["samples"] for point in points if point["flags"]["samples"] > 1})
-    marks = [(marker, f"N = {', '.join(map(str, sizes))}" if title == "N = 5" else title) for marker, title in KINDS.values()
-             if marker in {kind_of(point["name"])[0] for point in points}]
+    marks = [
+        (marker, f"N = {', '.join(map(str, sizes))}" if title == "N = 5" else title)
+        for marker, title in KINDS.values()
+        if marker in {kind_of(point["name"])[0] for point in points}
+    ]
     groups = {
         "colour: decoder's objective": [Line2D([], [], color=COLORS[letter], lw=3, label=letter) for letter in letters],
         "line: encoder's objective": [Line2D([], [], color="0.3", linestyle=dash, label=name) for dash, name in lines],
-        "marker: samples, estimator": [Line2D([], [], color="0.3", linestyle="", marker=marker, label=title) for marker, title in marks],
+        "marker: samples, estimator": [
+            Line2D([], [], color="0.3", linestyle="", marker=marker, label=title) for marker, title in marks
+        ],
     }
     figure.set_figheight(figure.get_figheight() + 0.6)
     for where, (title, handles) in zip(("left", "center", "right"), groups.items()):
-        figure.legend(handles=handles, title=title, loc=f"outside lower {where}", ncols=3, fontsize=8, title_fontsize=8, columnspacing=1.2)
+        figure.legend(
+            handles=handles, title=title, loc=f"outside lower {where}", ncols=3, fontsize=8, title_fontsize=8, columnspacing=1.2
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- y axes
 
 
 def shifted(points, metric, means=False):
-    """What counts as zero, the width of the linear part around it, and the members' (or mean) values above zero, an array per point."""
+    """What counts as zero, the width of the linear part around it, and the members' (or mean) values above it, by point."""
     finite = [point[metric][0] for point in points if np.isfinite(point[metric][0])] or [0.0]
     origin = points[0]["truth"][metric]
     if not np.isfinite(origin):
@@ -165,8 +221,8 @@ def shifted(points, metric, means=False):
     return origin, width, values
 
 
-def excess_axis(ax, values, origin, width):
-    """An axis linear within `width` of zero and logarithmic beyond; a logarithmic one where all values are of one sign and order."""
+def excess_axis(ax, values, width):
+    """An axis that is linear within `width` of zero and logarithmic beyond, or logarithmic where no value is near zero."""
     found = np.concatenate([value[np.isfinite(value)] for value in values] or [[]])
     low, high = found.min(initial=np.inf), max(found.max(initial=width), width)
     if np.isfinite(low) and low > 0.2 * np.median(found):
@@ -175,6 +231,8 @@ def excess_axis(ax, values, origin, width):
         ticks = round_numbers(low / 1.4, high * 1.4, (1, 2, 5))
         if len(ticks) < 3:
             ticks = round_numbers(low / 1.4, high * 1.4, (1, 1.5, 2, 3, 4, 6, 8))
+        elif len(ticks) > 7:
+            ticks = round_numbers(low / 1.4, high * 1.4, (1,))
     else:
         ax.axhline(0, color="0.8", lw=0.8, zorder=0)
         ax.set_yscale("asinh", linear_width=width)
@@ -188,8 +246,12 @@ def excess_axis(ax, values, origin, width):
 
 
 def round_numbers(low, high, factors):
-    return [factor * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for factor in factors
-            if low <= factor * 10.0**k < high]
+    return [
+        factor * 10.0**k
+        for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for factor in factors
+        if low <= factor * 10.0**k < high
+    ]
 
 
 def axis_title(point, metric):
@@ -216,44 +278,77 @@ HISTORY = {  # metric: axis title, the scale's linear part (None: a linear axis)
 }
 
 
+FEW = ("excess_curve", "nll_curve", "negative_elbo", "log_gamma", "posterior_sd")  # drawn of each of several data sets
+
+
 def learning_curves(runs, save):
-    """What 2-D runs recorded while training against decoder updates: every member (thin) and the mean over members (thick), a colour per run."""
+    """What 2-D runs recorded while training, against decoder updates: every member (thin) and their mean (thick, markers).
+
+    One data set: a panel per quantity. Several: a row per data set, and fewer quantities. Runs far beyond most are left outside.
+    """
     loaded = sorted((run.arrays() for run in open_runs(runs)), key=lambda arrays: pair_order(arrays["config"]["flags"]))
-    names = [name for name in HISTORY if any(name in arrays for arrays in loaded)]
+    datas = {}
+    for arrays in loaded:
+        datas.setdefault(arrays["config"]["flags"]["data"], []).append(arrays)
+    names = [name for name in (HISTORY if len(datas) == 1 else FEW) if any(name in arrays for arrays in loaded)]
     if "excess_curve" in names:
         names.remove("nll_curve")
+    panels = [(data, name) for data in sorted(datas) for name in names]
     columns = min(4, len(names))
-    figure, axes = new_figure(-(-len(names) // columns), columns, size=(2.9, 2.3))
-    datas = {arrays["config"]["flags"]["data"] for arrays in loaded}
-    for ax, name in zip(axes.flat, names):
-        draw_history(ax, loaded, name)
-    for ax in axes.flat[len(names):]:
+    figure, axes = new_figure(-(-len(panels) // columns), columns, size=(2.9, 2.3))
+    for ax, (data, name) in zip(axes.flat, panels):
+        draw_history(ax, datas[data], name)
+        if len(datas) > 1 and name == names[0]:
+            ax.set_ylabel(data, fontweight="bold")
+    for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    handles = {}
-    for arrays in loaded:
-        flags = arrays["config"]["flags"]
-        title = (f"{flags['data']}, " if len(datas) > 1 else "") + f"{objective_name(arrays['config'])}, K = {flags['inner_steps']}, J = {flags['bilevel_steps']}"
-        handles[title] = Line2D([], [], color=color_of(flags), linestyle=dash_of(flags))
+    handles = {
+        curve_name(arrays): Line2D(
+            [], [], lw=1.8, marker=kind_of(curve_name(arrays))[0], ms=4, **line_style(arrays["config"]["flags"])
+        )
+        for arrays in loaded
+    }
     legend_below(figure, list(handles.values()), list(handles), columns=4)
     save_figure(figure, save)
 
 
+def curve_name(arrays):
+    flags = arrays["config"]["flags"]
+    return f"{objective_name(arrays['config'])}, K = {flags['inner_steps']}" + (
+        f", J = {flags['bilevel_steps']}" if flags["bilevel_steps"] else ""
+    )
+
+
 def draw_history(ax, loaded, name):
-    from vsm.figures.images import limit_robustly
-    from vsm.figures.style import linear_around_zero
     title, scale = HISTORY[name]
     late = {}
     for arrays in loaded:
         if name not in arrays:
             continue
-        flags = arrays["config"]["flags"]
-        updates, values = arrays["epoch"] * flags["steps_per_epoch"], arrays[name].reshape(len(arrays["epoch"]), -1)  # [T, S] or [T, 2 S]
-        style = {"color": color_of(flags), "linestyle": dash_of(flags)}
-        ax.plot(updates, values, lw=0.5, alpha=0.35, **style)
+        flags, (first, *_) = arrays["config"]["flags"], arrays[name].shape
+        updates, values = (
+            arrays["epoch"] * flags["steps_per_epoch"],
+            arrays[name].reshape(first, -1),
+        )  # [T, S], posterior_sd [T, 2 S]
+        ax.plot(updates, values, lw=0.6, alpha=0.4, **line_style(flags))
         if name != "posterior_sd":
-            ax.plot(updates, np.ma.masked_invalid(values).mean(1), lw=1.8, **style)
-        late[objective_name(arrays["config"])] = values[len(values) // 3:].ravel()
-    limit_robustly(ax, late, scale, 1)
+            every = max(1, len(updates) // 5)
+            ax.plot(
+                updates,
+                np.ma.masked_invalid(values).mean(1),
+                lw=1.8,
+                marker=kind_of(curve_name(arrays))[0],
+                ms=4,
+                markevery=every,
+                **line_style(flags),
+            )
+        late.setdefault(curve_name(arrays), []).append(values[len(values) // 3 :].ravel())
+    if name == "posterior_sd":
+        ax.set_ylim(
+            0, 1.05 * max([1, *(np.nanmax(part) for parts in late.values() for part in parts if np.isfinite(part).any())])
+        )
+    else:
+        limit_robustly(ax, {name: np.concatenate(parts) for name, parts in late.items()}, scale, 1)
     if scale == "symlog":
         linear_around_zero(ax, 0.1 if name == "excess_curve" else 10)
     elif scale == "log":
@@ -280,8 +375,14 @@ def synthetic_samples(runs, save):
     save_figure(figure, save)
 
 
+DEPTHS = np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])  # nats below the peak
+
+
 def density(runs, save):
-    """Log density of the member with the median NLL of every run (grey levels, 8 nats deep) with the test data (dots), a panel per run."""
+    """Log density of the member with the median NLL (grey, 8 nats deep) and test data (dots), a panel per run.
+
+    Red contours are 8 and 2 nats below the peak of the data's law, where its density is known.
+    """
     figure, axes, loaded = panels_of_runs(runs)
     for ax, arrays in zip(axes.flat, loaded):
         member = shown_member(arrays["nll"])
@@ -289,18 +390,30 @@ def density(runs, save):
             log_density = of_member(arrays, "density_grid", member).astype(float)
             left, right, bottom, top = arrays["density_extent"]
             x, y = np.linspace(left, right, len(log_density)), np.linspace(bottom, top, len(log_density))
-            levels = log_density.max() - np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])
+            levels = log_density.max() - DEPTHS
             ax.contourf(x, y, log_density.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 4)
+            truth = law_density(arrays["config"]["flags"]["data"], x, y)
+            if truth is not None:
+                ax.contour(x, y, truth.T, truth.max() - DEPTHS[[0, 4]], colors="tab:red", linewidths=0.7, linestyles="solid")
         ax.scatter(*arrays["test_data"][:500].T, s=1.5, color=color_of(arrays["config"]["flags"]), alpha=0.5, lw=0)
         frame_data(ax, arrays)
     save_figure(figure, save)
+
+
+def law_density(name, x, y):
+    """Log density of a law on the grid of x and y, [len(x), len(y)], or None where it is not known."""
+    law = LAWS.get(name)
+    if law is None or law.log_prob is None:
+        return None
+    points = np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)
+    return np.ma.masked_invalid(law.log_prob(torch.tensor(points)).reshape(len(x), len(y)).numpy())
 
 
 def panels_of_runs(runs):
     loaded = [run.finished() for run in open_runs(runs)]
     columns = min(len(loaded), 5)
     figure, axes = new_figure(-(-len(loaded) // columns), columns, size=(2.3, 2.7))
-    for ax in axes.flat[len(loaded):]:
+    for ax in axes.flat[len(loaded) :]:
         ax.set_axis_off()
     return figure, axes, loaded
 
@@ -309,7 +422,9 @@ def frame_data(ax, arrays):
     """Limits around the test data, and a title: the objective, K, J and the median NLL."""
     data, nll, flags = arrays["test_data"], arrays["nll"], arrays["config"]["flags"]
     result = f"NLL {np.nanmedian(nll):.2f}" if np.isfinite(nll).any() else "diverged"
-    ax.set_title(f"{objective_name(arrays['config'])}\nK = {flags['inner_steps']}, J = {flags['bilevel_steps']}: {result}", fontsize=8)
+    ax.set_title(
+        f"{objective_name(arrays['config'])}\nK = {flags['inner_steps']}, J = {flags['bilevel_steps']}: {result}", fontsize=8
+    )
     low, high = np.quantile(data, [0.002, 0.998], axis=0)
     margin = 0.3 * (high - low).max()
     ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), aspect="equal")

@@ -1,0 +1,313 @@
+"""Figures and packs, from small arrays made here: no training."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plots
+from vsm.cli import UserError
+from vsm.figures.images import robust_limits
+from vsm.figures.style import color_of, letter_of
+from vsm.packs import of_member, open_runs, pack, shown_member
+from vsm.runs import save_arrays
+from vsm.sweep import sweep_points, sweep_table
+from vsm.tables import markdown_table, mean_and_error
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_run(folder, script, flags, label, part="metrics", **arrays):
+    config = {"script": script, "flags": flags, "label": label, "commit": "0", "torch": "2", "device": "cpu"}
+    folder.mkdir(exist_ok=True, parents=True)
+    save_arrays(folder / f"{part}.npz", config, **arrays)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, seeds=3, data="ring"):
+    rng = np.random.default_rng(seed)
+    flags = {
+        "data": data,
+        "learn": learn,
+        "infer": infer,
+        "estimator": "plugin",
+        "samples": 5,
+        "inner_steps": K,
+        "bilevel_steps": 0,
+        "seed": seed,
+        "seeds": seeds,
+        "steps_per_epoch": 100,
+        "hidden": 30,
+    }
+    T, arrays = 4, {}
+    arrays |= {"epoch": np.arange(T), "posterior_sd": rng.uniform(0.1, 0.5, (T, seeds, 2)).astype(np.float32)}
+    arrays |= {
+        key: rng.uniform(0.2, 1, (T, seeds)) for key in ("log_gamma", "negative_elbo", "excess_curve", "nll_curve", "learn_loss")
+    }
+    if finished:
+        nll = rng.uniform(1, 2, seeds)
+        nll[0] = np.nan
+        grid = rng.normal(size=(2, 9, 9)).astype(np.float16)
+        arrays |= {
+            "nll": nll,
+            "fisher_divergence": rng.uniform(1, 2, seeds),
+            "sm_loss": rng.uniform(1, 2, seeds),
+            "diverged_at": np.array([7] + [-1] * (seeds - 1)),
+            "model_samples": rng.normal(size=(seeds, 50, 2)).astype(np.float32),
+            "test_data": np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32),
+            "density_grid": grid,
+            "density_grid_of": np.array([1, 2]),
+            "density_extent": np.array([-2.0, 2, -2, 2]),
+            "status": np.array("ok"),
+        }
+    return write_run(folder, "train_synthetic", flags, f"{infer.upper()}-{'B' if learn == 'bao' else 'F'}", **arrays)
+
+
+def image_run(folder, learn="fd", infer="kld", seed=0, finished=True, scale=1.0):
+    rng = np.random.default_rng(seed)
+    flags = {"data": "glyphs", "net": "conv", "learn": learn, "infer": infer, "estimator": "plugin", "samples": 5, "seed": seed}
+    T = 5
+    names = (
+        "negative_elbo",
+        "reconstruction",
+        "kl",
+        "reconstruction_mse",
+        "latent_mmd",
+        "posterior_fd",
+        "log_gamma",
+        "active_units",
+        "infer_loss",
+        "learn_loss",
+        "infer_grad_norm",
+        "learn_grad_norm",
+    )
+    arrays = {"epoch": np.arange(T)} | {name: scale * rng.uniform(1, 2, T) for name in names}
+    arrays |= {
+        "fid": np.array([np.nan, 9.0, np.nan, 8, 7]),
+        "posterior_sd": rng.uniform(0.1, 1, (T, 6)),
+        "second_moment": rng.uniform(0.5, 1, (T, 6)),
+        "aggregate_histogram": np.full((T, 80), 1 / 80),
+    }
+    if finished:
+        pictures = {name: rng.integers(0, 255, (64, 1, 8, 8), np.uint8) for name in ("samples", "inputs", "reconstructions")}
+        arrays |= pictures | {"interpolations": rng.integers(0, 255, (3, 8, 1, 8, 8), np.uint8), "status": np.array("ok")}
+    run = write_run(folder, "train_images", flags, f"{infer.upper()}-F", **arrays)
+    write_run(
+        folder,
+        "train_images",
+        flags,
+        f"{infer.upper()}-F",
+        "eval",
+        status="ok",
+        iw_samples=np.array([1, 10]),
+        negative_iw_bound=rng.normal(size=2),
+        noise_levels=np.array([0, 0.1]),
+        denoising_mse=rng.uniform(0.01, 0.02, 2),
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        "2d": [synthetic_run(root / "b5"), synthetic_run(root / "b1", K=1), synthetic_run(root / "f5", "fd", "fd", seed=0)],
+        "images": [image_run(root / "i0"), image_run(root / "i1", seed=1), image_run(root / "fd", infer="fd", scale=1e30)],
+        "half": [synthetic_run(root / "half", finished=False)],
+        "half image": [image_run(root / "half_image", finished=False)],
+    }
+
+
+def draw(figure, *argv):
+    plots.main(plots.parse_args([figure, *map(str, argv)]))
+
+
+FIGURES_OF = {
+    "2d": ("synthetic", "study", "learning_curves", "synthetic_samples", "density", "training_curves"),
+    "images": (
+        "training_curves",
+        "trajectories",
+        "fid_curves",
+        "final_values",
+        "rate_distortion",
+        "importance_bound",
+        "denoising",
+        "samples",
+        "reconstructions",
+        "interpolations",
+        "posterior_sd",
+        "aggregate_posterior",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FIGURES_OF)
+def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
+    packed = tmp_path / "all.npz"
+    draw(
+        "pack",
+        *runs[kind],
+        "--save",
+        packed,
+        "--keep",
+        "model_samples",
+        "density_grid",
+        "test_data",
+        "samples",
+        "inputs",
+        "reconstructions",
+        "interpolations",
+    )
+    for i, figure in enumerate(FIGURES_OF[kind]):
+        draw(figure, packed, "--save", tmp_path / "a.png")
+        if i % 4 == 0:
+            draw(figure, *runs[kind], "--save", tmp_path / "b.png")
+            assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes(), figure
+    if kind == "2d":
+        assert sweep_table(runs[kind]) == sweep_table([packed])
+        draw(
+            "synthetic",
+            packed,
+            runs["2d"][0].parent / "b5",
+            "--only",
+            "b1",
+            "f5",
+            "--without",
+            "f*",
+            "--save",
+            tmp_path / "c.png",
+        )
+
+
+def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path):
+    pack(runs["2d"], tmp_path / "small.npz")
+    pack(runs["2d"], tmp_path / "large.npz", keep=["model_samples", "test_data"], keep_of="b*")
+    pack([tmp_path / "large.npz"], tmp_path / "again.npz", keep=["model_samples", "test_data"])
+    assert (tmp_path / "again.npz").stat().st_size == (tmp_path / "large.npz").stat().st_size
+    for folder, small, large in zip(*map(open_runs, (runs["2d"], [tmp_path / "small.npz"], [tmp_path / "large.npz"]))):
+        arrays, kept = folder.arrays(), large.arrays()
+        assert small.config == folder.config and small.name.endswith(":" + Path(folder.name).name)
+        assert {"model_samples", "test_data", "density_grid"} & small.arrays().keys() == set()
+        for key, value in small.arrays().items():
+            assert key == "config" or np.array_equal(value, arrays[key], equal_nan=value.dtype.kind == "f")
+        member = shown_member(arrays["nll"])
+        if "b" in folder.name[-2:]:
+            assert np.array_equal(of_member(kept, "model_samples", member), arrays["model_samples"][member])
+            with pytest.raises(KeyError):
+                of_member(kept, "model_samples", 0)
+        else:
+            assert "model_samples" not in kept
+    assert not open_runs([tmp_path / "small.npz"])[0].has("eval")
+
+
+@pytest.mark.parametrize("kind", ["half", "half image"])
+def test_curves_of_a_run_that_has_not_ended(runs, tmp_path, kind, fails):
+    draw("training_curves", *runs[kind], "--save", tmp_path / "a.png")
+    other = "synthetic" if kind == "half" else "samples"
+    assert ("has not ended" if kind == "half" else "has no 'samples'") in fails(plots, other, *runs[kind])
+
+
+def test_bad_input_gets_one_sentence(runs, tmp_path, fails):
+    image, synthetic = runs["images"][0], runs["2d"][0]
+    save = tmp_path / "a.png"
+    assert "synthetic draws those of train_synthetic.py" in fails(plots, "synthetic", image, "--save", save)
+    assert "draw them apart" in fails(plots, "training_curves", image, synthetic, "--save", save)
+    assert "does not exist" in fails(plots, "synthetic", tmp_path / "no.npz", "--save", save)
+    assert "not a run folder" in fails(plots, "synthetic", tmp_path / "no", "--save", save)
+    assert "is not a pack of runs" in fails(plots, "synthetic", synthetic / "metrics.npz", "--save", save)
+    (tmp_path / "text.npz").write_text("text")
+    assert "is damaged" in fails(plots, "synthetic", tmp_path / "text.npz", "--save", save)
+    pack([synthetic], tmp_path / "whole.npz")
+    whole = dict(np.load(tmp_path / "whole.npz"))
+    np.savez(tmp_path / "bad.npz", **{**whole, "index": whole["index"] + 1})
+    assert "is damaged" in fails(plots, "synthetic", tmp_path / "bad.npz", "--save", save)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
+    assert "is damaged" in fails(plots, "synthetic", tmp_path / "cut.npz", "--save", save)
+    os.mkfifo(tmp_path / "fifo.npz")
+    assert "not a regular file" in fails(plots, "synthetic", tmp_path / "fifo.npz", "--save", save)
+    folder = synthetic_run(tmp_path / "folder")
+    (folder / "metrics.npz").unlink()
+    os.mkfifo(folder / "metrics.npz")
+    assert "not a regular file" in fails(plots, "synthetic", folder, "--save", save)
+    assert "cannot write" in fails(plots, "synthetic", synthetic, "--save", synthetic / "config.json" / "a.png")
+    assert "must end in" in fails(plots, "synthetic", synthetic, "--save", tmp_path / "a.gif")
+    assert "must end in .npz" in fails(plots, "pack", synthetic, "--save", save)
+    assert "needs --save" in fails(plots, "pack", synthetic)
+    assert "go with pack only" in fails(plots, "study", synthetic, "--keep", "samples")
+    assert "leave no run" in fails(plots, "study", synthetic, "--only", "nothing")
+    assert "named b5" in fails(plots, "pack", synthetic, synthetic_run(tmp_path / "b5"), "--save", tmp_path / "twins.npz")
+    assert not save.exists()
+
+
+def test_one_seed_twice_is_refused(runs, tmp_path):
+    twin = synthetic_run(tmp_path / "twin")
+    with pytest.raises(UserError, match="the same experiment with the same seed"):
+        sweep_points([runs["2d"][0], twin])
+
+
+def test_limits_follow_most_values_and_not_one():
+    near = {name: np.array([1.0, 1.1, 0.9, 1.05]) for name in "abc"}
+    low, high = robust_limits({**near, "far": np.array([1e34])}, "linear")
+    assert 0.8 < low < 0.9 and 1.1 < high < 1.2
+    low, high = robust_limits({**near, "far": np.array([1e34])}, "log")
+    assert 0.8 < low < 0.9 and 1.1 < high < 1.2
+    low, high = robust_limits({"none": np.array([np.nan])}, "linear")
+    assert low < high
+
+
+def test_colours_follow_the_flags_and_unknown_objectives_are_grey():
+    flags = {"learn": "swersky", "samples": 1, "estimator": "plugin", "infer": "kld"}
+    assert letter_of(flags) == "F" and letter_of(flags | {"samples": 5}) == "S" and color_of(flags) == "tab:blue"
+    assert letter_of(flags | {"learn": "new"}) == "new" and color_of(flags | {"learn": "new"}) == "tab:gray"
+
+
+def test_tables_and_means():
+    assert markdown_table(["a", "b"], [[1, None], ["x", 2.5]], "lr") == "| a | b |\n| --- | ---: |\n| 1 |  |\n| x | 2.5 |"
+    mean, error, median = mean_and_error(np.array([1.0, 2, 6, np.nan]))
+    assert (mean, median) == (3, 2) and error == pytest.approx(np.std([1, 2, 6], ddof=1) / 3**0.5)
+    assert np.isnan(mean_and_error(np.array([np.nan]))[0]) and mean_and_error(np.array([2.0]))[1] == 0
+
+
+def test_matplotlib_is_imported_when_something_is_drawn():
+    code = "import sys, plots; plots.parse_args(['samples', 'x']); sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_published_packs_open():
+    for path in sorted((ROOT / "results").glob("*.npz")):
+        runs = open_runs([path])
+        assert runs and all(run.config["flags"] for run in runs)
+        assert path.name in (ROOT / "results" / "README.md").read_text()
+
+
+def published_figures():
+    """(file, command line of plots.py) of each row of results/README.md that plots.py makes."""
+    rows = re.findall(r"\| \[(\S+\.(?:png|md))\]\(\1\) \|[^|]*\| `([^`]*)` \|", (ROOT / "results" / "README.md").read_text())
+    return [(file, command.replace("results/", f"{ROOT}/results/")) for file, command in rows]
+
+
+def test_every_published_figure_has_its_command():
+    found = dict(published_figures())
+    files = {path.name for path in (ROOT / "results").iterdir()} - {"README.md", "image_tables.md"}
+    assert {name for name in files if not name.endswith(".npz")} == found.keys()
+    for command in found.values():
+        plots.parse_args(shlex.split(command) + (["--save", "a.md"] if command.startswith("sweep_table") else []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file, command", published_figures())
+def test_published_figures_are_redrawn_to_the_pixel(file, command, tmp_path):
+    plots.main(plots.parse_args([*shlex.split(command), "--save", str(tmp_path / file)]))
+    if file.endswith(".md"):
+        assert (tmp_path / file).read_text() == (ROOT / "results" / file).read_text()
+    else:
+        from matplotlib.image import imread
+
+        assert np.array_equal(imread(tmp_path / file), imread(ROOT / "results" / file))
