@@ -19,6 +19,8 @@ from metrics import (
 )
 from models import VAE, build_vae
 from objectives import INFER, LEARN
+from vsm.features import LeNet5
+from vsm.gradient_snr import squared_norms, unbiased_moments
 
 D, DZ, GAMMA = 4, 3, 0.5
 
@@ -176,3 +178,33 @@ def test_the_2d_fisher_divergence_has_the_factor_one_half():
     nll = math.log(2 * math.pi * gamma) + score.square().sum(-1) * gamma / 2
     assert result["nll"] == pytest.approx([nll.mean().item()] * 2, rel=1e-5)
     assert result["nll_excess"] == pytest.approx([(nll + trainer.law.log_prob(x)).mean().item()] * 2, rel=1e-4)
+
+
+def test_a_unit_is_active_by_its_variance(images):
+    """Posterior means with sds 0.05, 0.09, 0.11 and 1: the last two have a variance above 0.01."""
+    torch.manual_seed(0)
+    vae = build_vae("mlp", (1, 32, 32), 4, width=16)
+    with torch.no_grad():
+        sds = torch.cat([torch.tensor([0.05, 0.09, 0.11, 1]), torch.ones(4)])
+        layer = vae.encoder[-1][-1]
+        layer.weight *= (sds / vae.encoder(images.float() / 255).std(0))[:, None]
+    assert evaluate_images(vae, images, 0.0)["active_units"] == 2
+
+
+def test_the_signal_of_two_gradients_is_their_product():
+    g = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)).double()
+    signal, variance = unbiased_moments(g.sum(0), squared_norms(g[0]) + squared_norms(g[1]), 2)
+    torch.testing.assert_close(signal, torch.stack([g[0, :-1] @ g[1, :-1], g[0, -1] * g[1, -1]]))
+    torch.testing.assert_close(variance, torch.stack([g[:, :-1].var(0).sum(), g[:, -1].var()]))
+
+
+def test_lenets_input_lies_between_0_and_1_and_rescaling_changes_no_class_score():
+    network, images = LeNet5(), torch.full((2, 1, 32, 32), 255, dtype=torch.uint8)
+    images[1, :, :16] = 0
+    with torch.no_grad():
+        before = network.head(network(images))
+        network.rescale(images)
+        torch.testing.assert_close(network.head(network(images)), before)
+        assert network(images).square().mean() == pytest.approx(1, rel=1e-5)
+    network.body = nn.Identity()
+    assert network(images).unique().tolist() == [0, 1] and network(images).shape == (2, 1, 28, 28)
