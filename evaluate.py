@@ -37,6 +37,7 @@ from vsm.packs import StoredRun, open_runs
 from vsm.quality import fids, prior_metrics, reference_set
 from vsm.runs import group_by_seed, load_arrays, save_arrays
 
+CURVES = ("negative_elbo", "reconstruction_mse", "latent_mmd")  # of every image run: the table cannot do without
 NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
@@ -112,7 +113,10 @@ def measure(run, args, device):
             print(f"{run}: evaluated before, and its checkpoint is gone" if Path(run.name).is_dir() else f"{run}: evaluated before")
     label = config["label"] + (f" {status}" if status.startswith("unfinished@") else "")
     run = with_config(run, flags_of(config), label)
-    last = {key: value[-1] for key, value in run.arrays().items() if key not in ("config", "status") and value.ndim == 1 and len(value)}
+    curves = {key: value for key, value in run.arrays().items() if key != "config" and value.ndim == 1}
+    if not {"epoch", *CURVES} <= curves.keys() or len({len(curves[key]) for key in ("epoch", *CURVES)}) != 1 or not len(curves["epoch"]):
+        raise UserError("its metrics.npz is damaged; delete it, and the command of its folder makes it again from the checkpoint")
+    last = {key: value[-1] for key, value in curves.items() if len(value)}
     return Measured(run, status, last, {} if status.startswith("diverged@") else evaluation_of(run))
 
 

@@ -18,7 +18,11 @@ from metrics import evaluate_images
 from training import EVALUATION, seed_of
 from vsm import features
 from vsm.cli import UserError
-from vsm.figures.style import label_ticks, new_figure
+from vsm.figures import style
+from vsm.gradient_snr import differentiable_decoder, gradient_moments
+from vsm.loading import load_vae, vae_of
+from vsm.packs import pack
+from vsm.quality import prior_metrics, reference_set
 from vsm.runs import group_by_seed, load_arrays, load_config, save_arrays
 
 CPU = torch.device("cpu")
@@ -33,15 +37,17 @@ def cache(tmp_path_factory):
 
 
 def train(out, *argv):
-    train_images.main(train_images.parse_args([
-        "--width", "8", "--dim-z", "4", "--samples", "2", "--batch", "50", "--epochs", "8", "--inner-steps", "1", "--eval-every", "4",
-        "--lr", "3e-3", "--device", "cpu", "--out", str(out), *map(str, argv)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw_run", lambda run: None)  # figures cost more than these runs
+        train_images.main(train_images.parse_args([
+            "--width", "8", "--dim-z", "4", "--samples", "2", "--batch", "50", "--epochs", "8", "--inner-steps", "1", "--eval-every", "4",
+            "--lr", "3e-3", "--device", "cpu", "--out", str(out), *map(str, argv)]))
     return out
 
 
 @pytest.fixture(scope="module")
 def runs(digits, tmp_path_factory):
-    """Two seeds of KLD-F; and copies of the first one that diverged, never ended, lost half its checkpoint, came from older code."""
+    """Two seeds of KLD-F; and copies of the first one that diverged, never ended, lost half its checkpoint, came from other code."""
     root = tmp_path_factory.mktemp("runs")
     runs = SimpleNamespace(a=train(root / "a", "--data-root", digits), b=train(root / "b", "--data-root", digits, "--seed", 1))
     for name in ("diverged", "half", "damaged", "old"):
@@ -60,12 +66,15 @@ def runs(digits, tmp_path_factory):
     return runs
 
 
-def run_evaluate(out, *argv):
-    evaluate.main(evaluate.parse_args([*QUICK, *map(str, argv), "--out", str(out)]))
+def run_evaluate(out, *argv, figures=False):
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setattr(evaluate, "draw", lambda measured, out: None)
+        evaluate.main(evaluate.parse_args([*QUICK, *map(str, argv), "--out", str(out)]))
 
 
 def test_table_and_figures_over_seeds(runs, tmp_path, capsys):
-    run_evaluate(tmp_path / "out", runs.a, runs.b, runs.diverged)
+    run_evaluate(tmp_path / "out", runs.a, runs.b, runs.diverged, figures=True)
     printed = capsys.readouterr().out
     each, table = [load_arrays(run / "eval.npz") for run in (runs.a, runs.b)], load_arrays(tmp_path / "out" / "table.npz")
     last = [load_arrays(run / "metrics.npz")["negative_elbo"][-1] for run in (runs.a, runs.b)]
@@ -109,13 +118,18 @@ def test_an_evaluation_is_used_again_until_its_settings_change(runs, tmp_path, c
     assert load_arrays(runs.a / "eval.npz")["iw_samples"].tolist() == [1, 3]
 
 
-def test_missing_half_and_damaged_runs_are_named_and_skipped(runs, tmp_path, capsys, fails):
-    run_evaluate(tmp_path / "out", tmp_path / "nowhere", runs.half, runs.damaged, runs.a)
+def test_missing_begun_and_damaged_runs_are_named_and_skipped(runs, tmp_path, capsys, fails):
+    begun = shutil.copytree(runs.half, tmp_path / "begun")
+    (begun / "checkpoint.pt").unlink()
+    bad = tmp_path / "nowhere", begun, runs.damaged, tmp_path / "none.npz"
+    run_evaluate(tmp_path / "out", *bad, runs.a)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
-    assert [str(path) in error for path, error in zip((tmp_path / "nowhere", runs.half, runs.damaged), errors)] == [True] * 3
-    assert "not a run folder" in errors[0] and "has not ended" in errors[1] and "is damaged" in errors[2]
+    said = "not a run folder", "has not ended, and has no checkpoint", "is damaged", "does not exist"
+    for path, words in zip(bad, said):
+        (line,) = [error for error in errors if f"skipped {path}:" in error]
+        assert words in line
     assert load_arrays(tmp_path / "out" / "table.npz")["n"].tolist() == [1]
-    assert "none of these runs" in fails(evaluate, runs.half, "--out", tmp_path / "none")
+    assert "none of these runs" in fails(evaluate, begun, "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -150,20 +164,26 @@ def test_a_figure_that_cannot_be_drawn_says_why(runs, tmp_path, fails):
 
 
 def test_every_logarithmic_axis_has_numbers(tmp_path):
-    figure, axes = new_figure(1, 3)
+    figure, axes = style.new_figure(1, 3)
     for ax, top in zip(axes.flat, (800, 8, 7e6)):
         ax.plot([1, 2], [0.3 * top, 0.8 * top])
         ax.set_yscale("log")
-        label_ticks(ax)
+        style.label_ticks(ax)
         figure.canvas.draw()
         low, high = ax.get_ylim()
         assert sum(bool(label.get_text()) and low <= label.get_position()[1] <= high for label in ax.get_yticklabels()) >= 2
 
 
-def test_a_run_of_another_version_is_refused_with_the_flags_that_differ(runs, tmp_path, fails):
-    message = fails(evaluate, runs.a, runs.old, "--out", tmp_path / "out")
-    assert str(runs.old) in message and "lacks --latent" in message and "has --nonesuch" in message
-    assert not (tmp_path / "out").exists()
+def test_a_run_of_another_version_is_skipped_and_an_older_one_gets_defaults(runs, tmp_path, capsys):
+    older, flags = shutil.copytree(runs.a, tmp_path / "older"), load_config(runs.a)
+    del flags["flags"]["latent"], flags["flags"]["fid_every"], flags["flags"]["infer_samples"]
+    (older / "config.json").write_text(json.dumps(flags))
+    run_evaluate(tmp_path / "out", runs.a, runs.old)
+    message = capsys.readouterr().err
+    assert f"skipped {runs.old}: " in message and "it has --nonesuch, which is unknown here" in message and "latent" not in message
+    run_evaluate(tmp_path / "older_out", older)
+    mine, its = (load_arrays(tmp_path / name / "table.npz") for name in ("out", "older_out"))
+    assert all(np.array_equal(mine[key], its[key], equal_nan=mine[key].dtype.kind == "f") for key in mine if key != "config")
 
 
 def test_bad_flags(runs, fails, tmp_path):
@@ -174,18 +194,17 @@ def test_bad_flags(runs, fails, tmp_path):
 
 def test_the_rebuilt_model_is_the_trained_one(runs, digits):
     data, flags = load_images("mnist", digits), load_config(runs.a)["flags"]
-    vae = evaluate.load_model(runs.a, load_config(runs.a), data.test.shape[1:], CPU)
+    vae = load_vae(runs.a)
     again = evaluate_images(vae, data.test, flags["noise"], seed=seed_of(flags["seed"], EVALUATION))
     arrays = load_arrays(runs.a / "metrics.npz")
     assert all(np.array_equal(arrays[name][-1], again[name]) for name in again)
 
 
 def test_training_lowers_the_fid_and_the_floor_is_below(runs, digits):
-    reference = evaluate.reference_set("mnist", str(digits), 0, None, CPU)
-    config = load_config(runs.a)
+    reference = reference_set("mnist", str(digits), 0, None, CPU)
     fids = []
-    for vae in (train_images.vae_of(config["flags"], (1, 32, 32)), evaluate.load_model(runs.a, config, (1, 32, 32), CPU)):
-        fids.append(evaluate.prior_metrics(vae, reference, torch.Generator().manual_seed(0))["fid"].item())
+    for vae in (vae_of(load_config(runs.a)["flags"], (1, 32, 32)), load_vae(runs.a)):
+        fids.append(prior_metrics(vae, reference, torch.Generator().manual_seed(0))["fid"].item())
     assert fids[0] > fids[1] > reference.floor["fid_floor"] > 0
 
 
@@ -217,30 +236,52 @@ def test_without_inception_every_other_number_is_there(tmp_path, capsys):
     assert np.isfinite([table[f"{name}_mean"][0] for name in ("negative_elbo", "negative_iw_bound", "latent_mmd", "posterior_fd")]).all()
 
 
-def test_gradient_snr(runs, capsys):
+def test_gradient_snr(runs, monkeypatch):
     evaluate.main(evaluate.parse_args([str(runs.a), "--gradient-snr", "--snr-draws", "2", "--device", "cpu"]))
     arrays = load_arrays(runs.a / "gradient_snr.npz")
     names = ["ELBO", "F", "S plugin", "S unbiased", "B plugin", "B unbiased", "B released", "FAE"]
     assert arrays["objectives"].tolist() == names and arrays["samples"].tolist() == [1, 2, 5, 10]
     assert [name for name, snr in zip(names, arrays["snr"]) if np.isnan(snr[0])] == ["S unbiased", "B unbiased"]
     assert np.isfinite(arrays["snr"][:, 1:]).all() and (runs.a / "gradient_snr.png").exists()
+    monkeypatch.setattr("vsm.gradient_snr.SAMPLES", (1, 2))
+    evaluate.main(evaluate.parse_args([str(runs.half), "--gradient-snr", "--snr-draws", "3", "--snr-mode", "train", "--device", "cpu"]))
+    trained = load_arrays(runs.half / "gradient_snr_train.npz")
+    assert trained["status"] == "unfinished@8" and trained["config"]["evaluation"] == {"draws": 3, "mode": "train"}
+    assert np.isfinite(trained["snr_se"][:, 1:]).all() and (trained["snr_se"][:, 1:] > 0).all()
+    assert not (runs.half / "gradient_snr.npz").exists()
+
+
+def test_the_gradients_mode_couples_data_and_leaves_the_model_as_it_was(runs, digits):
+    vae, images = load_vae(runs.a), load_images("mnist", digits).train
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    found = {}
+    for mode in ("eval", "train"):
+        with differentiable_decoder(vae, mode):
+            flags, generator = load_config(runs.a)["flags"], torch.Generator().manual_seed(0)
+            found[mode] = gradient_moments(vae, images, flags, "fd", "plugin", 2, 3, generator).mean
+    assert not torch.allclose(found["eval"], found["train"], rtol=0.01)
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    assert not vae.training and not any(p.requires_grad for p in vae.parameters())
 
 
 def test_gradient_moments_are_unbiased_and_posterior_samples_lower_the_variance(runs, digits):
-    config = load_config(runs.a)
-    vae = evaluate.load_model(runs.a, config, (1, 32, 32), CPU).eval()
-    vae.encoder.requires_grad_(False)
+    config, vae = load_config(runs.a), load_vae(runs.a)
+    vae.decoder.requires_grad_(True)
+    vae.log_gamma.requires_grad_(True)
     images = load_images("mnist", digits).train
 
     def moments(samples, seed, draws=150):
         flags, generator = config["flags"] | {"batch": 5}, torch.Generator().manual_seed(seed)
-        return evaluate.gradient_moments(vae, images, flags, "fd", "plugin", samples, draws, generator)
+        return gradient_moments(vae, images, flags, "fd", "plugin", samples, draws, generator)
 
-    (mean1, signal1, variance1), (mean2, signal2, variance2) = moments(1, 0), moments(1, 1)
+    (mean1, signal1, variance1, error1), (mean2, signal2, variance2, _) = moments(1, 0), moments(1, 1)
     product = (mean1[:-1] * mean2[:-1]).sum()  # independent: its mean is ||E g||^2
     assert abs(product - (signal1[0] + signal2[0]) / 2) < 4 * (2 * signal1[0] * variance1[0] / 150 + variance1[0]**2 / 150**2).sqrt()
     assert variance1[0] == pytest.approx(variance2[0].item(), rel=0.5)
-    assert moments(10, 2)[2][0] < variance1[0]
+    assert moments(10, 2).variance[0] < variance1[0]
+    ratios = torch.stack([found.signal / found.variance for found in (moments(1, seed, 20) for seed in range(3, 15))])
+    assert (moments(1, 3, 20).snr_se / ratios.std(0)).log2().abs().max() < 1.2  # the jackknife's error is that of repetitions, roughly
+    assert (error1 < moments(1, 3, 20).snr_se).all()
 
 
 def test_groups_differ_in_their_seed_alone():
@@ -258,7 +299,125 @@ def test_groups_differ_in_their_seed_alone():
 
 
 def test_figures_are_redrawn_from_the_arrays_alone(runs, tmp_path):
-    run_evaluate(tmp_path / "out", runs.a, runs.b)
+    run_evaluate(tmp_path / "out", runs.a, runs.b, figures=True)
     for figure in ("trajectories", "posterior_sd", "importance_bound", "denoising"):
         plots.main(plots.parse_args([figure, str(runs.a), str(runs.b), "--save", str(tmp_path / f"{figure}.png")]))
         assert (tmp_path / f"{figure}.png").read_bytes() == (tmp_path / "out" / f"{figure}.png").read_bytes()
+
+
+# ------------------------------------------------------------------------------------- nothing stale, nothing lost, nothing silent
+
+
+def test_changed_test_images_are_evaluated_again(runs, digits, tmp_path, capsys):
+    run, changed = shutil.copytree(runs.a, tmp_path / "run"), shutil.copytree(digits, tmp_path / "changed")
+    run_evaluate(tmp_path / "out", run)
+    before = load_arrays(run / "eval.npz")
+    images = changed / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    content = bytearray(images.read_bytes())
+    content[16:] = bytes(len(content) - 16)
+    images.write_bytes(content)
+    reference_set.cache_clear()
+    capsys.readouterr()
+    run_evaluate(tmp_path / "out", run, "--data-root", changed)
+    reference_set.cache_clear()
+    assert "evaluated before" not in capsys.readouterr().out
+    after = load_arrays(run / "eval.npz")
+    assert after["config"]["evaluation"]["digest"] != before["config"]["evaluation"]["digest"]
+    assert after["negative_iw_bound"][-1] != before["negative_iw_bound"][-1]
+
+
+def test_a_cache_that_cannot_be_written_costs_no_number(runs, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(runs.a, tmp_path / "run")
+    run_evaluate(tmp_path / "out", run)
+    before = load_arrays(run / "eval.npz")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VSM_CACHE", str(tmp_path / "file" / "cache"))
+    reference_set.cache_clear()
+    run_evaluate(tmp_path / "out", run, "--overwrite")
+    reference_set.cache_clear()
+    after = load_arrays(run / "eval.npz")
+    assert "goes on without a cache" in capsys.readouterr().err
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before if key != "config")
+
+
+@pytest.mark.parametrize("argv", [[], ["--overwrite"], ["--iw-samples", "3"]])
+def test_an_evaluation_with_fid_is_never_replaced_by_one_without(runs, tmp_path, capsys, monkeypatch, argv):
+    run = shutil.copytree(runs.a, tmp_path / "run")
+    run_evaluate(tmp_path / "out", run)
+    before = (run / "eval.npz").read_bytes()
+
+    def nothing(*_):
+        raise UserError("its network cannot be had")
+
+    monkeypatch.setattr("vsm.quality.features_of", nothing)
+    reference_set.cache_clear()
+    run_evaluate(tmp_path / "out", run, *argv)
+    reference_set.cache_clear()
+    assert (run / "eval.npz").read_bytes() == before
+    assert "which cannot be computed now, and is kept" in capsys.readouterr().err
+    assert np.isfinite(load_arrays(tmp_path / "out" / "table.npz")["fid_mean"][0])
+
+
+@pytest.mark.parametrize("damage", ["cut", "no keys", "no config"])
+def test_a_damaged_evaluation_is_made_again_or_named(runs, tmp_path, capsys, damage):
+    run = shutil.copytree(runs.a, tmp_path / "run")
+    run_evaluate(tmp_path / "out", run)
+    before = (run / "eval.npz").read_bytes()
+
+    def spoil():
+        if damage == "cut":
+            (run / "eval.npz").write_bytes(before[:len(before) // 2])
+        elif damage == "no keys":
+            save_arrays(run / "eval.npz", load_arrays(run / "eval.npz")["config"], status="ok", fid=1.0)
+        else:
+            save_arrays(run / "eval.npz", {}, **{key: value for key, value in load_arrays(run / "eval.npz").items() if key != "config"})
+
+    spoil()
+    run_evaluate(tmp_path / "out", run)
+    assert "its eval.npz is damaged and is made again" in capsys.readouterr().err
+    assert (run / "eval.npz").read_bytes() == before
+    spoil()
+    (run / "checkpoint.pt").unlink()
+    run_evaluate(tmp_path / "out", run, runs.b)
+    message = capsys.readouterr().err
+    assert f"skipped {run}: its eval.npz is damaged; delete {run}/eval.npz" in message and "--overwrite" not in message
+
+
+def test_an_unfinished_run_is_evaluated_at_its_checkpoint_and_labelled(runs, tmp_path):
+    run_evaluate(tmp_path / "out", runs.a, runs.half)
+    arrays, table = load_arrays(runs.half / "eval.npz"), load_arrays(tmp_path / "out" / "table.npz")
+    assert arrays["status"] == "unfinished@8" and "status" not in load_arrays(runs.half / "metrics.npz")
+    assert table["objectives"].tolist() == ["KLD-F", "KLD-F unfinished@8"] and table["n"].tolist() == [1, 1]
+    assert np.isnan(table["paper_fid"][1]) and table["paper_fid"][0] == 5.22
+    assert "KLD-F unfinished@8" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_pack_gives_the_same_table_without_folders(runs, tmp_path):
+    run_evaluate(tmp_path / "folders", runs.a, runs.b, runs.diverged, runs.half)
+    pack([runs.a, runs.b, runs.diverged, runs.half], tmp_path / "pack.npz")
+    run_evaluate(tmp_path / "packed", tmp_path / "pack.npz")
+    text = [(tmp_path / name / "table.md").read_text() for name in ("folders", "packed")]
+    assert text[0] == text[1] and "unfinished@8" in text[0] and "(+1 diverged)" in text[0]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("checkpoint.pt", {}), ("checkpoint.pt", {"trainer": None}), ("checkpoint.pt", {"trainer": {"tensors": {"vae.log_gamma": 1}}}),
+    ("checkpoint.pt", {"trainer": {"tensors": {}}}), ("config.json", {"flags": {}}), ("config.json", {"flags": {"width": "wide"}}),
+    ("config.json", {"data": None}), ("config.json", {"label": None}), ("config.json", {"script": "train_synthetic"}),
+    ("metrics.npz", {}), ("metrics.npz", {"status": "ok"})])
+def test_whatever_is_wrong_with_one_run_the_others_are_evaluated(runs, tmp_path, capsys, name, content):
+    bad = shutil.copytree(runs.b, tmp_path / "bad")
+    (bad / "eval.npz").unlink(missing_ok=True)
+    if name == "checkpoint.pt":
+        torch.save(content, bad / name)
+    elif name == "config.json":
+        (bad / name).write_text(json.dumps({**load_config(bad), **content}))
+    else:
+        np.savez(bad / name, **content)
+    run_evaluate(tmp_path / "out", bad, runs.a)
+    message = capsys.readouterr().err
+    if content != {"flags": {}}:  # a folder without flags is of the defaults, whose model is another
+        assert message.count("skipped") == 1, message
+    assert f"skipped {bad}: " in message and "Traceback" not in message
+    assert load_arrays(tmp_path / "out" / "table.npz")["n"].tolist() == [1]

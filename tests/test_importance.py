@@ -99,7 +99,8 @@ def test_every_sample_counts_once_and_the_derivatives_are_those_of_the_estimate(
         vae.noise = Fixed(block)
         result = importance(vae, x.detach(), 103, chunk=chunk)
         assert (vae.noise.drawn, vae.noise.largest) == (103, chunk)
-        for mine, theirs in zip(result, (log_p, score, laplacian)):
+        weights = (-(x[:, None] - g).square().sum(-1) / (2 * gamma)).softmax(1)
+        for mine, theirs in zip(result, (log_p, score, laplacian, 1 / weights.square().sum(1)), strict=True):
             assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
 
 

@@ -55,6 +55,8 @@ def test_the_three_fids_are_those_of_their_definitions(digits, images):
     """With the pixels' means as features, every FID follows from the images that the decoder makes of a known z."""
     torch.manual_seed(0)
     vae = build_vae("mlp", (1, 32, 32), 3, width=8)
+    for layer in vae.decoder[0][::2]:
+        layer.weight.data *= 3  # images that depend on z
     network = Features(torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten()), {})
     network.network.forward = lambda x, forward=network.network.forward: forward(x.float() / 255)
     reference = Reference(images, network, network(images), feature_statistics(network(images)), {}, {})
@@ -71,6 +73,11 @@ def test_the_three_fids_are_those_of_their_definitions(digits, images):
     pinned = fids(vae, reference, 0.0, torch.Generator().manual_seed(1))
     reconstructions = (vae.decode(q.mean).clamp(0, 1) * 255).round().byte()
     assert pinned["fid_reconstruction"] == pytest.approx(fid(reconstructions).item(), rel=1e-3)
+    # Where the posterior is one point, whatever x is, the aggregate posterior is that point and not the prior.
+    vae.encoder = torch.nn.Sequential(encoder, Pinned(0))
+    point = fids(vae, reference, 0.0, torch.Generator().manual_seed(1))
+    assert point["fid_aggregate"] == pytest.approx(point["fid_reconstruction"].item(), rel=1e-6)
+    assert point["fid_aggregate"] != pytest.approx(point["fid"].item(), rel=1e-5)
     # A constant decoder gives one number for every z.
     vae.encoder, vae.decoder = encoder, Constant(decoder)
     constant = fids(vae, reference, 0.1, torch.Generator().manual_seed(1))
@@ -78,8 +85,14 @@ def test_the_three_fids_are_those_of_their_definitions(digits, images):
 
 
 class Pinned(torch.nn.Module):
+    """A posterior of standard deviation e^-30 at the encoder's mean times `scale`, plus 1 - scale."""
+
+    def __init__(self, scale=1):
+        super().__init__()
+        self.scale = scale
+
     def forward(self, h):
-        return torch.cat([h[..., :3], torch.full_like(h[..., 3:], -30)], -1)
+        return torch.cat([self.scale * h[..., :3] + 1 - self.scale, torch.full_like(h[..., 3:], -30)], -1)
 
 
 class Constant(torch.nn.Module):
