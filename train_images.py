@@ -13,7 +13,7 @@ import argparse
 import torch
 
 import plots
-from data import data_names, load_images
+from data import data_names, load_images, short_name
 from metrics import evaluate_images, quantise
 from models import NETS, NORMS
 from objectives import ESTIMATORS, INFER, LEARN, label
@@ -22,7 +22,7 @@ from vsm.cli import Formatter, UserError, command_line, count, nonnegative, posi
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.loading import vae_of
 from vsm.quality import FIDS, fids, reference_of
-from vsm.runs import Run, run_name
+from vsm.runs import Run, default_folder
 
 AXES = ("data", "net", "infer", "learn", "seed")
 
@@ -65,6 +65,7 @@ def parse_args(argv=None):
     flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
     flag("--out", default=None, help="the run's folder (default: runs/images/ and the flags that matter)")
     flag("--overwrite", action="store_true", help="redo a run that is there")
+    flag("--tensorboard", action="store_true", help="write scalars and samples for TensorBoard too, into the run's folder")
     flag("--dry-run", action="store_true", help="say what would run, train nothing, write no run (data may be downloaded or converted)")
     args = parser.parse_args(argv)
     resolve_pair(parser, args)
@@ -77,7 +78,8 @@ def parse_args(argv=None):
         parser.error(f"--norm group has no meaning for --net {args.net}, which has no normalisation layers")
     if args.fid_every % args.eval_every:
         parser.error(f"--fid-every {args.fid_every} is not a multiple of --eval-every {args.eval_every}")
-    args.out = args.out or f"runs/images/{run_name(args, AXES, vars(parser.parse_args([])) | {'width': NETS[args.net].width, 'infer_samples': args.samples})}"
+    defaults = vars(parser.parse_args([])) | {"width": NETS[args.net].width, "infer_samples": args.samples}
+    args.out = args.out or default_folder("images", args, AXES, defaults)
     return args
 
 
@@ -91,10 +93,10 @@ def main(args):
         raise UserError(f"{args.data} has one test image here; MMD and FID are over pairs of images and want at least two")
     torch.manual_seed(seed_of(args.seed, INIT))
     vae = vae_of(vars(args), data.train.shape[1:]).to(device)
+    describe(args, vae, data, device)
     if args.dry_run:
-        describe(args, vae, data, device)
         return
-    with Run(args.out, "train_images", vars(args), device, args.overwrite,
+    with Run(args.out, "train_images", vars(args), device, args.overwrite, args.tensorboard,
              label=label(args.learn, args.infer, args.samples, args.estimator), data=data.recipe) as run:
         if not run.status:
             fit(run, args, vae, data, device)
@@ -110,6 +112,8 @@ def fit(run, args, vae, data, device):
     status, history = train(run, trainer, args.epochs, args.eval_every, lambda: measure(trainer, args, test, reference))
     shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}  # a diverged model depends on when the loop looked
     run.save_metrics(**stack(history), **shown, status=status)
+    if shown:
+        run.show("samples", shown["samples"])
     print(f"{run.path}: {status}, negative ELBO {history['negative_elbo'][-1]:.1f} nats after {history['epoch'][-1]} epochs")
 
 
@@ -142,12 +146,16 @@ def pictures(vae, test, noise, seed, n=64):
 
 
 def describe(args, vae, data, device):
-    parameters = {half: sum(p.numel() for p in getattr(vae, half).parameters()) for half in ("encoder", "decoder")}
+    """Three lines: data, model and updates, folder."""
+    encoder, decoder = (sum(p.numel() for p in half.parameters()) for half in (vae.encoder, vae.decoder))
     steps = len(data.train) // args.batch * args.epochs
     decoder_steps = steps if LEARN[args.learn].joint else steps // args.inner_steps
-    print(f"{label(args.learn, args.infer)} on {args.data}: {len(data.train)} training and {len(data.test)} test images of "
-          f"{tuple(data.train.shape[1:])}\n{args.net}: {parameters['encoder']:,} encoder and {parameters['decoder']:,} decoder parameters\n"
-          f"{steps:,} encoder and {decoder_steps:,} decoder updates on {device}\nwould write {args.out}")
+    print(f"{label(args.learn, args.infer, args.samples, args.estimator)} on {short_name(args.data)}: {len(data.train)} training and "
+          f"{len(data.test)} test images of {tuple(data.train.shape[1:])}\n"
+          f"{args.net}: {encoder:,} encoder and {decoder:,} decoder parameters; {steps:,} encoder and {decoder_steps:,} decoder updates "
+          f"on {device}\n{'would write' if args.dry_run else 'writes'} {args.out}", flush=True)
+    if alias := LEARN[args.learn].alias(args.samples, args.estimator):
+        print(f"{LEARN[args.learn].letter} with N = {args.samples} equals {alias}", flush=True)
 
 
 if __name__ == "__main__":

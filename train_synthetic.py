@@ -42,7 +42,7 @@ from vsm.cli import Formatter, command_line, count, positive, positive_float, se
 from vsm.device import evaluating, pick_device
 from vsm.laws import LAWS
 from vsm.packs import shown_member
-from vsm.runs import Run, run_name
+from vsm.runs import Run, default_folder
 from vsm.speed import compiled, refuse_to_compile
 
 AXES = ("data", "infer", "learn", "inner_steps", "bilevel_steps", "seed")
@@ -193,6 +193,7 @@ def parse_args(argv=None):
          "and up to a minute, once per pair, N and J")
     flag("--out", default=None, help="the run's folder (default: runs/synthetic/ and the flags that matter)")
     flag("--overwrite", action="store_true", help="redo a run that is there")
+    flag("--tensorboard", action="store_true", help="write scalars for TensorBoard too, into the run's folder")
     flag("--dry-run", action="store_true", help="say what would run, train nothing, write nothing")
     args = parser.parse_args(argv)
     resolve_pair(parser, args)
@@ -201,7 +202,7 @@ def parse_args(argv=None):
     if args.compile and args.bilevel_steps and args.lr_half_life:
         parser.error("--compile would freeze the step size of the kept steps; with --bilevel-steps it goes without --lr-half-life")
     args.inner_lr = args.inner_lr or default_inner_lr(args.infer)
-    args.out = args.out or "runs/synthetic/" + run_name(args, AXES,
+    args.out = args.out or default_folder("synthetic", args, AXES,
                                                    vars(parser.parse_args([])) | {"inner_lr": default_inner_lr(args.infer), "infer_samples": args.samples})
     return args
 
@@ -221,10 +222,10 @@ def main(args):
     if args.compile:
         refuse_to_compile(device)
     trainer = EnsembleTrainer(args, device)
+    describe(args, trainer)
     if args.dry_run:
-        describe(args, trainer)
         return
-    with Run(args.out, "train_synthetic", vars(args), device, args.overwrite, label=name_of(args)) as run:
+    with Run(args.out, "train_synthetic", vars(args), device, args.overwrite, args.tensorboard, label=name_of(args)) as run:
         if not run.status:
             fit(run, args, trainer)
         plots.synthetic_samples([run.path], run.path / "samples.png")
@@ -320,11 +321,15 @@ def density_of_members(vae, test, nll, samples, side=81):
 
 
 def describe(args, trainer):
-    parameters = [sum(p[0].numel() for p in params) for params in (trainer.phi, trainer.theta)]
+    """Three lines: data, model and updates, folder."""
+    encoder, decoder = (sum(p[0].numel() for p in params) for params in (trainer.phi, trainer.theta))
     updates = args.epochs * args.steps_per_epoch
-    print(f"{name_of(args)} on {args.data}: {args.seeds} members, {parameters[0]:,} encoder and {parameters[1]:,} decoder "
-          f"parameters each\n{updates:,} decoder updates on {trainer.device}, after each {args.inner_steps} encoder updates and "
-          f"{args.bilevel_steps} kept ones\nwould write {args.out}")
+    print(f"{name_of(args)} on {args.data}: minibatches of {args.batch} fresh points, {args.test_size} test points\n"
+          f"{args.seeds} members, {encoder:,} encoder and {decoder:,} decoder parameters each; {updates:,} decoder updates on "
+          f"{trainer.device}, after each {args.inner_steps} encoder updates and {args.bilevel_steps} kept ones\n"
+          f"{'would write' if args.dry_run else 'writes'} {args.out}", flush=True)
+    if alias := LEARN[args.learn].alias(args.samples, args.estimator):
+        print(f"{LEARN[args.learn].letter} with N = {args.samples} equals {alias}", flush=True)
 
 
 if __name__ == "__main__":

@@ -311,8 +311,8 @@ def train(run, trainer, epochs, eval_every, evaluate):
                "seconds": torch.tensor(time.monotonic() - started), "peak_memory": torch.tensor(peak_memory(trainer.device))}
         for name, value in row.items():
             history.setdefault(name, []).append(value)
-        run.log(row, len(history["epoch"]) == 1)
         run.save_metrics(**stack(history))
+        run.log(history)
         checkpoint()
 
     with stopping() as stop, progress(total, trainer.step) as bar:
@@ -354,6 +354,8 @@ def resume(run, trainer, epochs, eval_every):
     if difference := mismatch(saved, {"trainer": dict, "history": dict, "seconds": float}):
         raise UserError(f"{run.path}/checkpoint.pt is not a checkpoint of this script ({difference}) and is kept as it is; move it away")
     trainer.load(saved["trainer"])
+    if trainer.step > epochs * trainer.steps_per_epoch:
+        raise UserError(f"{run.path} has more than {epochs} epochs already; --epochs of at least {trainer.step // trainer.steps_per_epoch + 1} goes on")
     history = saved["history"]
     last = int(history["epoch"][-1]) if history.get("epoch") else 0
     if last % eval_every and last < epochs:

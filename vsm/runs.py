@@ -11,6 +11,7 @@ The same command again resumes a half run, skips a finished one, and refuses a f
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -27,18 +28,40 @@ import torch
 from vsm.cli import UserError
 
 # Flags that say where and how to compute, not what: they may change between two calls on one folder.
-NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile")
+NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile", "tensorboard")
+BUDGET = "epochs"  # a run with more of them continues one with fewer
+# What a folder had that was made before a flag existed, from its other flags; a flag that is not here had no effect to differ in.
+OLD_DEFAULTS = {"infer_samples": lambda flags: flags.get("samples"), "lr_half_life": lambda flags: None, "fid_every": lambda flags: 0,
+                "objectives": lambda flags: ["fd-repar", "fd", "kld"], "spectrum": lambda flags: None}
+OF_MEMBERS = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss", "nll_curve", "excess_curve")  # [S] in 2-D runs
+LONGEST_NAME = 100  # characters of a run's name
 
 
-def run_name(args, axes, defaults):
-    """The folder's name: the sweep's axes, then every other flag that differs from its default, so that sweeps never collide."""
-    def text(value):
+def run_name(args, axes, defaults, budget=False):
+    """The name of a run's folder: the sweep's axes, then every other flag that differs from its default, so that sweeps never collide.
+
+    A name of more than LONGEST_NAME characters is cut, and ends in a digest of all of it. budget: with the epochs, as names once were.
+    """
+    def text(key, value):
+        if key == "data" and isinstance(value, str):
+            from data import short_name  # data imports this module
+            return short_name(value)
         return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    extra = [f"{flag_name(key)}{text(value)}" for key, value in vars(args).items()
-             if key not in axes and key not in NOT_IDENTITY and value != defaults[key]]
-    return "-".join([text(getattr(args, key)) for key in axes if key != "seed"] + extra
-                    + ([f"seed{args.seed}"] if "seed" in axes else [])).replace("/", "_").replace(":", "_")
+    extra = [f"{flag_name(key)}{text(key, value)}" for key, value in vars(args).items()
+             if key not in (*axes, *NOT_IDENTITY) and (key != BUDGET or budget) and value != defaults[key]]
+    seed = [f"seed{args.seed}"] if "seed" in axes else []
+    name = "-".join([text(key, getattr(args, key)) for key in axes if key != "seed"] + extra + seed).replace("/", "_").replace(":", "_")
+    if len(name) <= LONGEST_NAME or budget:
+        return name
+    end = "-".join([hashlib.sha256(name.removesuffix("".join(seed)).encode()).hexdigest()[:8], *seed])
+    return f"{name[:LONGEST_NAME - len(end) - 1]}-{end}"
+
+
+def default_folder(family, args, axes, defaults):
+    """runs/FAMILY/NAME, or the folder that an earlier version gave the same command, where that is there and this is not."""
+    path, old = (f"runs/{family}/{run_name(args, axes, defaults, budget)}" for budget in (False, True))
+    return old if Path(old).exists() and not Path(path).exists() else path
 
 
 def write_atomic(path, data):
@@ -62,9 +85,14 @@ def write_atomic(path, data):
 
 def save_arrays(path, config, **arrays):
     """Write an `.npz` of plain arrays with `config` beside them as a JSON string."""
+    write_atomic(Path(path), packed(config, arrays))
+
+
+def packed(config, arrays):
+    """The bytes of that `.npz`."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, config=json.dumps(config), **arrays)
-    write_atomic(Path(path), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_arrays(path):
@@ -76,7 +104,7 @@ def load_arrays(path):
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist; is {Path(path).parent} a finished run?") from None
     except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}); run the command of its folder again with --overwrite") from error
+        raise UserError(f"{path} is damaged ({error}); move it away, and the command that made it makes it again") from error
     return arrays
 
 
@@ -159,20 +187,27 @@ class Run:
                 return
             state = run.load_checkpoint(device)     # None at the first call
 
-    Raises UserError: another process holds the folder, other flags made it, or it cannot be written.
+    `epochs` among the flags is a budget: a finished run with fewer goes on. With overwrite=True the old run is moved aside and removed
+    only when the new one has written its first arrays; what fails before that is undone.
+    Raises UserError: another process holds the folder, other flags or another script made it, or it cannot be written.
     """
 
-    def __init__(self, path, script, flags, device, overwrite=False, **extra):
-        self.path = Path(path)
-        self.overwrite = overwrite
-        self.config = {"script": script, "flags": {k: v for k, v in flags.items() if k not in ("overwrite", "dry_run")},
+    def __init__(self, path, script, flags, device, overwrite=False, tensorboard=False, **extra):
+        self.path, self.aside = Path(path), Path(path) / ".replaced"
+        self.overwrite, self.status = overwrite, None
+        self.config = {"script": script, "flags": {k: v for k, v in flags.items() if k not in ("overwrite", "dry_run", "tensorboard")},
                        **environment(device), **extra}
-        self.status = None
+        self._board = tensorboard_writer(self.path) if tensorboard else None
 
     def __enter__(self):
+        if self._finished_on_a_disk_that_refuses():
+            return self
+        files = self._files()
+        if files and not any((place / "config.json").exists() for place in (self.path, self.aside)):
+            raise UserError(f"{self.path} holds files but no config.json, so it is not a run folder; choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = open(self.path / ".lock", "a")
         except OSError as error:
             raise UserError(f"cannot write to the output folder {self.path}: {os.strerror(error.errno)}") from error
         try:
@@ -180,58 +215,165 @@ class Run:
         except BlockingIOError:
             self._lock.close()
             raise UserError(f"another process is at work in {self.path}; wait for it or choose another --out") from None
+        except OSError as error:
+            self._lock.close()
+            raise UserError(f"the file system of {self.path} has no locks ({os.strerror(error.errno)}); choose an --out on another") from error
         try:
             self._claim()
         except BaseException:
+            self._restore()
             self._lock.close()
             raise
         return self
 
-    def __exit__(self, *_):
-        self._lock.close()
+    def __exit__(self, kind, *_):
+        if self._board:
+            self._board.close()
+        if self._lock:
+            if kind is not None and self.aside.exists() and not (self.path / "metrics.npz").exists():
+                (self.path / "config.json").unlink(missing_ok=True)
+                self._restore()
+            self._lock.close()
+
+    _lock = None
+
+    def _files(self):
+        """What is in the folder beside the lock and what a killed write left."""
+        try:
+            return [file for file in self.path.iterdir() if file.name not in (".lock", self.aside.name) and file.suffix != ".tmp"] \
+                if self.path.exists() else []
+        except OSError as error:
+            raise UserError(f"cannot read the output folder {self.path}: {os.strerror(error.errno)}") from error
+
+    def _finished_on_a_disk_that_refuses(self):
+        if self.overwrite or not (self.path / "config.json").exists() or os.access(self.path, os.W_OK) and self.path.stat().st_mode & 0o222:
+            return False
+        self._take_over(load_config(self.path))
+        return self.status is not None
 
     def _claim(self):
-        files = [file for file in self.path.iterdir() if file.name != ".lock" and file.suffix != ".tmp"]
-        if files and not (self.path / "config.json").exists():
-            raise UserError(f"{self.path} holds files but no config.json, so it is not a run folder; choose another --out")
-        old = load_config(self.path) if files else None  # never clears a folder that is not a run's
-        if self.overwrite:
-            for file in files:
-                if file.is_file():
-                    file.unlink()
-        elif files:
-            self._refuse_other_flags(old)
-            self.status = status_of(self.path)
-            if self.status:
-                print(f"{self.path}: finished before ({self.status}); --overwrite redoes it")
-                return
+        for left in self.path.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        if not (self.path / "config.json").exists():
+            self._restore()  # an --overwrite that was killed before the new run began
+        files = self._files()
+        if files:
+            old = load_config(self.path)
+            if self.overwrite:
+                if old["script"] != self.config["script"]:
+                    raise UserError(f"{self.path} is a run of {old['script']}.py, which --overwrite of {self.config['script']}.py does not remove")
+                self._move_aside(files)
+            else:
+                self._take_over(old)
+                if self.status:
+                    return
         write_atomic(self.path / "config.json", json.dumps(self.config, indent=1).encode())
 
+    def _take_over(self, old):
+        """A folder with a run of these flags: set the status of one that has ended, and clear the pictures of one that goes on."""
+        self._refuse_other_flags(old)
+        status = status_of(self.path)
+        if status is None:
+            return
+        epochs, has = self.config["flags"].get("epochs"), None
+        if epochs and status == "ok":
+            has = int(load_arrays(self.path / "metrics.npz")["epoch"][-1])
+            if has < epochs:
+                for picture in self.path.glob("*.png"):
+                    picture.unlink()
+                print(f"{self.path}: goes on from {has} epochs")
+                return
+        self.status = status
+        more = f", and has {has} epochs already" if has and has > epochs else ""
+        print(f"{self.path}: finished before ({status}){more}; --overwrite redoes it")
+
+    def _move_aside(self, files):
+        if self.aside.exists():  # of an --overwrite that was killed: what lies there is older still
+            shutil.rmtree(self.aside)
+        self.aside.mkdir()
+        for file in sorted(files, key=lambda file: file.name != "config.json"):  # config.json first: `_restore` goes by it
+            os.replace(file, self.aside / file.name)
+
+    def _restore(self):
+        """Undo `_move_aside` where the new run has no config.json."""
+        if (self.aside / "config.json").exists() and not (self.path / "config.json").exists():
+            with contextlib.suppress(OSError):
+                for file in self.aside.iterdir():
+                    os.replace(file, self.path / file.name)
+                self.aside.rmdir()
+
     def _refuse_other_flags(self, old):
-        mine, theirs = (dict(config["flags"], script=config["script"], data=config.get("data")) for config in (json.loads(json.dumps(self.config)), old))
+        mine, theirs = ({**config["flags"], "script": config["script"], "data": config.get("data")} for config in (json.loads(json.dumps(self.config)), old))
+        for key in mine.keys() - theirs.keys():  # a flag that is younger than the folder
+            theirs[key] = OLD_DEFAULTS.get(key, lambda flags: mine[key])(theirs)
         differ = [f"{key} was {theirs.get(key)!r}, is now {mine.get(key)!r}" for key in sorted(mine.keys() | theirs.keys())
-                  if key not in NOT_IDENTITY and mine.get(key) != theirs.get(key)]
+                  if key not in (*NOT_IDENTITY, BUDGET) and mine.get(key) != theirs.get(key)]
         if differ:
             raise UserError(f"{self.path} was made with other flags ({'; '.join(differ)}); "
                             "choose another --out, or --overwrite to redo it")
 
+    def identity(self):
+        """What a checkpoint must agree with, as a JSON string."""
+        flags = {key: value for key, value in self.config["flags"].items() if key not in (*NOT_IDENTITY, BUDGET)}
+        return json.dumps({"script": self.config["script"], **flags}, sort_keys=True)
+
     def save_checkpoint(self, state):
-        """`state` holds tensors, containers and plain Python only, so that it loads with weights_only=True."""
+        """`state` is a dict of tensors, containers and plain Python only, so that it loads with weights_only=True."""
         buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(self.path / "checkpoint.pt", buffer.getbuffer())
+        torch.save(state | {"identity": self.identity()}, buffer)
+        self._write("checkpoint.pt", buffer.getbuffer())
 
     def load_checkpoint(self, device="cpu"):
-        """The last checkpoint, or None. Raises UserError for a damaged one, which is kept."""
+        """The last checkpoint, or None. Raises UserError for a damaged one and for one of other flags, which are kept."""
         path = self.path / "checkpoint.pt"
-        return load_checkpoint(path, device) if path.exists() else None
-
-    def log(self, row, first):
-        """Append the scalars of one evaluation to log.csv."""
+        if not path.exists():
+            return None
+        state = load_checkpoint(path, device)
+        if not isinstance(state, dict) or not state:
+            raise UserError(f"{path} is not a checkpoint of this script and is kept as it is; move it away")
+        if state.pop("identity", self.identity()) != self.identity():
+            raise UserError(f"{path} is of a run with other flags or another seed and is kept as it is; move it away")
+        return state
 
     def save_metrics(self, **arrays):
         """`metrics.npz`; with a `status` among the arrays the run counts as finished."""
-        save_arrays(self.path / "metrics.npz", self.config, **arrays)
+        self._write("metrics.npz", packed(self.config, arrays))
+        if self.aside.exists():
+            shutil.rmtree(self.aside, ignore_errors=True)
+
+    def log(self, history):
+        """log.csv from {name: a list of tensors, one per evaluation}: a line per evaluation, scalars as they are, of an ensemble's members
+        the mean over those that are finite; with --tensorboard the last of them as events too."""
+        columns = {name: [scalar(value) for value in values] for name, values in history.items() if values[0].dim() <= (name in OF_MEMBERS)}
+        lines = [",".join(columns), *(",".join(f"{value:.9g}" for value in row) for row in zip(*columns.values()))]
+        self._write("log.csv", ("\n".join(lines) + "\n").encode())
+        if self._board:
+            for name, values in columns.items():
+                self._board.add_scalar(name, values[-1], int(columns["epoch"][-1]))
+
+    def show(self, name, images):
+        """Images [n, C, H, W], uint8, to TensorBoard where --tensorboard is given."""
+        if self._board:
+            self._board.add_images(name, images)
+
+    def _write(self, name, data):
+        if not (self.path / "config.json").exists():
+            raise UserError(f"{self.path} has been removed or emptied while the run went on; nothing more is written there")
+        write_atomic(self.path / name, data)
+
+
+def scalar(value):
+    value = value.double().flatten()
+    return value[value.isfinite()].mean().item() if value.isfinite().any() else float("nan")
+
+
+def tensorboard_writer(path):
+    """Raises UserError where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter(path / "tensorboard")
 
 
 def load_checkpoint(path, device="cpu"):
