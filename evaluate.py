@@ -7,10 +7,10 @@ Seconds on a CPU, after the quick run of train_images.py:
 Signal-to-noise ratio of every objective's decoder gradient at one trained model:
     python evaluate.py --gradient-snr runs/images/RUN
 
-A RUN is a run folder, or a pack of runs (.npz), whose table is made again from its arrays. Each folder gets an eval.npz, used again while
-its checkpoint, the test images and the settings stay the same; --out gets the table and the figures. A run that has not ended is evaluated
-at its last checkpoint and labelled unfinished@<epoch>. A run that cannot be evaluated is named and skipped; the exit code is 2 where none
-could be. docs/metrics.md says what the numbers mean.
+A RUN is a run folder, or a pack of runs (.npz), whose table is made again from its arrays. Each folder gets an eval.npz, used
+again while its checkpoint, the test images and the settings stay the same; --out gets the table and the figures. A run that has
+not ended is evaluated at its last checkpoint and labelled unfinished@<epoch>. A run that cannot be evaluated is named and
+skipped; the exit code is 2 where none could be. docs/metrics.md says what the numbers mean.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from vsm.packs import StoredRun, open_runs
 from vsm.quality import fids, prior_metrics, reference_set
 from vsm.runs import group_by_seed, load_arrays, save_arrays
 
-CURVES = ("negative_elbo", "reconstruction_mse", "latent_mmd")  # of every image run: the table cannot do without
+CURVES = ("epoch", "negative_elbo", "reconstruction_mse", "latent_mmd")  # of every image run: the table cannot do without
 NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
@@ -47,9 +47,11 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("experiment").add_argument
     flag("--images", type=positive, default=500, help="how many test images the importance-weighted bound and denoising take")
     flag("--iw-samples", type=positive, default=100, help="samples of the importance-weighted bound")
-    flag("--gradient-snr", action="store_true", help="instead: signal-to-noise ratio of the decoder's gradient, in each run's folder")
+    flag("--gradient-snr", action="store_true",
+         help="instead: signal-to-noise ratio of the decoder's gradient, in each run's folder")
     flag("--snr-draws", type=positive, default=100, help="minibatches that its mean and variance are taken over")
-    flag("--snr-mode", choices=gradient_snr.MODES, default="eval", help="batch norm as in evaluation, where it couples no data, or as in training")
+    flag("--snr-mode", choices=gradient_snr.MODES, default="eval",
+         help="batch norm as in evaluation, where it couples no data, or as in training")
     flag = parser.add_argument_group("model").add_argument
     flag("--inception-weights", default=None, metavar="FILE", help="for colour images; without it torch-fidelity fetches them")
     flag = parser.add_argument_group("output").add_argument
@@ -110,11 +112,12 @@ def measure(run, args, device):
         elif not run.has("eval") and not (Path(run.name) / "eval.npz").exists():
             raise UserError("it has no checkpoint.pt, so there is no model to evaluate")
         else:
-            print(f"{run}: evaluated before, and its checkpoint is gone" if Path(run.name).is_dir() else f"{run}: evaluated before")
+            print(f"{run}: evaluated before" + (", and its checkpoint is gone" if Path(run.name).is_dir() else ""))
     label = config["label"] + (f" {status}" if status.startswith("unfinished@") else "")
     run = with_config(run, flags_of(config), label)
     curves = {key: value for key, value in run.arrays().items() if key != "config" and value.ndim == 1}
-    if not {"epoch", *CURVES} <= curves.keys() or len({len(curves[key]) for key in ("epoch", *CURVES)}) != 1 or not len(curves["epoch"]):
+    lengths = {len(curves.get(key, ())) for key in CURVES}
+    if len(lengths) > 1 or 0 in lengths:
         raise UserError("its metrics.npz is damaged; delete it, and the command of its folder makes it again from the checkpoint")
     last = {key: value[-1] for key, value in curves.items() if len(value)}
     return Measured(run, status, last, {} if status.startswith("diverged@") else evaluation_of(run))
@@ -175,7 +178,8 @@ def evaluation_of(run):
 def evaluate_run(folder, config, status, args, device):
     """Write eval.npz of a run folder, unless it holds this checkpoint's evaluation with these settings, or a better one."""
     flags, save, old = flags_of(config), folder / "eval.npz", None
-    reference = reference_set(flags["data"], args.data_root or flags["data_root"], flags["test_limit"], args.inception_weights, device)
+    root = args.data_root or flags["data_root"]
+    reference = reference_set(flags["data"], root, flags["test_limit"], args.inception_weights, device)
     settings = {"checkpoint": hashlib.sha256((folder / "checkpoint.pt").read_bytes()).hexdigest()[:12], "images": args.images,
                 "iw_samples": args.iw_samples, **reference.about}
     if save.exists():
@@ -202,7 +206,10 @@ def evaluate_run(folder, config, status, args, device):
 
 
 def data_metrics(vae, images, noise, samples, generator, block=100):
-    """The importance-weighted bound against its number of samples, and the denoising error against the noise; means over images."""
+    """The importance-weighted bound against its number of samples, and the denoising error against the noise, each a mean.
+
+    images: uint8 [n, C, H, W]; the means are over them. samples: the largest number of the bound's samples.
+    """
     counts = sorted({count for count in (1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if count < samples} | {samples})
     bounds, errors = [], []
     with metrics.evaluating(vae):

@@ -60,7 +60,8 @@ def _kernel_sum(u, v, scale, block=2048):
 def mmd_null_sd(z1, z2, n, scaled=False):
     """The sd of latent_mmd between two samples of size n of one law, from two independent draws z1, z2 [m, d] of that law.
 
-    The U-statistic is degenerate there: its variance is (4 / (n (n - 1)) + 4 / n^2) E kc^2, kc the kernel centred in both arguments.
+    The U-statistic is degenerate there: its variance is (4 / (n (n - 1)) + 4 / n^2) E kc^2, kc the kernel centred in both
+    arguments.
     """
     z1, z2 = z1.double(), z2.double()
     kernel = (z1 @ z2.T / (z1.shape[1] if scaled else 1) + 1).pow(3)
@@ -93,7 +94,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=2020):
-    """KID: mean and sd over random subsets of the unbiased MMD^2 of features [n, d], [m, d] with kernel (u.v/d + 1)^3, 0-d tensors.
+    """KID: mean and sd over random subsets of the unbiased MMD^2 of features [n, d], [m, d] with kernel (u.v/d + 1)^3, 0-d
+    tensors.
 
     Subsets of min(subset_size, n, m), drawn without replacement as torch-fidelity draws them: equal seeds, equal numbers. The sd
     is no standard error. latent_mmd(features1, features2, scaled=True) takes all features at once: the same mean, less variance.
@@ -120,8 +122,8 @@ def quantise(images):
 def objective_terms(vae, x, q, z):
     """The terms that all objectives are sums of, each [B]: with them every loss can be put together after the fact.
 
-    reconstruction -E log p(x|z), kl, half_a2 1/2 E||a||^2, half_abar2 1/2 ||E a||^2 (plug-in), a_dot_b E[a.b], half_b2 1/2 E||b||^2,
-    half_c2 1/2 E||c||^2 (the posterior FD; Gaussian latents only), laplacian.
+    reconstruction -E log p(x|z), kl, half_a2 1/2 E||a||^2, half_abar2 1/2 ||E a||^2 (plug-in), a_dot_b E[a.b], half_b2 1/2
+    E||b||^2, half_c2 1/2 E||c||^2 (the posterior FD; Gaussian latents only), laplacian.
     """
     a, lap = likelihood_score(vae, x, q, z)
     b, abar, kl = posterior_score(vae, x, q, z), a.mean(0), vae.kl(q).sum(-1)
@@ -139,11 +141,12 @@ def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
 
     Returns CPU tensors. Scalars: negative_elbo, reconstruction_mse (noisy input, clean target), latent_mmd (the paper's kernel),
     latent_mmd_scaled, posterior_fd, posterior_fd_median, the means of `objective_terms`, log_gamma, active_units (latents whose
-    posterior mean varies by more than 0.01 over the data: Burda et al. 2016), active_second_moment (the mean of second_moment over the
-    active units; nan without any). Per latent [Dz]: kl_per_dim, second_moment (E z^2 of the aggregate posterior, exact given q: 1 where
-    it agrees with the prior; of Bernoulli latents the mean), posterior_sd (mean over data; of Bernoulli latents posterior_mean).
-    aggregate_histogram [80]: the share of all (image, active unit) pairs with a posterior sample in each 80th of [-4, 4]. Of Bernoulli latents also posterior_mean_histogram [40]: the share of all
-    (image, latent) pairs with a posterior mean in each 40th of [0, 1]; the mean over data of a latent in use may be 1/2 as well.
+    posterior mean varies by more than 0.01 over the data: Burda et al. 2016), active_second_moment (the mean of second_moment
+    over the active units; nan without any). Per latent [Dz]: kl_per_dim, second_moment (E z^2 of the aggregate posterior, exact
+    given q: 1 where it agrees with the prior; of Bernoulli latents the mean), posterior_sd (mean over data; of Bernoulli latents
+    posterior_mean). aggregate_histogram [80]: the share of all (image, active unit) pairs with a posterior sample in each 80th of
+    [-4, 4]. Of Bernoulli latents also posterior_mean_histogram [40]: the share of all (image, latent) pairs with a posterior mean
+    in each 40th of [0, 1]; the mean over data of a latent in use may be 1/2 as well.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     rows, latents = [], []

@@ -40,14 +40,15 @@ def train(out, *argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw_run", lambda run: None)  # figures cost more than these runs
         train_images.main(train_images.parse_args([
-            "--width", "8", "--dim-z", "4", "--samples", "2", "--batch", "50", "--epochs", "8", "--inner-steps", "1", "--eval-every", "4",
-            "--lr", "3e-3", "--device", "cpu", "--out", str(out), *map(str, argv)]))
+            "--width", "8", "--dim-z", "4", "--samples", "2", "--batch", "50", "--epochs", "8", "--inner-steps", "1",
+            "--eval-every", "4", "--lr", "3e-3", "--device", "cpu", "--out", str(out), *map(str, argv)]))
     return out
 
 
 @pytest.fixture(scope="module")
 def runs(digits, tmp_path_factory):
-    """Two seeds of KLD-F; and copies of the first one that diverged, never ended, lost half its checkpoint, came from other code."""
+    """Two seeds of KLD-F; and copies of the first one that diverged, never ended, lost half its checkpoint, came from other
+    code."""
     root = tmp_path_factory.mktemp("runs")
     runs = SimpleNamespace(a=train(root / "a", "--data-root", digits), b=train(root / "b", "--data-root", digits, "--seed", 1))
     for name in ("diverged", "half", "damaged", "old"):
@@ -148,7 +149,8 @@ def test_a_run_whose_checkpoint_is_gone_keeps_its_evaluation(runs, tmp_path, cap
 def test_the_note_on_mmd_tells_latent_spaces_apart(runs, digits, tmp_path):
     wide = train(tmp_path / "wide", "--data-root", digits, "--dim-z", 12)
     run_evaluate(tmp_path / "out", runs.a, wide)
-    sds = [f"{load_arrays(run / 'eval.npz')['latent_mmd_null_sd']:.2g} ({n} gaussian latents)" for run, n in ((runs.a, 4), (wide, 12))]
+    sds = [f"{load_arrays(run / 'eval.npz')['latent_mmd_null_sd']:.2g} ({n} gaussian latents)"
+           for run, n in ((runs.a, 4), (wide, 12))]
     assert f"standard deviation of {', '.join(sds)}" in (tmp_path / "out" / "table.md").read_text()
 
 
@@ -180,7 +182,8 @@ def test_a_run_of_another_version_is_skipped_and_an_older_one_gets_defaults(runs
     (older / "config.json").write_text(json.dumps(flags))
     run_evaluate(tmp_path / "out", runs.a, runs.old)
     message = capsys.readouterr().err
-    assert f"skipped {runs.old}: " in message and "it has --nonesuch, which is unknown here" in message and "latent" not in message
+    assert f"skipped {runs.old}: " in message and "latent" not in message
+    assert "it has --nonesuch, which is unknown here" in message
     run_evaluate(tmp_path / "older_out", older)
     mine, its = (load_arrays(tmp_path / name / "table.npz") for name in ("out", "older_out"))
     assert all(np.array_equal(mine[key], its[key], equal_nan=mine[key].dtype.kind == "f") for key in mine if key != "config")
@@ -233,7 +236,8 @@ def test_without_inception_every_other_number_is_there(tmp_path, capsys):
     assert "weights.pth does not hold Inception's weights" in capsys.readouterr().err
     table = load_arrays(tmp_path / "out" / "table.npz")
     assert np.isnan(table["fid_mean"][0])
-    assert np.isfinite([table[f"{name}_mean"][0] for name in ("negative_elbo", "negative_iw_bound", "latent_mmd", "posterior_fd")]).all()
+    assert np.isfinite([table[f"{name}_mean"][0] for name in ("negative_elbo", "negative_iw_bound", "latent_mmd",
+                                                              "posterior_fd")]).all()
 
 
 def test_gradient_snr(runs, monkeypatch):
@@ -244,7 +248,8 @@ def test_gradient_snr(runs, monkeypatch):
     assert [name for name, snr in zip(names, arrays["snr"]) if np.isnan(snr[0])] == ["S unbiased", "B unbiased"]
     assert np.isfinite(arrays["snr"][:, 1:]).all() and (runs.a / "gradient_snr.png").exists()
     monkeypatch.setattr("vsm.gradient_snr.SAMPLES", (1, 2))
-    evaluate.main(evaluate.parse_args([str(runs.half), "--gradient-snr", "--snr-draws", "3", "--snr-mode", "train", "--device", "cpu"]))
+    evaluate.main(evaluate.parse_args([str(runs.half), "--gradient-snr", "--snr-draws", "3", "--snr-mode", "train", "--device",
+                                       "cpu"]))
     trained = load_arrays(runs.half / "gradient_snr_train.npz")
     assert trained["status"] == "unfinished@8" and trained["config"]["evaluation"] == {"draws": 3, "mode": "train"}
     assert np.isfinite(trained["snr_se"][:, 1:]).all() and (trained["snr_se"][:, 1:] > 0).all()
@@ -276,11 +281,13 @@ def test_gradient_moments_are_unbiased_and_posterior_samples_lower_the_variance(
 
     (mean1, signal1, variance1, error1), (mean2, signal2, variance2, _) = moments(1, 0), moments(1, 1)
     product = (mean1[:-1] * mean2[:-1]).sum()  # independent: its mean is ||E g||^2
-    assert abs(product - (signal1[0] + signal2[0]) / 2) < 4 * (2 * signal1[0] * variance1[0] / 150 + variance1[0]**2 / 150**2).sqrt()
+    assert abs(product - (signal1[0] + signal2[0]) / 2) < 4 * (2 * signal1[0] * variance1[0] / 150
+                                                               + variance1[0]**2 / 150**2).sqrt()
     assert variance1[0] == pytest.approx(variance2[0].item(), rel=0.5)
     assert moments(10, 2).variance[0] < variance1[0]
     ratios = torch.stack([found.signal / found.variance for found in (moments(1, seed, 20) for seed in range(3, 15))])
-    assert (moments(1, 3, 20).snr_se / ratios.std(0)).log2().abs().max() < 1.2  # the jackknife's error is that of repetitions, roughly
+    # The jackknife's error is roughly that of repetitions.
+    assert (moments(1, 3, 20).snr_se / ratios.std(0)).log2().abs().max() < 1.2
     assert (error1 < moments(1, 3, 20).snr_se).all()
 
 
@@ -293,7 +300,8 @@ def test_groups_differ_in_their_seed_alone():
     folders = [Path(f"run{i}") for i in range(6)]
     assert group_by_seed(folders, configs) == [("F", [0, 1]), ("S", [2]), ("F", [3])]
     configs.append(config("F", seed=0, inner_steps=1))
-    assert group_by_seed(folders, configs) == [("F inner-steps=5", [0, 1]), ("S inner-steps=5", [2]), ("F", [3]), ("F inner-steps=1", [4])]
+    assert group_by_seed(folders, configs) == [("F inner-steps=5", [0, 1]), ("S inner-steps=5", [2]), ("F", [3]),
+                                               ("F inner-steps=1", [4])]
     with pytest.raises(UserError, match="run4 and run5 are the same experiment with the same seed 0"):
         group_by_seed(folders, [*configs, configs[-1]])
 
@@ -305,7 +313,7 @@ def test_figures_are_redrawn_from_the_arrays_alone(runs, tmp_path):
         assert (tmp_path / f"{figure}.png").read_bytes() == (tmp_path / "out" / f"{figure}.png").read_bytes()
 
 
-# ------------------------------------------------------------------------------------- nothing stale, nothing lost, nothing silent
+# -------------------------------------------------------------------------------------- nothing stale, lost or silent
 
 
 def test_changed_test_images_are_evaluated_again(runs, digits, tmp_path, capsys):
@@ -371,7 +379,8 @@ def test_a_damaged_evaluation_is_made_again_or_named(runs, tmp_path, capsys, dam
         elif damage == "no keys":
             save_arrays(run / "eval.npz", load_arrays(run / "eval.npz")["config"], status="ok", fid=1.0)
         else:
-            save_arrays(run / "eval.npz", {}, **{key: value for key, value in load_arrays(run / "eval.npz").items() if key != "config"})
+            arrays = {key: value for key, value in load_arrays(run / "eval.npz").items() if key != "config"}
+            save_arrays(run / "eval.npz", {}, **arrays)
 
     spoil()
     run_evaluate(tmp_path / "out", run)
@@ -402,8 +411,10 @@ def test_a_pack_gives_the_same_table_without_folders(runs, tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("checkpoint.pt", {}), ("checkpoint.pt", {"trainer": None}), ("checkpoint.pt", {"trainer": {"tensors": {"vae.log_gamma": 1}}}),
-    ("checkpoint.pt", {"trainer": {"tensors": {}}}), ("config.json", {"flags": {}}), ("config.json", {"flags": {"width": "wide"}}),
+    ("checkpoint.pt", {}), ("checkpoint.pt", {"trainer": None}),
+    ("checkpoint.pt", {"trainer": {"tensors": {"vae.log_gamma": 1}}}),
+    ("checkpoint.pt", {"trainer": {"tensors": {}}}), ("config.json", {"flags": {}}),
+    ("config.json", {"flags": {"width": "wide"}}),
     ("config.json", {"data": None}), ("config.json", {"label": None}), ("config.json", {"script": "train_synthetic"}),
     ("metrics.npz", {}), ("metrics.npz", {"status": "ok"})])
 def test_whatever_is_wrong_with_one_run_the_others_are_evaluated(runs, tmp_path, capsys, name, content):

@@ -20,10 +20,10 @@ from vsm.cli import UserError
 from vsm.loading import FLAGS, epochs_trained, flags_of, load_vae
 from vsm.runs import NOT_IDENTITY, load_arrays, load_checkpoint, load_config
 
-IMAGE = ["--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "2", "--inner-steps", "2", "--eval-every", "1",
-         "--lr", "1e-3", "--device", "cpu"]
-PLANE = ["--seeds", "3", "--batch", "20", "--epochs", "1", "--steps-per-epoch", "5", "--test-size", "50", "--importance-samples", "100",
-         "--hidden", "6", "--init-sd", "0.3", "--device", "cpu"]
+IMAGE = ["--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "2", "--inner-steps", "2",
+         "--eval-every", "1", "--lr", "1e-3", "--device", "cpu"]
+PLANE = ["--seeds", "3", "--batch", "20", "--epochs", "1", "--steps-per-epoch", "5", "--test-size", "50",
+         "--importance-samples", "100", "--hidden", "6", "--init-sd", "0.3", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def folders(digits, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw_run", lambda run: None)
         for name, argv in {"conv": [], "mlp": ["--net", "mlp"], "resnet": ["--net", "resnet", "--norm", "group", "--infer", "fd"],
-                           "bernoulli": ["--net", "mlp", "--latent", "bernoulli"], "fae": ["--net", "mlp", "--learn", "fae"]}.items():
+                           "bernoulli": ["--net", "mlp", "--latent", "bernoulli"],
+                           "fae": ["--net", "mlp", "--learn", "fae"]}.items():
             train_images.main(train_images.parse_args([*IMAGE, "--data-root", str(digits), "--out", str(root / name), *argv]))
     train_synthetic.main(train_synthetic.parse_args([*PLANE, "--out", str(root / "plane")]))
     return root
@@ -126,7 +127,8 @@ def test_what_does_not_fit_is_named(folders, tmp_path, edit, words):
 
 @pytest.mark.parametrize("content, words", [
     (None, "does not exist"), ({}, "is not a checkpoint of a trainer"), ({"trainer": None}, "is not a checkpoint of a trainer"),
-    ({"trainer": {"tensors": {"vae.log_gamma": 1.0}}}, "it holds no tensors"), ({"trainer": {"tensors": {}}}, "does not hold the model")])
+    ({"trainer": {"tensors": {"vae.log_gamma": 1.0}}}, "it holds no tensors"),
+    ({"trainer": {"tensors": {}}}, "does not hold the model")])
 def test_a_checkpoint_of_another_form_is_named(folders, tmp_path, content, words):
     run = shutil.copytree(folders / "mlp", tmp_path / "run")
     (run / "checkpoint.pt").unlink()
@@ -149,5 +151,6 @@ def test_another_checkpoint_of_the_folder_and_a_member_of_an_image_run(folders, 
 
 def test_evaluation_and_benchmark_do_not_import_train_images():
     code = "import sys, evaluate, benchmark; print('train_images' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+                          check=True)
     assert done.stdout.strip() == "False"

@@ -1,4 +1,5 @@
-"""The wiring of the metrics: every term against its closed form on a linear VAE, and each array of a row against its definition."""
+"""The wiring of the metrics: every term against its closed form on a linear VAE, and each array of a row against its
+definition."""
 
 import math
 
@@ -80,7 +81,8 @@ def test_the_objectives_are_the_sums_of_the_terms(linear):
     q, z = posterior_draws(vae, x, 7)
     t = objective_terms(vae, x, q, z)
     sums = {"elbo": t["reconstruction"] + t["kl"], "fd": t["half_a2"] + t["laplacian"],
-            "swersky": 2 * t["half_a2"] + t["laplacian"] - t["half_abar2"], "bao": t["half_abar2"] + t["a_dot_b"] + t["laplacian"],
+            "swersky": 2 * t["half_a2"] + t["laplacian"] - t["half_abar2"],
+            "bao": t["half_abar2"] + t["a_dot_b"] + t["laplacian"],
             "fae": t["half_c2"] + t["half_b2"] + t["half_a2"] + t["laplacian"]}
     for name, value in sums.items():
         torch.testing.assert_close(LEARN[name](vae, x, q, z), value)
@@ -96,7 +98,8 @@ def test_metrics_of_a_model_are_the_means_that_they_say(linear):
     vae, x, exact = linear[0], linear[-1], closed_forms(linear)
     elbo = negative_elbo(vae, x, 50_000, torch.Generator().manual_seed(1))
     torch.testing.assert_close(elbo, exact["reconstruction"] + exact["kl"], rtol=0.02, atol=0.02)
-    torch.testing.assert_close(posterior_fd(vae, x, 50_000, torch.Generator().manual_seed(1)), exact["half_c2"], rtol=0.03, atol=0.03)
+    torch.testing.assert_close(posterior_fd(vae, x, 50_000, torch.Generator().manual_seed(1)), exact["half_c2"], rtol=0.03,
+                               atol=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,8 @@ def test_a_row_of_metrics_by_its_definitions(vae, images):
     assert row["latent_mmd"] == pytest.approx(latent_mmd(z[0], prior).item())  # of samples, not of posterior means
     assert row["latent_mmd_scaled"] == pytest.approx(latent_mmd(z[0], prior, scaled=True).item())
     c = INFER["fd"](vae, x, q, z).detach().double()
-    assert row["posterior_fd"] == pytest.approx(c.mean().item()) and row["posterior_fd_median"] == pytest.approx(c.median().item())
+    assert row["posterior_fd"] == pytest.approx(c.mean().item())
+    assert row["posterior_fd_median"] == pytest.approx(c.median().item())
     assert row["negative_elbo"] == pytest.approx(LEARN["elbo"](vae, x, q, z).double().mean().item())
     torch.testing.assert_close(row["kl_per_dim"], vae.kl(q).double().mean(0))
     torch.testing.assert_close(row["posterior_sd"], q.stddev.double().mean(0))
@@ -138,7 +142,8 @@ def test_a_row_of_metrics_by_its_definitions(vae, images):
 def test_block_sizes_and_repetition_change_nothing_but_the_draws(vae, images):
     first, again = evaluate_images(vae, images, 0.0, seed=1), evaluate_images(vae, images, 0.0, seed=1)
     assert all(torch.equal(first[name], again[name]) or first[name].isnan().all() for name in first)
-    torch.testing.assert_close(evaluate_images(vae, images, 0.0, seed=1, block=7)["reconstruction_mse"], first["reconstruction_mse"])
+    torch.testing.assert_close(evaluate_images(vae, images, 0.0, seed=1, block=7)["reconstruction_mse"],
+                               first["reconstruction_mse"])
     assert sample_images(vae, 7, torch.Generator().manual_seed(0), block=3).shape == (7, 1, 32, 32)
 
 

@@ -11,8 +11,8 @@ from vsm.features import Features
 from vsm.quality import Reference, aggregate_posterior, fids, reference_of
 from vsm.runs import load_arrays, load_checkpoint
 
-SMALL = ["--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "3", "--inner-steps", "2", "--eval-every", "1",
-         "--lr", "1e-3", "--device", "cpu"]
+SMALL = ["--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "3", "--inner-steps", "2",
+         "--eval-every", "1", "--lr", "1e-3", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,8 @@ BLOCKS = 10  # of draws: the jackknife leaves out one at a time
 
 
 class Moments(NamedTuple):
-    """E g [P] (the decoder's weights, then log_gamma), ||E g||^2 and tr Var(g) without bias, and the standard error of their ratio.
+    """E g [P] (the decoder's weights, then log_gamma), ||E g||^2 and tr Var(g) without bias, and the standard error of their
+    ratio.
 
     All but the first are [2]: of the decoder's weights, of log_gamma.
     """
@@ -29,15 +30,16 @@ class Moments(NamedTuple):
 
 
 def gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda line: None):
-    """{name: array [objectives, len(SAMPLES)]} of d loss / d theta at `vae`, beside the `objectives` and `samples`; NaN where undefined.
+    """{name: array [objectives, len(SAMPLES)]} of d loss / d theta at `vae`, beside the `objectives` and `samples`; NaN where
+    undefined.
 
-    images: uint8 training images on the model's device. flags: a run's batch, noise and seed. mode: "eval", in which batch norm couples
-    no data, or "train", as in training; the model is left as it was. snr is ||E g||^2 / tr Var(g) over minibatches with fresh noise and
-    posterior draws, snr_log_gamma that of log gamma alone, each with its standard error over draws (_se, jackknife). cosine_to_elbo is
-    that of E g with the negative ELBO's: is it variance, or the direction?
+    images: uint8 training images on the model's device. flags: a run's batch, noise and seed. mode: "eval", in which batch norm
+    couples no data, or "train", as in training; the model is left as it was. snr is ||E g||^2 / tr Var(g) over minibatches with
+    fresh noise and posterior draws, snr_log_gamma that of log gamma alone, each with its standard error over draws (_se,
+    jackknife). cosine_to_elbo is that of E g with the negative ELBO's: is it variance, or the direction?
     """
     objectives = compared(vae.latent)
-    names = [f"{LEARN[learn].letter} {estimator}" if LEARN[learn].has_estimator else LEARN[learn].letter for learn, estimator in objectives]
+    names = [LEARN[learn].letter + (f" {estimator}" if LEARN[learn].has_estimator else "") for learn, estimator in objectives]
     keys = ("snr", "snr_se", "snr_log_gamma", "snr_log_gamma_se", "cosine_to_elbo", "gradient_norm")
     result = {key: np.full((len(objectives), len(SAMPLES)), np.nan) for key in keys}
     with differentiable_decoder(vae, mode):
@@ -51,7 +53,8 @@ def gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda line: None)
                     elbo = moments
                 snr = moments.signal / moments.variance
                 cosine = dot(moments.mean[:-1], elbo.mean[:-1]) / (moments.signal[0].sqrt() * elbo.signal[0].sqrt())
-                values = (snr[0], moments.snr_se[0], snr[1], moments.snr_se[1], 1 if learn == "elbo" else cosine, moments.signal[0].sqrt())
+                values = (snr[0], moments.snr_se[0], snr[1], moments.snr_se[1], 1 if learn == "elbo" else cosine,
+                          moments.signal[0].sqrt())
                 for key, value in zip(keys, values):
                     result[key][row, column] = value
                 tell(f"{names[row]}, N = {samples}: signal to noise {snr[0].item():.3g} ± {moments.snr_se[0].item():.1g}")
@@ -59,7 +62,8 @@ def gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda line: None)
 
 
 def compared(latent):
-    """[(objective, estimator)], the ELBO first; without what equals another here, and without what needs gradients in z where there are none."""
+    """[(objective, estimator)], the ELBO first; without what equals another here, and without what needs gradients in z where
+    there are none."""
     pairs = [(learn, estimator) for learn in LEARN for estimator in (ESTIMATORS if LEARN[learn].has_estimator else ("plugin",))]
     pairs.remove(("swersky", "released"))  # on images the same as plugin
     return [pair for pair in pairs if latent == "gaussian" or not LEARN[pair[0]].joint]

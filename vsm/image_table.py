@@ -16,16 +16,17 @@ COLUMNS = {"fid": "FID", "kid_x1000": "KID x1000", "fid_aggregate": "FID, aggreg
            "negative_elbo": "-ELBO", "negative_iw_bound": "-IW bound", "reconstruction_mse": "MSE", "latent_mmd": "MMD^2",
            "posterior_fd": "posterior FD", "active_second_moment": "E z^2"}
 AXES = ("data", "net", "infer", "learn", "seed")  # named by the table's other columns
-NOTES = """- mean ± standard error over the runs, which differ in their seed; a diverged run is in no mean; lower is better, but for E z^2
-- FID, aggregate: z from a Gaussian with the aggregate posterior's mean and diagonal variance in place of the prior; FID, posterior: one
-  posterior sample of each test image, decoded; E z^2: of the active latents under the aggregate posterior, 1 under the prior""".splitlines()
+NOTES = """- mean ± standard error over the runs, which differ in their seed; a diverged run is in no mean
+- lower is better, but for E z^2, which is of the active latents under the aggregate posterior and 1 under the prior
+- FID, aggregate: z from a Gaussian with the mean and diagonal variance of the aggregate posterior in place of the prior
+- FID, posterior: one posterior sample of each test image, decoded""".splitlines()
 
 
 class Measured(NamedTuple):
     """A run for the table: its arrays, its `status` (ok, diverged@<step>, unfinished@<epoch>), and what evaluate.py measured.
 
-    The config of `run` has every flag; the label of an unfinished run says so. last: the last values of its curves. evaluation: the
-    arrays of eval.npz, {} of a diverged run.
+    The config of `run` has every flag; the label of an unfinished run says so. last: the last values of its curves. evaluation:
+    the arrays of eval.npz, {} of a diverged run.
     """
     run: StoredRun
     status: str
@@ -39,7 +40,8 @@ class Measured(NamedTuple):
     def numbers(self):
         """{column: value}, nan where it was not measured."""
         measured = self.last | {key: value for key, value in self.evaluation.items() if key.startswith("fid")}
-        measured |= {"kid_x1000": 1000 * self.evaluation.get("kid", np.nan), "negative_iw_bound": self.evaluation["negative_iw_bound"][-1]}
+        measured |= {"kid_x1000": 1000 * self.evaluation.get("kid", np.nan),
+                     "negative_iw_bound": self.evaluation["negative_iw_bound"][-1]}
         return {key: float(measured.get(key, np.nan)) for key in COLUMNS}
 
 
@@ -52,11 +54,13 @@ def by_data_and_pair(measured):
 def write_table(measured, out):
     """table.md, also printed, and table.npz in the folder `out`, from a list of Measured."""
     configs = [each.run.config for each in measured]
-    rows = [row_of(name, [measured[i] for i in members]) for name, members in group_by_seed([each.run for each in measured], configs)]
+    groups = group_by_seed([each.run for each in measured], configs)
+    rows = [row_of(name, [measured[i] for i in members]) for name, members in groups]
     references = references_of(measured)
     save_arrays(out / "table.npz", {"runs": [each.run.name for each in measured], "paper": PAPER["source"]},
                 **{key: np.array([row[key] for row in rows]) for key in rows[0]})
-    text = "\n".join([table_of(rows, references), "", *NOTES, budget_note(configs), *map(reference_note, references), f"- paper: {PAPER['source']}"])
+    text = "\n".join([table_of(rows, references), "", *NOTES, budget_note(configs), *map(reference_note, references),
+                      f"- paper: {PAPER['source']}"])
     write_atomic(out / "table.md", f"{text}\n".encode())
     print(f"\n{text}\n\n{out}/table.md")
 
@@ -82,7 +86,8 @@ def published(config):
 
 
 def references_of(measured):
-    """For each set of test images a dict: what the numbers were made with (`about`), the floor, the MMD's null sd by latent space."""
+    """For each set of test images a dict: what the numbers were made with (`about`), the floor, the MMD's null sd by latent
+    space."""
     references = {}
     for each in measured:
         if each.evaluation:
@@ -95,13 +100,15 @@ def references_of(measured):
 
 
 def table_of(rows, references):
-    """The Markdown table: a row per group of seeds, then for each set of test images the floor, which is what training images get."""
+    """The Markdown table: a row per group of seeds, then for each set of test images the floor, which is what training images
+    get."""
     header = ["data", "net", "objectives", "runs"]
     for key, title in COLUMNS.items():
         header += [title, "paper"] if f"paper_{key}" in rows[0] else [title]
     lines = []
     for row in rows:
-        line = [row["data"], row["net"], row["objectives"], f"{row['n']}" + (f" (+{row['diverged']} diverged)" if row["diverged"] else "")]
+        diverged = f" (+{row['diverged']} diverged)" if row["diverged"] else ""
+        line = [row["data"], row["net"], row["objectives"], f"{row['n']}{diverged}"]
         for key in COLUMNS:
             line.append(mean_and_error_text(row[f"{key}_mean"], row[f"{key}_se"]))
             if f"paper_{key}" in row:

@@ -16,18 +16,21 @@ from vsm.cli import UserError
 from vsm.runs import NOT_IDENTITY, flag_name, load_checkpoint, load_config
 from vsm.schema import mismatch
 
-# The flags of the two trainers with their defaults: what a folder made before a flag existed is taken to have had. A test holds them
-# to the scripts. A flag that is not here is unknown: its model might be built otherwise.
+# The flags of the two trainers with their defaults: what a folder made before a flag existed is taken to have had. A test holds
+# them to the scripts. A flag that is not here is unknown: its model might be built otherwise.
 FLAGS = {
     "train_images": {
-        "data": "mnist", "limit": 0, "test_limit": 0, "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 5, "infer_samples": 5,
-        "noise": 0.1, "seed": 0, "net": "conv", "width": 64, "norm": "batch", "dim_z": 100, "latent": "gaussian", "temperature": 0.5,
-        "init_sd": 0.1, "inner_steps": 5, "batch": 100, "lr": 1e-4, "lr_half_life": None, "epochs": 1000, "precision": "float32",
+        "data": "mnist", "limit": 0, "test_limit": 0, "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 5,
+        "infer_samples": 5, "noise": 0.1, "seed": 0, "net": "conv", "width": 64, "norm": "batch", "dim_z": 100,
+        "latent": "gaussian", "temperature": 0.5, "init_sd": 0.1, "inner_steps": 5, "batch": 100, "lr": 1e-4,
+        "lr_half_life": None, "epochs": 1000, "precision": "float32",
         "eval_every": 10, "fid_every": 0, "data_root": "data"},
     "train_synthetic": {
-        "data": "mixture", "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 1, "infer_samples": 1, "seeds": 10, "seed": 0,
-        "hidden": 30, "init_sd": 0.1, "inner_steps": 5, "bilevel_steps": 0, "batch": 1000, "lr": 1e-4, "inner_lr": 0.01,
-        "lr_half_life": None, "steps_per_epoch": 100, "epochs": 100, "test_size": 5000, "importance_samples": 100_000, "eval_every": 5}}
+        "data": "mixture", "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 1, "infer_samples": 1, "seeds": 10,
+        "seed": 0, "hidden": 30, "init_sd": 0.1, "inner_steps": 5, "bilevel_steps": 0, "batch": 1000, "lr": 1e-4,
+        "inner_lr": 0.01,
+        "lr_half_life": None, "steps_per_epoch": 100, "epochs": 100, "test_size": 5000,
+        "importance_samples": 100_000, "eval_every": 5}}
 MODEL_FLAGS = {  # those that a model is built from: their types are checked
     "train_images": ("net", "dim_z", "width", "norm", "latent", "temperature", "init_sd", "precision"),
     "train_synthetic": ("seeds", "hidden", "init_sd")}
@@ -43,8 +46,8 @@ def flags_of(config):
         raise UserError(f"it is a run of {script}.py, which trains no VAE")
     defaults = FLAGS[script]
     if unknown := sorted(flags.keys() - defaults.keys() - {*NOT_IDENTITY}):
-        raise UserError(f"it was made by another version of {script}.py: it has {', '.join(f'--{flag_name(key)}' for key in unknown)}, "
-                        "which is unknown here")
+        names = ", ".join(f"--{flag_name(key)}" for key in unknown)
+        raise UserError(f"it was made by another version of {script}.py: it has {names}, which is unknown here")
     full = defaults | {"infer_samples": flags.get("samples", defaults["samples"])} | flags
     for key in MODEL_FLAGS[script]:
         if difference := mismatch(full[key], defaults[key], f"--{flag_name(key)}"):
@@ -53,7 +56,8 @@ def flags_of(config):
 
 
 def vae_of(flags, image_shape):
-    """The untrained model of an image run, from its flags. Raises UserError for images [C, H, W] that the network does not take."""
+    """The untrained model of an image run, from its flags. Raises UserError for images [C, H, W] that the network does not
+    take."""
     try:
         return build_vae(flags["net"], tuple(image_shape), flags["dim_z"], flags["width"], flags["norm"], flags["latent"],
                          temperature=flags["temperature"], init_sd=flags["init_sd"], bf16=flags["precision"] == "bf16")
@@ -62,7 +66,8 @@ def vae_of(flags, image_shape):
 
 
 def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
-    """The VAE of a run folder at its last checkpoint, in eval mode and frozen; config.json and the checkpoint are all that is read.
+    """The VAE of a run folder at its last checkpoint, in eval mode and frozen; config.json and the checkpoint are all that is
+    read.
 
     Of a 2-D run: the model of the seed --seed + `member`, for x [B, 2] and z [N, B, 2], or for None the ensemble of all S, for
     x [S, B, 2]. `checkpoint`: another file of that folder, such as a copy made earlier. Raises UserError for a folder, a flag, a
@@ -83,14 +88,15 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
     if member is not None:
         vae = member_of(vae, member)
     vae = vae.eval().requires_grad_(False).to(device)
-    # Convolutions sum in the order of the memory format. This is the one they were trained in, so metrics come out again to the bit.
+    # Convolutions sum in the order of the memory format. This is the one they were trained in, so metrics come out again to the
+    # bit.
     return vae.to(memory_format=torch.channels_last) if config["script"] == "train_images" else vae
 
 
 def tensors_of(path):
     """The trainer's tensors of a checkpoint, by name. Raises UserError for another file."""
     tensors = trainer_of(path).get("tensors")
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()):
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a checkpoint of a trainer: it holds no tensors")
     return tensors
 
@@ -124,7 +130,8 @@ def image_shape_of(config):
 
 
 def member_of(ensemble, member):
-    """One model of an EnsembleVAE as a VAE of its own: the same numbers to rounding. Raises UserError for a member that is not there."""
+    """One model of an EnsembleVAE as a VAE of its own: the same numbers to rounding. Raises UserError for a member that is not
+    there."""
     count = len(ensemble.log_gamma)
     if not 0 <= member < count:
         raise UserError(f"there is no member {member}; the run has {count}, counted from 0")

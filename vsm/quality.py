@@ -27,8 +27,8 @@ FIDS = ("fid", "fid_aggregate", "fid_reconstruction")
 class Reference(NamedTuple):
     """Test images, uint8 [n, C, H, W] on the device, and their features [n, d] with mean and covariance.
 
-    floor: FID and KID of as many training images. about: what all this was made with, for the table. Without a network there are no
-    features and no floor.
+    floor: FID and KID of as many training images. about: what all this was made with, for the table. Without a network there are
+    no features and no floor.
     """
     images: torch.Tensor
     network: Features | None
@@ -39,7 +39,8 @@ class Reference(NamedTuple):
 
 
 def reference_of(images, name, root, inception_weights=None):
-    """The reference of the test images of the data set `name`, without a floor. Raises UserError where its network cannot be had."""
+    """The reference of the test images of the data set `name`, without a floor. Raises UserError where its network cannot be
+    had."""
     network = features_of(name, root, images.device, inception_weights)
     features = network(images)
     return Reference(images, network, features, feature_statistics(features), {}, network.about)
@@ -88,7 +89,8 @@ def prior_metrics(vae, reference, generator):
 
 
 def aggregate_posterior(vae, mean, second_moment):
-    """The factorised law with the first two moments [Dz] of the aggregate posterior E q(z|x): Gaussian, or Bernoulli for 0/1 latents."""
+    """The factorised law with the first two moments [Dz] of the aggregate posterior E q(z|x): Gaussian, or Bernoulli for 0/1
+    latents."""
     if vae.latent == "bernoulli":
         return Independent(Bernoulli(probs=mean, validate_args=False), 1, validate_args=False)
     return Independent(Normal(mean, (second_moment - mean**2).clamp_min(0).sqrt(), validate_args=False), 1, validate_args=False)
@@ -97,9 +99,9 @@ def aggregate_posterior(vae, mean, second_moment):
 def fids(vae, reference, noise, generator, block=500):
     """FIDs of n = len(reference.images) decoder means against those clean test images, 0-d CPU tensors.
 
-    fid: z from the prior. fid_aggregate: z from N(mean, diagonal variance) of the aggregate posterior over the test images with noise of
-    sd `noise`. fid_reconstruction: one z from q(z|x) of each of these noisy images. A model that reconstructs well but samples from the
-    wrong prior has a low fid_reconstruction and a fid far above fid_aggregate.
+    fid: z from the prior. fid_aggregate: z from N(mean, diagonal variance) of the aggregate posterior over the test images with
+    noise of sd `noise`. fid_reconstruction: one z from q(z|x) of each of these noisy images. A model that reconstructs well but
+    samples from the wrong prior has a low fid_reconstruction and a fid far above fid_aggregate.
     """
     def fid(z):
         images = torch.cat([quantise(vae.decode(part)) for part in z.split(block)])
