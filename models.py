@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
-from torchvision.models.resnet import BasicBlock
 
 
 class VAE(nn.Module):
@@ -154,6 +153,8 @@ def conv_decoder(image_shape, dim_z, width, norm):
 
 def resnet_encoder(image_shape, dim_out, width, norm):
     """ResNet18 of torchvision's BasicBlocks, `width` base channels, a 3x3 stride-2 stem and no max pool."""
+    from torchvision.models.resnet import BasicBlock  # importing torchvision costs as much as importing torch
+
     layers = [nn.Conv2d(image_shape[0], width, 3, 2, 1, bias=False), norm(width), nn.ReLU(inplace=True)]
     n_in = width
     for stage in range(4):
