@@ -1,0 +1,71 @@
+"""The recipes of docs/cluster.md: the batch script by itself with a stand-in for Slurm, and (slow) each recipe for real."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "cluster"
+NEEDS = {"xargs": ["xargs"], "ssh": ["parallel", "ssh", "sshd"], "slurm": ["slurmctld", "slurmd", "munged", "sbatch"]}
+
+
+def start(tmp_path, *lines, task=1, state="RUNNING"):
+    """The batch script as task `task` of an array over `lines`; `scontrol` writes its words to calls.txt, `squeue` prints `state`."""
+    (tmp_path / "commands.txt").write_text("".join(f"{line}\n" for line in lines))
+    for name, body in (("scontrol", "echo $* >>calls.txt; echo COMPLETING >state.txt"), ("squeue", "cat state.txt")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "state.txt").write_text(state)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": "7"}
+    return subprocess.Popen(["bash", FOLDER / "array.sbatch", "commands.txt"], cwd=tmp_path, env=environment)
+
+
+def wait_for(path):
+    for _ in range(200):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{path} did not appear")
+
+
+def test_a_task_runs_its_line_and_ends_with_its_exit_code(tmp_path):
+    assert start(tmp_path, "exit 3", "echo 'one; two' >line.txt; exit 2", task=2).wait(20) == 2
+    assert (tmp_path / "line.txt").read_text() == "one; two\n"
+    assert start(tmp_path, "true").wait(20) == 0
+    assert not (tmp_path / "calls.txt").exists()
+
+
+@pytest.mark.parametrize("word", ["", "true && "])  # bash becomes the single command; of two it is the parent
+def test_near_the_time_limit_the_command_gets_sigterm_and_the_task_is_requeued(tmp_path, word):
+    python = "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); " \
+             "pathlib.Path('ready').touch(); time.sleep(60)"
+    process = start(tmp_path, f'{word}{sys.executable} -c "{python}"')
+    wait_for(tmp_path / "ready")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 143
+    assert (tmp_path / "calls.txt").read_text() == "requeue 7\n"
+
+
+def test_a_command_that_ends_in_its_last_minute_is_not_requeued(tmp_path):
+    process = start(tmp_path, "trap 'exit 0' TERM; touch ready; while :; do sleep 0.1; done")
+    wait_for(tmp_path / "ready")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 0
+    assert not (tmp_path / "calls.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", NEEDS)
+def test_disturbed_runs_equal_undisturbed_ones(recipe):
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    if missing := [program for program in NEEDS[recipe] if not shutil.which(program, path=path)]:
+        pytest.skip(f"needs {', '.join(missing)}")
+    done = subprocess.run([sys.executable, FOLDER / "check.py", recipe, "--runs", "6"], check=False, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{recipe}: 6 runs")
