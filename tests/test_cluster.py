@@ -14,13 +14,11 @@ FOLDER = Path(__file__).parent / "cluster"
 NEEDS = {"xargs": ["xargs"], "ssh": ["parallel", "ssh", "sshd"], "slurm": ["slurmctld", "slurmd", "munged", "sbatch"]}
 
 
-def start(tmp_path, *lines, task=1, state="RUNNING"):
-    """The batch script as task `task` of an array over `lines`; `scontrol` writes its words to calls.txt, `squeue` prints `state`."""
+def start(tmp_path, *lines, task=1):
+    """The batch script as task `task` of an array over `lines`; `scontrol` writes its words to calls.txt."""
     (tmp_path / "commands.txt").write_text("".join(f"{line}\n" for line in lines))
-    for name, body in (("scontrol", "echo $* >>calls.txt; echo COMPLETING >state.txt"), ("squeue", "cat state.txt")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "state.txt").write_text(state)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho $* >>calls.txt\n")
+    (tmp_path / "scontrol").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": "7"}
     return subprocess.Popen(["bash", FOLDER / "array.sbatch", "commands.txt"], cwd=tmp_path, env=environment)
 
@@ -65,7 +63,8 @@ def test_disturbed_runs_equal_undisturbed_ones(recipe):
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     if missing := [program for program in NEEDS[recipe] if not shutil.which(program, path=path)]:
         pytest.skip(f"needs {', '.join(missing)}")
-    done = subprocess.run([sys.executable, FOLDER / "check.py", recipe, "--runs", "6"], check=False, capture_output=True, text=True)
+    command = [sys.executable, FOLDER / "check.py", recipe, "--runs", "6"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith(f"{recipe}: 6 runs")

@@ -2,8 +2,9 @@
 
     python tests/cluster/check.py xargs | ssh | slurm [--runs 8] [--epochs 8]
 
-Every run is a small `train_synthetic.py`. Its metrics.npz must equal that of the same command run alone, array by array and bit by bit,
-except for `seconds` and `peak_memory`. Exit code 0: all equal; 1: some differ or have not ended.
+Every run is a small `train_synthetic.py`. Its metrics.npz must equal that of the same command run undisturbed, array by array and
+bit by bit, except for `seconds` and `peak_memory`. Exit code 0: all are equal and all disturbed ones have
+resumed from a checkpoint; 1: some differ, have begun again or have not ended.
     xargs   the command of one run is killed (SIGKILL), xargs stops, and the same line is started again
     ssh     GNU parallel over ssh to an sshd of its own on the loopback, two host names; two commands are killed and retried
     slurm   a cluster of this machine alone; some tasks are requeued with scontrol, some preempted by a job of a higher partition
@@ -12,6 +13,7 @@ except for `seconds` and `peak_memory`. Exit code 0: all equal; 1: some differ o
 import argparse
 import getpass
 import os
+import re
 import shutil
 import signal
 import socket
@@ -39,7 +41,7 @@ def commands(runs, epochs):
 
 
 def epoch_of(folder):
-    """The last epoch in the run's metrics.npz and its status; (-1, None) where there is no file, status None for an unfinished run."""
+    """The last epoch in the run's metrics.npz and its status; (-1, None) without a file, status None for an unfinished run."""
     try:
         with np.load(folder / "metrics.npz") as arrays:
             return int(arrays["epoch"][-1]), str(arrays["status"]) if "status" in arrays.files else None
@@ -66,6 +68,28 @@ def wait_for(condition, what, seconds=600):
     return value
 
 
+def seconds_of(folder):
+    """When the run recorded each of its rows: the first numbers of a run that has resumed are those from before."""
+    with np.load(folder / "metrics.npz") as arrays:
+        return arrays["seconds"].tolist()
+
+
+class Events(dict):
+    """What happened to each run, and the rows that it had by then."""
+
+    def __init__(self, work):
+        self.work, self.rows = work, {}
+
+    def add(self, run, what):
+        folder = self.work / f"runs/{run}"
+        self.rows[run] = seconds_of(folder)
+        self[run] = (f"{self[run]}, " if run in self else "") + f"{what} after epoch {epoch_of(folder)[0]}"
+
+    def resumed(self, run):
+        rows = self.rows[run]
+        return seconds_of(self.work / f"runs/{run}")[:len(rows)] == rows
+
+
 def in_mid_run(folder):
     epoch, status = epoch_of(folder)
     return epoch >= 2 and not status
@@ -85,10 +109,9 @@ def process_of(work, run):
 
 
 def kill(work, run):
-    """SIGKILL to the command of a run when it is in the midst of its epochs; returns what was done."""
+    """SIGKILL to the command of a run when it is in the midst of its epochs."""
     wait_for(lambda: in_mid_run(work / f"runs/{run}"), f"run {run}")
     os.kill(process_of(work, run), signal.SIGKILL)
-    return f"killed after epoch {epoch_of(work / f'runs/{run}')[0]}"
 
 
 def quiet(command, work, **kwargs):
@@ -98,13 +121,14 @@ def quiet(command, work, **kwargs):
 
 def xargs(work, disturbed=()):
     """The same line again until it ends with code 0; the runs in `disturbed` are killed once each."""
-    events, todo = {}, list(disturbed)
+    events, todo = Events(work), list(disturbed)
     for _ in range(len(todo) + 1):
         with open(work / "commands.txt") as lines:
             process = quiet(XARGS, work, stdin=lines)
         if todo:
             run = todo.pop(0)
-            events[run] = kill(work, run)
+            kill(work, run)
+            events.add(run, "killed")
         if process.wait() == 0:
             break
     return events
@@ -133,13 +157,16 @@ def ssh(work, disturbed):
         with open(work / "commands.txt") as lines:
             process = quiet(["parallel", "--ssh", f"ssh -F {keys}/config", "--sshloginfile", "hosts.txt", "--workdir", ".",
                              "--env", "OMP_NUM_THREADS", "--retries", "3", "--joblog", "jobs.log"], work, stdin=lines)
-        events = {run: kill(work, run) for run in disturbed}
+        events = Events(work)
+        for run in disturbed:
+            kill(work, run)
+            events.add(run, "killed")
         process.wait()
     finally:
         server.terminate()
         server.wait()
     jobs = [line.split("\t") for line in (work / "jobs.log").read_text().splitlines()[1:]]
-    print(f"hosts: {', '.join(f'{host} ended {sum(job[1] == host for job in jobs)}' for host in sorted({job[1] for job in jobs}))}")
+    print(", ".join(f"{host} has ended {sum(job[1] == host for job in jobs)} runs" for host in sorted({job[1] for job in jobs})))
     return events
 
 
@@ -157,26 +184,21 @@ def slurm(work, disturbed):
     try:
         lines = (work / "commands.txt").read_text().count("\n")
         job = output("sbatch", "--parsable", f"--array=1-{lines}", HERE / "array.sbatch", "commands.txt")
-        events = {}
+        events = Events(work)
         for run in disturbed:
             wait_for(lambda run=run: str(run) in running() and in_mid_run(work / f"runs/{run}"), f"task {run}")
             output("scontrol", "requeue", f"{job}_{run}")
-            events[run] = f"requeued after epoch {epoch_of(work / f'runs/{run}')[0]}"
+            events.add(run, "requeued")
         calm = {str(run) for run in range(1, lines + 1)} - set(map(str, disturbed))
         wait_for(lambda: any(in_mid_run(work / f"runs/{run}") for run in calm.intersection(running())), "a task to preempt")
         victims = running()
-        output("sbatch", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1")
+        output("sbatch", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1")  # preempts both slots
         for run in map(int, victims):
-            done = f"preempted after epoch {epoch_of(work / f'runs/{run}')[0]}"
-            events[run] = f"{events[run]}, {done}" if run in events else done
+            if in_mid_run(work / f"runs/{run}"):  # others have not begun
+                events.add(run, "preempted")
         wait_for(lambda: not output("squeue", "--noheader"), "the queue")
-        for task in output("scontrol", "--oneliner", "show", "job", job).splitlines():
-            fields = dict(word.split("=", 1) for word in task.split() if "=" in word)
-            run, restarts = int(fields["ArrayTaskId"]), int(fields["Restarts"])
-            if restarts:
-                events[run] = f"{events.get(run, 'restarted')}; {restarts} restart{'s' * (restarts > 1)}"
-            elif run in events:
-                events[run] += "; not restarted, it had just ended"
+        restarts = re.findall(r"Restarts=([1-9])", output("scontrol", "show", "job", job))
+        print(f"Slurm has restarted {len(restarts)} of {lines} tasks, {sum(map(int, restarts))} times in all")
         return events
     finally:
         subprocess.run([HERE / "slurm.sh", "stop", work / "slurm"], check=True)
@@ -199,15 +221,20 @@ def main():
             work.mkdir()
             (work / "commands.txt").write_text("".join(f"{line}\n" for line in lines))
         xargs(alone)
+        if not all(epoch_of(alone / f"runs/{run}")[1] for run in range(1, args.runs + 1)):
+            sys.exit(f"check.py: error: an undisturbed run has failed\n{(alone / 'log.txt').read_text()[-1000:]}")
         started = time.monotonic()
         events = {"xargs": xargs, "ssh": ssh, "slurm": slurm}[args.recipe](mine, [run for run in disturbed if run <= args.runs])
         seconds, equal = time.monotonic() - started, 0
         for run in range(1, args.runs + 1):
             differ = differences(mine / f"runs/{run}", alone / f"runs/{run}")
             equal += not differ
-            print(f"run {run}: {events.get(run, 'left alone')}; {'differs in ' + ', '.join(differ) if differ else 'equal'}")
-        print(f"{args.recipe}: {args.runs} runs, {len(events)} disturbed, {equal} equal to the undisturbed ones, {seconds:.0f} s")
-    sys.exit(equal != args.runs)
+            what = f"{events[run]}, {'resumed' if events.resumed(run) else 'begun again'}" if run in events else "left alone"
+            print(f"run {run}: {what}; {'differs in ' + ', '.join(differ) if differ else 'equal'}")
+        resumed = sum(map(events.resumed, events))
+        print(f"{args.recipe}: {args.runs} runs, {len(events)} disturbed, {resumed} resumed, {equal} equal to undisturbed ones, "
+              f"{seconds:.0f} s")
+    sys.exit(equal != args.runs or resumed != len(events))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,12 @@ CONF
 
 stop() {
     cd "$1"
+    export SLURM_CONF=$PWD/slurm.conf
+    scancel --user="$(id -un)" 2>/dev/null || true  # a job would outlive the daemons
+    for _ in $(seq 30); do
+        [ -n "$(squeue --noheader 2>/dev/null)" ] || break
+        sleep 0.5
+    done
     for pid in slurmd.pid slurmctld.pid munge/pid; do
         [ -s "$pid" ] || continue
         process=$(cat "$pid")
