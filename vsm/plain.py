@@ -1,0 +1,102 @@
+"""The training step written down directly, by log densities and autograd: the benchmark's rival and the tests' oracle."""
+
+import torch
+from torch.autograd import grad
+from torch.distributions import Normal, kl_divergence
+from torch.utils.data import DataLoader, TensorDataset
+
+INFERENCE = {"kld": "elbo", "fd": "posterior_fd", "fd-weighted": "posterior_fd_weighted", "fd-repar": "posterior_fd"}  # of --infer
+OBJECTIVES = ("elbo", "fd", "swersky", "bao", "fae", "posterior_fd", "posterior_fd_weighted")
+
+
+def is_known(learn, infer):
+    """Whether a pair of --learn and --infer has a plain form; an objective that somebody has added has none."""
+    return learn in OBJECTIVES and (infer in INFERENCE or infer == learn)
+
+
+def plain_loss(vae, x, noise, objective, reparametrised):
+    """The mean loss over x [B, C, H, W] by log densities and autograd alone; noise [N, B, Dz]. Every score keeps its graph.
+
+    objective: a name of OBJECTIVES, as in objectives.py. Raises ValueError for another one, of which no plain form is known.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"the plain step knows {', '.join(OBJECTIVES)}, not {objective}")
+
+    def encode(x):
+        mean, log_std = vae.encoder(x).chunk(2, dim=-1)
+        return Normal(mean, log_std.exp())
+
+    x = x.detach().requires_grad_(objective == "bao")
+    q, prior = encode(x), Normal(0.0, 1.0)
+    z = q.loc + q.scale * noise
+    z = z if reparametrised else z.detach().requires_grad_()
+    xs = x.detach().expand(len(z), *x.shape).clone().requires_grad_()  # an x per posterior sample, for a_n
+    log_likelihood = Normal(vae.decoder(z.flatten(0, 1)).view_as(xs), (vae.log_gamma / 2).exp()).log_prob(xs).flatten(2).sum(-1)
+    if objective == "elbo":
+        return (kl_divergence(q, prior).sum(-1) - log_likelihood.mean(0)).mean()
+
+    def a():
+        return grad(log_likelihood.sum(), xs, create_graph=True)[0].flatten(2)
+
+    def b(x, q):
+        return torch.stack([grad(q.log_prob(z_n).sum(), x, create_graph=True)[0] for z_n in z]).flatten(2)
+
+    def c():
+        return grad((q.log_prob(z) - prior.log_prob(z)).sum() - log_likelihood.sum(), z, create_graph=True)[0]
+
+    if objective == "posterior_fd":
+        return half_square(c())
+    if objective == "posterior_fd_weighted":
+        return half_square(q.scale.detach() * c())
+    a, lap = a(), -x[0].numel() / vae.log_gamma.exp()
+    if objective == "fd":
+        return half_square(a) + lap
+    if objective == "swersky":
+        return 2 * half_square(a) + lap - half_square(a.mean(0))
+    if objective == "bao":
+        return half_square(a.mean(0)) + (a * b(x, q)).sum(-1).mean() + lap
+    x = x.detach().requires_grad_()  # fae: b_n holds z fixed, so the x that it differentiates by is not the one that z came from
+    return half_square(a) + half_square(b(x, encode(x))) + half_square(c()) + lap
+
+
+def half_square(u):
+    return (u**2).sum(-1).mean() / 2
+
+
+class Plain:
+    """Alg. 1 written down directly: a DataLoader, scores by autograd, gradients of all weights at every update, torch's default Adam."""
+
+    def __init__(self, vae, images, device, *, learn, infer, samples, inner_steps, noise, batch, lr):
+        self.vae, self.device, self.learn, self.infer = vae, device, learn, infer
+        self.samples, self.inner_steps, self.noise, self.step = samples, inner_steps, noise, 0
+        self.phi = torch.optim.Adam(vae.encoder.parameters(), lr)
+        self.theta = torch.optim.Adam([*vae.decoder.parameters(), vae.log_gamma], lr)
+        self.loader = DataLoader(TensorDataset(images), batch, shuffle=True, drop_last=True)
+        self.batches = iter(())
+
+    def run_step(self):
+        self.step += 1
+        x = self.minibatch().to(self.device).float() / 255
+        x = x + self.noise * torch.randn_like(x)
+        if self.learn == "fae":
+            self.descend(x, "fae", True, self.phi, self.theta)
+            return
+        self.descend(x, INFERENCE[self.infer], self.infer in ("kld", "fd-repar"), self.phi)
+        if self.step % self.inner_steps == 0:
+            self.descend(x, self.learn, False, self.theta)
+
+    def minibatch(self):
+        images = next(self.batches, None)
+        if images is None:
+            self.batches = iter(self.loader)
+            images = next(self.batches)
+        return images[0]
+
+    def descend(self, x, objective, reparametrised, *optimisers):
+        noise = torch.randn(self.samples, len(x), self.vae.dim_z, device=self.device)
+        loss = plain_loss(self.vae, x, noise, objective, reparametrised)
+        self.phi.zero_grad()
+        self.theta.zero_grad()
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
