@@ -10,6 +10,7 @@ DATA_SETS has one entry for each name. Pictures are converted once, to an array 
 """
 
 import contextlib
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -279,7 +280,8 @@ class Pictures:
             else:
                 raise UserError(f"{source} is neither a folder nor a file; name a folder of pictures or a zip of them")
         except OSError as error:
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend it or take it away") from error
+            mend = "name a folder of pictures or a zip of them" if error.errno == errno.ENOENT else "mend it or take it away"
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}); {mend}") from error
         newest = max((status.st_mtime_ns for status in statuses), default=0)
         self.stamp = [len(self.names), sum(status.st_size for status in statuses), newest]
 

@@ -40,8 +40,8 @@ def assert_equal_runs(first, second, equal=True):
 def test_a_run_leaves_its_documented_files_and_arrays(digits, tmp_path):
     arrays = train(digits, tmp_path / "run")
     assert {file.name for file in (tmp_path / "run").iterdir()} == {
-        ".lock", "config.json", "checkpoint.pt", "metrics.npz", "training_curves.png", "samples.png", "reconstructions.png",
-        "posterior_sd.png"}
+        ".lock", "config.json", "checkpoint.pt", "metrics.npz", "log.csv", "training_curves.png", "samples.png",
+        "reconstructions.png", "interpolations.png", "posterior_sd.png"}
     assert arrays["status"] == "ok"
     assert arrays["epoch"].tolist() == [0, 1, 2]
     assert arrays["negative_elbo"][-1] < arrays["negative_elbo"][0]
@@ -170,7 +170,7 @@ def test_default_folders_of_a_sweep_never_collide():
 
 @pytest.mark.parametrize("argv, words", [
     (["--data", "nothing"], "unknown data 'nothing'"),
-    (["--data", "folder:/no/such/place"], "/no/such/place is neither a folder of pictures nor"),
+    (["--data", "folder:/no/such/place"], "/no/such/place cannot be read (No such file or directory); name a folder"),
     (["--learn", "fae", "--infer", "kld"], "--learn fae goes with --infer fae"),
     (["--infer", "fae"], "--learn fae goes with --infer fae"),
     (["--learn", "swersky", "--estimator", "unbiased", "--samples", "1"], "at least 2"),
