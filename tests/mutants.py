@@ -1,0 +1,189 @@
+"""Deliberate one-line mistakes in the source, each of which must fail a test.
+
+Every mistake is made in a temporary copy of the repository, where the tests named beside it run; the survivors are printed.
+The exit code is the number of survivors.
+
+    python tests/mutants.py              # a few minutes
+    python tests/mutants.py training     # only the mistakes in files whose name contains this word
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot  # noqa: F401  (imported once here, so that the forked tests need not)
+import pytest
+import scipy.optimize  # noqa: F401
+import torch
+import torchvision.models.resnet  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+WIRING, OBJECTIVES = "tests/test_wiring.py", "tests/test_objectives.py"
+BERNOULLI = "tests/test_bernoulli.py"
+TESTS = {"training.py": [WIRING], "train_synthetic.py": [WIRING], "train_images.py": [WIRING], "objectives.py": [WIRING, OBJECTIVES],
+         "models.py": [WIRING, OBJECTIVES, "tests/test_models.py", BERNOULLI], "vsm/laws.py": ["tests/test_laws.py"]}
+
+MUTANTS = [  # file, the text to replace (found once), its replacement
+    # The order of the updates and what they draw.
+    ("training.py", "with_decoder = (self.step + 1) % self.inner_steps == 0", "with_decoder = self.step % self.inner_steps == 0"),
+    ("training.py", "seed_of(self.seed, ORDER, epoch)", "seed_of(self.seed, ORDER, 0)"),
+    ("training.py", "self.begin_epoch(self.step // self.steps_per_epoch)", "self.begin_epoch(0)"),
+    ("training.py", "self.cursor += self.batch", "self.cursor += 1"),
+    ("training.py", "self.cursor.copy_(torch.arange(self.batch))", "pass"),
+    ("training.py", "generator=self.generator, device=self.device)", "generator=torch.Generator().manual_seed(0), device=self.device)"),
+    ("training.py", "return x + self.noise *", "return x + 0 *"),
+    ("training.py", "self.vae.noise(q, samples, self.generator)", "self.vae.noise(q, samples, torch.Generator().manual_seed(self.seed))"),
+    ("training.py", "self.images[self.order[self.cursor]]", "self.images[self.cursor]"),
+    ("training.py", ".float() / 255", ".float() / 256"),
+    ("training.py", "self.advance(with_decoder, lambda", "self.advance(True, lambda"),
+    # Which loss, of how many samples, moves which half.
+    ("training.py", "self.infer, self.draw(self.infer_samples)", "self.infer, self.draw(self.samples)"),
+    ("training.py", "self.learn, self.draw(self.samples), self.estimator", "self.learn, self.draw(self.infer_samples), self.estimator"),
+    ("training.py", "self.learn, self.draw(self.samples))", "self.learn, self.draw(1))"),
+    ("training.py", "self.samples, self.infer_samples, self.inner_steps = samples, infer_samples or samples",
+     "self.samples, self.infer_samples, self.inner_steps = infer_samples or samples, samples"),
+    ("training.py", "self.draw(self.samples), self.estimator), self.theta)", "self.draw(self.samples)), self.theta)"),
+    ("training.py", '{"estimator": estimator} if', '{"estimator": "plugin"} if'),
+    ("training.py", "self.draw(self.samples), self.estimator), self.theta)", "self.draw(self.samples), self.estimator), self.theta, self.phi)"),
+    ("training.py", "self.draw(self.infer_samples)), self.phi)", "self.draw(self.infer_samples)), self.phi, self.theta)"),
+    ("training.py", "self.draw(self.samples)), self.phi, self.theta)", "self.draw(self.samples)), self.phi)"),
+    ("training.py", "z if INFER[infer].reparametrised else z.detach())", "z)"),
+    ("training.py", "z if INFER[infer].reparametrised else z.detach())", "z.detach())"),
+    ("training.py", "relaxed=False).detach()", ").detach()"),
+    ("training.py", "relaxed=False).detach()", "relaxed=False)"),
+    ("training.py", "vae.sample(q, noise(q)))\n", "vae.sample(q, noise(q)).detach())\n"),
+    ("training.py", "p.requires_grad_(half in halves)", "p.requires_grad_(half is self.phi)"),
+    ("training.py", "loss_of().mean(), [p", "loss_of().sum(), [p"),
+    ("training.py", "[*vae.decoder.parameters(), vae.log_gamma]))", "[*vae.decoder.parameters()]))"),
+    ("training.py", "p.grad = gradient if", "p.grad = p.grad if p.grad is not None else gradient if"),
+    ("training.py", "half.optimiser.step()", "self.phi.optimiser.step()"),
+    ("training.py", "[p.grad for p in half.params]", "[p.grad for p in params]"),
+    # Step sizes, sums, divergence, the pair.
+    ("training.py", "if self.lr_half_life:", "if False:"),
+    ("training.py", "for optimiser in self.optimisers:", "for optimiser in self.optimisers[:1]:"),
+    ("training.py", "for optimiser in self.optimisers:", "for optimiser in self.optimisers[1:]:"),
+    ("training.py", "step // steps_per_epoch / half_life", "step / steps_per_epoch / half_life"),
+    ("training.py", "self.sums[:, :-1] / self.sums[:, -1:]", "self.sums[:, :-1] / self.sums[:1, -1:]"),
+    ("training.py", "            self.sums.zero_()", "            pass"),
+    ("training.py", "(self.diverged_at < self.clock).all()", "(self.diverged_at < self.clock).any()"),
+    ("training.py", "self.diverged_at.max().item()", "self.diverged_at.min().item()"),
+    ("training.py", "torch.where(finite, NEVER, self.clock)", "torch.where(finite, NEVER, self.clock + 1)"),
+    ("training.py", "torch.minimum(self.diverged_at", "torch.maximum(self.diverged_at"),
+    ("training.py", "for value in values]).all(0)", "for value in values]).any(0)"),
+    ("training.py", "args.infer_samples = args.infer_samples or args.samples", "args.infer_samples = args.samples"),
+    ("training.py", "args.infer or (args.learn if learn.joint else", "args.infer or (args.learn if False else"),
+    ("training.py", "epoch % eval_every == 0 or trainer.step == total", "epoch % eval_every == 0"),
+    ("training.py", "not (LEARN[learn].joint or infer", "not (False or infer"),
+    ("train_images.py", "infer_samples=args.infer_samples", "infer_samples=args.samples"),
+    ("train_images.py", ", lr_half_life=args.lr_half_life)", ")"),
+    ("train_images.py", "graph=not args.no_graph", "graph=True"),
+    # The ensembles.
+    ("train_synthetic.py", "self.infer_noise[:args.inner_steps]:", "self.infer_noise[1:args.inner_steps]:"),
+    ("train_synthetic.py", "self.infer_noise[args.inner_steps:], self", "self.infer_noise[:args.bilevel_steps], self"),
+    ("train_synthetic.py", "args.infer_samples, 2, args.batch)", "args.samples, 2, args.batch)"),
+    ("train_synthetic.py", "(args.samples, 2, args.batch)]", "(args.infer_samples, 2, args.batch)]"),
+    ("train_synthetic.py", "torch._foreach_mul_(gradient, self.rate)", "pass"),
+    ("train_synthetic.py", "set_rate(self.adam, self.args.lr * self.rate)", "pass"),
+    ("train_synthetic.py", "args.inner_lr * self.rate if args.lr_half_life else", "args.inner_lr if args.lr_half_life else"),
+    ("train_synthetic.py", "torch._foreach_copy_(self.phi, phi)", "pass"),
+    ("train_synthetic.py", "args.learn, noise, args.estimator)", "args.learn, noise)"),
+    ("train_synthetic.py", "lambda q: noise, args.estimator)", "lambda q: noise)"),
+    ("train_synthetic.py", "self.note_divergence(learn, vae.log_gamma)", "self.note_divergence(learn.mean(), vae.log_gamma)"),
+    ("train_synthetic.py", "torch.stack([infer, one]), torch.stack([learn, one])", "torch.stack([learn, one]), torch.stack([infer, one])"),
+    ("train_synthetic.py", "self.args.infer, lambda q: noise).mean(-1)", "self.args.infer, lambda q: noise).sum(-1)"),
+    ("train_synthetic.py", "row.normal_(generator=generator)", "row.normal_(generator=self.generators[0])"),
+    ("train_synthetic.py", "row.normal_(generator=generator)", "row.normal_(generator=generator) if self.step == 0 else row"),
+    ("train_synthetic.py", "functional_call(vae.encoder, phi, x)), noise)\n", "functional_call(vae.encoder, here, x)), noise)\n"),
+    ("train_synthetic.py", "{name: p - lr * g for", "{name: p - lr * g.detach() for"),
+    ("train_synthetic.py", "q, vae.sample(q, noise), **options", "q, vae.sample(q, noise).detach(), **options"),
+    # Objectives.
+    ("objectives.py", "q.base_dist.scale.detach() * latent", "q.base_dist.scale * latent"),
+    ("objectives.py", "q.base_dist.scale.detach() * latent", "q.base_dist.scale.detach() ** 2 * latent"),
+    ("objectives.py", "if samples == 1 and estimator == \"plugin\"", "if samples == 1"),
+    ("objectives.py", "if samples == 1 and estimator == \"plugin\"", "if samples == 2 and estimator == \"plugin\""),
+    ("objectives.py", "if learn.joint:", "if False:"),
+    ("objectives.py", "gamma / 2 * dot(a, a)", "gamma * dot(a, a)"),
+    ("objectives.py", "score_n, create_graph=keep", "score_n, create_graph=False"),
+    ("objectives.py", "keep = vae.log_gamma.requires_grad or _requires_grad(vae.decoder, z)", "keep = _requires_grad(vae.decoder, z)"),
+    ("objectives.py", "if a is None or w is not z:", "if a is None:"),
+    ("objectives.py", "a.var(0).sum(-1) / len(a)", "a.var(0).sum(-1)"),
+    ("objectives.py", "dot(a.mean(0), b.sum(0))", "dot(a.mean(0), b.mean(0))"),
+    ("objectives.py", "score = (u / q.base_dist.scale, (u**2 - 1)", "score = (u / q.base_dist.scale, (u**2)"),
+    ("objectives.py", "x.dim() == len(q.batch_shape) + 1:", "x.dim() == 2:"),
+    ("objectives.py", "\"FD\", reparametrised=False", "\"FD\""),
+    ("objectives.py", "\"B\", \"tab:green\", needs_b=True", "\"B\", \"tab:green\""),
+    # Models.
+    ("models.py", "2 * math.log(init_sd)", "math.log(init_sd)"),
+    ("models.py", "eps=torch.finfo(like.dtype).eps)", "eps=0.1)"),
+    ("models.py", "torch.sigmoid(logits / self.temperature)", "torch.sigmoid(logits)"),
+    ("models.py", "(logits > 0)", "(logits > 0.5)"),
+    ("models.py", "h.relu_() if i else h", "h.relu_()"),
+    ("models.py", "weight_sd * torch.randn", "torch.randn"),
+    ("models.py", "norm(n_out) if layers else nn.Identity()", "nn.Identity()"),
+    ("models.py", "norm(n_in), nn.ReLU(inplace=True)]\n    while", "nn.ReLU(inplace=True)]\n    while"),
+    ("models.py", "return F.relu(self.branch(h) + self.shortcut(h))", "return self.branch(h) + self.shortcut(h)"),
+    ("models.py", "if len(image_shape) > 1:\n        decoder += [nn.Sigmoid(), ", "if len(image_shape) > 1:\n        decoder += ["),
+    ("models.py", "n_out, stride = width * 2**stage, 1 if", "n_out, stride = width * 2**stage, 2 if"),
+    ("models.py", "return net(v).float()", "return net(v)"),
+    ("models.py", 'std="softplus", init_sd=0.1):', 'std="exp", init_sd=0.1):'),
+    ("models.py", "else 2 * dim_z\n", "else 2 * dim_z + 2\n"),
+    ("models.py", "nn.GroupNorm(math.gcd(32, channels), channels)", "nn.GroupNorm(1, channels)"),
+    # Laws.
+    ("vsm/laws.py", "@ A + 0.01 * e", "@ A.T + 0.01 * e"),
+    ("vsm/laws.py", "centre, sd = 0.5, 0.2", "centre, sd = 0.5, 0.04"),
+    ("vsm/laws.py", "- math.log(0.0109)", "- math.log(0.0109) / 2"),
+    ("vsm/laws.py", "self.sd[0] ** 2 + self.sd[1] * u", "self.sd[0] + self.sd[1] * u"),
+    ("vsm/laws.py", "torch.special.ndtr(u[..., 2:]).sqrt()", "torch.special.ndtr(u[..., 2:])"),
+    ("vsm/laws.py", "- r.log() - math.log((2", "- math.log((2"),
+    ("vsm/laws.py", "1 / 2 * (score**2)", "(score**2)"),
+    ("vsm/laws.py", "self.radius + self.sd * u", "self.radius + u"),
+    ("vsm/laws.py", "math.log(16 / (nodes - 1))", "math.log(8 / (nodes - 1))"),
+    ("vsm/laws.py", "math.pi * self.sd**2) - overlap", "math.pi * self.sd**2)"),
+]
+
+
+def copy_of_the_repository(folder):
+    return Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=shutil.ignore_patterns(".git", "runs", "data", "__pycache__", ".*cache")))
+
+
+def survives(copy, tests):
+    """Whether the tests pass, run in a forked process, where the packages are imported already."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] == 0
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        os.chdir(copy)
+        sys.dont_write_bytecode = True
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(test for test in tests if Path(test).exists())])))
+
+
+def main(word):
+    torch.set_num_threads(1)
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_of_the_repository(folder)
+        chosen = [mutant for mutant in MUTANTS if word in mutant[0]]
+        for file in dict.fromkeys(mutant[0] for mutant in chosen):
+            if not survives(copy, TESTS[file]):
+                sys.exit(f"the tests of {file} fail without any mistake: {' '.join(TESTS[file])}")
+        for file, old, new in chosen:
+            source = (copy / file).read_text()
+            if source.count(old) != 1:
+                sys.exit(f"{file} has {source.count(old)} places, not one, that read: {old}")
+            (copy / file).write_text(source.replace(old, new))
+            if survives(copy, TESTS[file]):
+                survivors += 1
+                print(f"SURVIVES {file}: {old!r} -> {new!r}", flush=True)
+            (copy / file).write_text(source)
+    print(f"{survivors} of {len(chosen)} mistakes survive")
+    sys.exit(survivors)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("word", nargs="?", default="", help="only files whose name contains this word")
+    main(parser.parse_args().word)

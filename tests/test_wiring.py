@@ -1,0 +1,386 @@
+"""The trainers against plain loops in float64: which half moves when, on what data, from which noise, by which loss and step size."""
+
+import copy
+import types
+
+import pytest
+import torch
+from torch.autograd import grad
+
+import train_images
+import train_synthetic
+import training
+from models import build_ensemble, build_vae
+from objectives import INFER, LEARN
+from train_synthetic import EnsembleTrainer
+from training import INIT, NEVER, NOISE, ORDER, Trainer, infer_loss, learn_loss, resolve_pair, seed_of
+from vsm.laws import LAWS
+
+CPU = torch.device("cpu")
+IMAGES = torch.randint(256, (17, 1, 2, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+DETACHED = ("fd", "fd-weighted")  # Algorithm 1 takes z as a constant there
+ESTIMATED = ("swersky", "bao")
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def assert_close(mine, expected):
+    torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------------ the image trainer
+
+
+def image_vae(latent="gaussian"):
+    torch.manual_seed(0)
+    return build_vae("mlp", (1, 2, 3), 2, width=6, latent=latent, temperature=0.7, init_sd=0.5)
+
+
+def settings(**changes):
+    return dict(learn="fd", infer="kld", estimator="plugin", samples=2, inner_steps=2, noise=0.1, batch=5, lr=1e-2, seed=3) | changes
+
+
+def plain_draw(vae, x, n, generator, exact):
+    """q(z|x) and z, by the definitions of the reparametrisation, the binary concrete relaxation and exact 0/1 draws."""
+    q, shape = vae.encode(x), (n, len(x), 2)
+    if vae.latent == "gaussian":
+        return q, q.mean + q.stddev * torch.randn(shape, generator=generator)
+    logits = q.base_dist.logits + torch.logit(torch.rand(shape, generator=generator), eps=torch.finfo(x.dtype).eps)
+    return q, (logits > 0).double() if exact else torch.sigmoid(logits / 0.7)
+
+
+def plain_images(vae, steps, *, learn, infer, estimator, samples, inner_steps, noise, batch, lr, seed, infer_samples=None, lr_half_life=None):
+    """Algorithm 1 without freezing, in-place sums or graphs. Returns per half [losses, gradient norms], a number per update."""
+    generator = torch.Generator().manual_seed(seed_of(seed, NOISE))
+    halves = list(vae.encoder.parameters()), [*vae.decoder.parameters(), vae.log_gamma]
+    optimisers = [torch.optim.Adam(half, lr, foreach=False) for half in halves]
+    history = [], []
+
+    def descend(loss, *which):
+        gradients = iter(grad(loss, [p for i in which for p in halves[i]]))
+        for i in which:
+            for p in halves[i]:
+                p.grad = next(gradients)
+            history[i].append((loss.item(), sum(p.grad.square().sum().item() for p in halves[i]) ** 0.5))
+        for i in which:
+            optimisers[i].step()
+
+    for step in range(steps):
+        epoch, place = divmod(step, len(IMAGES) // batch)
+        order = torch.randperm(len(IMAGES), generator=torch.Generator().manual_seed(seed_of(seed, ORDER, epoch)))
+        x = IMAGES[order[place * batch:(place + 1) * batch]].float() / 255
+        x = (x + noise * torch.randn(x.shape, generator=generator)).requires_grad_()
+        for optimiser in optimisers:
+            optimiser.param_groups[0]["lr"] = lr * (0.5 ** (epoch / lr_half_life) if lr_half_life else 1)
+        if learn == "fae":
+            descend(LEARN["fae"](vae, x, *plain_draw(vae, x, samples, generator, exact=False)).mean(), 0, 1)
+            continue
+        q, z = plain_draw(vae, x, infer_samples or samples, generator, exact=False)
+        descend(INFER[infer](vae, x, q, z.detach() if infer in DETACHED else z).mean(), 0)
+        if step % inner_steps == inner_steps - 1:
+            q, z = plain_draw(vae, x, samples, generator, exact=True)
+            options = {"estimator": estimator} if learn in ESTIMATED else {}
+            descend(LEARN[learn](vae, x, q, z.detach(), **options).mean(), 1)
+    return history
+
+
+@pytest.mark.parametrize("changes", [
+    dict(samples=3, infer_samples=1, inner_steps=3, lr_half_life=0.5),
+    dict(learn="elbo", infer="fd", infer_samples=3),
+    dict(learn="bao", infer="fd-weighted", estimator="unbiased"),
+    dict(learn="bao", estimator="released"),
+    dict(learn="swersky", infer="fd-repar", estimator="unbiased", inner_steps=1),
+    dict(learn="fae", infer="fae", lr_half_life=2),
+    dict(learn="bao", latent="bernoulli"),
+], ids=lambda changes: "-".join(map(str, changes.values())))
+def test_the_image_trainer_equals_a_plain_loop(changes):
+    latent = changes.get("latent", "gaussian")
+    flags, vae = settings(**{name: value for name, value in changes.items() if name != "latent"}), image_vae(latent)
+    plain = copy.deepcopy(vae)
+    trainer = Trainer(vae, IMAGES, **flags)
+    for _ in range(8):
+        trainer.run_step()
+    history = plain_images(plain, 8, **flags)
+    for mine, expected in zip(vae.parameters(), plain.parameters()):
+        assert_close(mine, expected)
+    phi, theta = (torch.tensor(rows).mean(0).tolist() for rows in history)
+    assert trainer.averages(reset=False) == pytest.approx(dict(infer_loss=phi[0], learn_loss=theta[0], infer_grad_norm=phi[1],
+                                                               learn_grad_norm=theta[1]), rel=1e-6)
+    assert trainer.sums[:, -1].tolist() == [len(rows) for rows in history] and trainer.step == trainer.clock == 8
+    trainer.averages()
+    assert trainer.sums.eq(0).all()
+
+
+def test_a_graph_of_each_kind_of_update_stands_for_all_of_its_kind():
+    """The first closure of each kind, called again as a graph is replayed, trains as the closures of the later steps do."""
+    class FirstOfItsKind:
+        def __init__(self):
+            self.first = {}
+
+        def run(self, kind, update, state, generators):
+            assert set(state) == set(replayed.state()) and generators == replayed.generators
+            self.first.setdefault(kind, update)()
+
+    eager, replayed = (Trainer(image_vae(), IMAGES, **settings(learn="bao", inner_steps=3)) for _ in range(2))
+    replayed.graphs = FirstOfItsKind()
+    for _ in range(7):
+        eager.run_step()
+        replayed.run_step()
+    assert len(replayed.graphs.first) == 2
+    assert all(torch.equal(mine, expected) for mine, expected in zip(replayed.state().values(), eager.state().values()))
+
+
+def test_each_epoch_shows_each_image_at_most_once_in_an_order_of_its_own():
+    trainer, seen = Trainer(image_vae(), IMAGES, **settings(noise=0)), []
+    for _ in range(6):
+        if trainer.step % 3 == 0:
+            seen.append(set())
+            trainer.begin_epoch(trainer.step // 3)
+            orders = seen[-1], trainer.order.tolist()
+        seen[-1] |= {tuple(image.flatten().tolist()) for image in trainer.minibatch()}
+        trainer.step += 1
+    assert [len(images) for images in seen] == [15, 15] and sorted(orders[1]) == list(range(17))
+    assert seen[0] != seen[1]
+
+
+def test_every_flag_of_the_image_script_reaches_the_trainer(digits, tmp_path, monkeypatch):
+    flags = dict(learn="bao", infer="fd-weighted", estimator="unbiased", samples=4, infer_samples=3, inner_steps=7, noise=0.3, batch=60, lr=2e-3,
+                 seed=9, lr_half_life=2.5)
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    given = {}
+
+    def stop(vae, images, **options):
+        given.update(options)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train_images, "Trainer", stop)
+    with pytest.raises(ZeroDivisionError):
+        train_images.main(train_images.parse_args([*words, "--net", "mlp", "--width", "4", "--dim-z", "2", "--data", "mnist", "--data-root",
+                                                   str(digits), "--device", "cpu", "--no-graph", "--out", str(tmp_path / "run")]))
+    assert given == flags | {"graph": False}
+
+
+# ---------------------------------------------------------------------------------------------------------- the ensembles
+
+
+SMALL = ["--seeds", "2", "--seed", "4", "--batch", "6", "--hidden", "3", "--steps-per-epoch", "2", "--inner-lr", "0.05", "--lr", "1e-2"]
+
+
+def ensemble(*argv):
+    args = train_synthetic.parse_args([*SMALL, *map(str, argv), "--device", "cpu"])
+    return args, EnsembleTrainer(args, CPU)
+
+
+def plain_encoder_step(vae, x, infer, noise, rate):
+    """One step of SGD in place; returns the loss before it. x [1, B, 2], noise [M, 1, B, 2]."""
+    q, phi = vae.encode(x), list(vae.encoder.parameters())
+    z = q.mean + q.stddev * noise
+    loss = INFER[infer](vae, x, q, z.detach() if infer in DETACHED else z).mean()
+    for p, gradient in zip(phi, grad(loss, phi)):
+        p.data -= rate * gradient
+    return loss.item()
+
+
+def plain_member(args, seed, steps):
+    """One member by itself: K encoder steps, J more through which the decoder's gradient flows (by differences), then Adam on theta."""
+    K, J, M, N, B, law = args.inner_steps, args.bilevel_steps, args.infer_samples, args.samples, args.batch, LAWS[args.data]
+    vae = build_ensemble(2, 2, args.hidden, [seed_of(seed, INIT)], init_sd=args.init_sd)
+    generator, theta = torch.Generator().manual_seed(seed_of(seed, NOISE)), [*vae.decoder.parameters(), vae.log_gamma]
+    adam, losses = torch.optim.Adam(theta, args.lr, foreach=False), []
+    sizes = [law.dim_noise * B, *[M * 2 * B] * (K + J), N * 2 * B]
+    options = {"estimator": args.estimator} if args.learn in ESTIMATED else {}
+    for step in range(steps):
+        data, *infer, learn = torch.empty(sum(sizes)).normal_(generator=generator).split(sizes)
+        x = law.transform(data.view(law.dim_noise, B).T)[None].requires_grad_()
+        infer, learn = [noise.view(M, 2, B).mT[:, None] for noise in infer], learn.view(N, 2, B).mT[:, None]
+        factor = 0.5 ** (step // args.steps_per_epoch / args.lr_half_life) if args.lr_half_life else 1
+        for noise in infer[:K]:
+            infer_loss_now = plain_encoder_step(vae, x, args.infer, noise, args.inner_lr * factor)
+
+        def learn_loss_of(model):
+            for noise in infer[K:]:
+                plain_encoder_step(model, x, args.infer, noise, args.inner_lr * factor)
+            q = model.encode(x)
+            return LEARN[args.learn](model, x, q, (q.mean + q.stddev * learn).detach(), **options).mean()
+
+        gradient = differences(learn_loss_of, vae) if J else grad(learn_loss_of(vae), theta)
+        loss = learn_loss_of(vae).item()  # moves phi by the kept steps
+        for p, g in zip(theta, gradient):
+            p.grad = g
+        adam.param_groups[0]["lr"] = args.lr * factor
+        adam.step()
+        losses.append((infer_loss_now, loss))
+    return vae, torch.tensor(losses).mean(0)
+
+
+def differences(loss_of, vae, h=1e-5):
+    """The gradient of loss_of(vae) by theta by central differences, a number at a time."""
+    gradients = []
+    for index in range(len([*vae.decoder.parameters()]) + 1):
+        template = [*vae.decoder.parameters(), vae.log_gamma][index]
+        gradients.append(torch.zeros_like(template))
+        for k in range(template.numel()):
+            values = []
+            for sign in (1, -1):
+                moved = copy.deepcopy(vae)
+                [*moved.decoder.parameters(), moved.log_gamma][index].data.view(-1)[k] += sign * h
+                values.append(loss_of(moved).item())
+            gradients[-1].view(-1)[k] = (values[0] - values[1]) / (2 * h)
+    return gradients
+
+
+@pytest.mark.parametrize("argv", [
+    ["--samples", 3, "--infer-samples", 2, "--inner-steps", 3, "--lr-half-life", 0.5],
+    ["--learn", "bao", "--infer", "fd", "--estimator", "unbiased", "--samples", 2, "--infer-samples", 1, "--data", "sparse"],
+    ["--learn", "swersky", "--infer", "fd-weighted", "--estimator", "released", "--inner-steps", 1],
+    ["--learn", "fae", "--data", "spiral", "--inner-steps", 2],
+    ["--learn", "bao", "--infer", "fd-weighted", "--bilevel-steps", 1, "--inner-steps", 1, "--lr-half-life", 0.5, "--samples", 2],
+], ids=lambda argv: "-".join(str(word) for word in argv if not str(word).startswith("--")))
+def test_each_member_of_an_ensemble_equals_a_plain_loop(argv):
+    args, made = ensemble(*argv)
+    steps = 3 if args.bilevel_steps else 5
+    for _ in range(steps):
+        made.run_step()
+    averages = made.averages()
+    for i, seed in enumerate((4, 5)):
+        vae, losses = plain_member(args, seed, steps)
+        for mine, expected in zip(made.vae.parameters(), vae.parameters()):
+            torch.testing.assert_close(mine[i], expected[0], rtol=1e-5, atol=1e-6 if args.bilevel_steps else 1e-9)
+        assert_close(torch.stack([averages["infer_loss"][i], averages["learn_loss"][i]]), losses)
+    assert made.clock == made.step == steps
+
+
+# --------------------------------------------------------------------------------------- the losses of the two halves
+
+
+def test_the_papers_inference_objectives_reparametrise_or_do_not():
+    assert {name: entry.reparametrised for name, entry in INFER.items() if name in ("kld", "fd", "fd-weighted", "fd-repar", "fae")} \
+        == {"kld": True, "fd": False, "fd-weighted": False, "fd-repar": True, "fae": True}
+
+
+@pytest.mark.parametrize("name", INFER)
+def test_the_loss_of_phi_takes_z_as_a_constant_exactly_where_its_entry_says(name):
+    vae, x = image_vae(), IMAGES[:4] / 255.0
+    noise, phi = torch.randn(3, 4, 2), list(vae.encoder.parameters())
+    found = grad(infer_loss(vae, x, name, lambda q: noise).sum(), phi)
+
+    def expected(detach):
+        q = vae.encode(x)
+        z = q.mean + q.stddev * noise
+        return grad(INFER[name](vae, x, q, z.detach() if detach else z).sum(), phi)
+
+    constant, moving = expected(True), expected(False)
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(constant, moving))
+    for mine, theirs in zip(found, moving if INFER[name].reparametrised else constant):
+        assert_close(mine, theirs)
+
+
+def test_the_weighted_divergence_has_s_itself_as_a_constant_weight():
+    """1/2 sum_d (s_d c_d)^2 with log q by hand; its gradient is that of c alone."""
+    vae, x = image_vae(), IMAGES[:3] / 255.0
+    z, phi = torch.randn(1, 3, 2), list(vae.encoder.parameters())
+    found = INFER["fd-weighted"](vae, x, vae.encode(x), z)
+    mean, sd = (lambda q: (q.mean, q.stddev))(vae.encode(x))
+    w = z.clone().requires_grad_()
+    log_p = -(w**2).sum() / 2 - ((x - vae.decode(w)) ** 2).sum() / 2 / vae.log_gamma.exp()
+    c = -(z - mean) / sd**2 - grad(log_p, w)[0]
+    expected = sum((sd[:, d].detach() * c[0, :, d]) ** 2 for d in range(2)) / 2
+    assert_close(found, expected)
+    for mine, theirs in zip(grad(found.sum(), phi), grad(expected.sum(), phi)):
+        assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in LEARN.items() if not entry.joint])
+@pytest.mark.parametrize("latent", ["gaussian", "bernoulli"])
+def test_the_loss_of_theta_reaches_no_phi_and_takes_exact_draws(name, latent, monkeypatch):
+    vae, x, drawn = image_vae(latent), IMAGES[:4] / 255.0, []
+    noise, decode = torch.randn(3, 4, 2), vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z: (drawn.append(z), decode(z))[1])
+    vae.encoder.requires_grad_(False)  # as both trainers do
+    loss = learn_loss(vae, x, name, lambda q: noise)
+    assert loss.shape == (4,) and not drawn[0].requires_grad
+    if latent == "bernoulli":
+        assert drawn[0].unique().tolist() == [0, 1]
+    assert all(g.abs().max() > 0 for g in grad(loss.sum(), [*vae.decoder.parameters(), vae.log_gamma]))
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--learn", "fd"], ("kld", 1)), (["--learn", "fae"], ("fae", 1)), (["--samples", "3"], ("kld", 3)),
+    (["--samples", "3", "--infer-samples", "2"], ("kld", 2))])
+def test_the_pair_is_filled_in(argv, expected):
+    args = train_synthetic.parse_args(argv)
+    assert (args.infer, args.infer_samples) == expected
+
+
+@pytest.mark.parametrize("changes", [dict(learn="fd", infer="fae"), dict(learn="fae", infer="kld"), dict(learn="fae", infer_samples=2),
+                                     dict(learn="fd", estimator="unbiased", samples=2), dict(learn="bao", estimator="unbiased")])
+def test_pairs_without_a_meaning_are_refused(changes):
+    def error(message):
+        raise ZeroDivisionError(message)
+
+    args = types.SimpleNamespace(**dict(learn="fd", infer=None, samples=1, infer_samples=None, estimator="plugin") | changes)
+    with pytest.raises(ZeroDivisionError):
+        resolve_pair(types.SimpleNamespace(error=error), args)
+
+
+# ------------------------------------------------------------------------------------------------ divergence and the loop
+
+
+def spoil(trainer, *members):
+    trainer.vae.log_gamma.data[list(members) if members else ...] = torch.nan
+
+
+def test_the_clock_reads_the_first_update_that_met_a_value_that_is_not_finite():
+    trainer = Trainer(image_vae(), IMAGES, **settings())
+    for step in range(6):
+        if step == 3:
+            spoil(trainer)
+        trainer.run_step()
+        assert trainer.diverged == (None if step < 3 else 3)
+        assert trainer.diverged_at == (NEVER if step < 3 else 3)
+
+
+class Memory:
+    """A run's folder without a disk."""
+
+    path = "memory"
+
+    def __init__(self):
+        self.rows, self.checkpoints = None, []
+
+    def load_checkpoint(self):
+        return None
+
+    def save_checkpoint(self, value):
+        self.checkpoints.append(value["trainer"]["step"])
+
+    def save_metrics(self, **rows):
+        self.rows = rows
+
+    def log(self, history):
+        pass
+
+
+@pytest.mark.parametrize("ill, status, diverged_at", [((), "ok", [NEVER, NEVER]), ((1,), "ok", [NEVER, 2]), ((0, 1), "diverged@4", [2, 4])])
+def test_a_run_stops_once_every_member_has_diverged(monkeypatch, ill, status, diverged_at):
+    monkeypatch.setattr(training, "LOOK_SECONDS", 0)
+    _, made = ensemble("--inner-steps", 1)
+    run, run_step = Memory(), made.run_step
+
+    def step():
+        if made.step in (2, 4) and ill:  # the members fall ill one after the other
+            spoil(made, *ill[:made.step // 2])
+        run_step()
+
+    made.run_step = step
+    found, history = training.train(run, made, epochs=5, eval_every=2, evaluate=lambda: {})
+    assert found == status
+    assert made.step == (10 if status == "ok" else 5)
+    assert [int(epoch) for epoch in history["epoch"]] == ([0, 2, 4, 5] if status == "ok" else [0, 2])
+    assert made.diverged_at.tolist() == diverged_at
+    assert run.checkpoints == ([0, 4, 8, 10] if status == "ok" else [0, 4])
