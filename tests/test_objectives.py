@@ -1,14 +1,17 @@
 """Every objective against closed forms on a linear VAE, the propositions, finite differences, and the estimators' laws."""
 
+import contextlib
+import itertools
 import math
 
 import pytest
 import torch
+from matplotlib.colors import is_color_like
 from scipy.optimize import minimize_scalar
 from torch import nn
 
 from models import VAE, build_ensemble, build_vae
-from objectives import INFER, LEARN, label, latent_score_gap, likelihood_score, posterior_score
+from objectives import ESTIMATORS, INFER, LEARN, label, latent_score_gap, likelihood_score, posterior_score
 
 D, DZ = 4, 3
 
@@ -186,39 +189,117 @@ def _reparametrise(vae, x, u):
     return mean[0] + vae.positive(std[0]) * u
 
 
-@pytest.mark.parametrize("name, half", [(name, half) for name in [*LEARN, "posterior"] for half in ("theta", "phi")])
-def test_gradients_agree_with_finite_differences(name, half):
-    """d loss / d theta and d loss / d phi at fixed z, along a random direction."""
+# ------------------------------------------------------------------------------------------- what every entry has to satisfy
+
+ENTRIES = {f"{kind} {name}": entry for kind, table in (("learn", LEARN), ("infer", INFER)) for name, entry in table.items()}
+every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+
+
+def options_of(entry):
+    """Each way in which an entry can be called with three samples."""
+    return [{"estimator": estimator} for estimator in ESTIMATORS] if entry.has_estimator else [{}]
+
+
+def smooth_vae():
+    """An MLP with tanh in place of ReLU, so that finite differences are exact."""
     torch.manual_seed(0)
     vae = build_vae("mlp", (D,), DZ, width=8).double()
-    for layer in vae.modules():  # smooth, so that finite differences are exact
+    for layer in vae.modules():
         for child, module in layer.named_children():
             if isinstance(module, nn.ReLU):
                 setattr(layer, child, nn.Tanh())
-    params = list(vae.encoder.parameters()) if half == "phi" else [*vae.decoder.parameters(), vae.log_gamma]
-    x, z = torch.randn(6, D).double(), torch.randn(3, 6, DZ).double()
-    x.requires_grad_()
-    objective = INFER["fd"] if name == "posterior" else LEARN[name]
+    return vae, torch.randn(6, D).double().requires_grad_(), torch.randn(3, 6, DZ).double()
 
-    def loss():
-        return objective(vae, x, vae.encode(x), z).sum()
 
-    gradients = torch.autograd.grad(loss(), params, allow_unused=True)
-    directions = [torch.randn_like(p) for p in params]
-    expected = sum((g * d).sum() for g, d in zip(gradients, directions) if g is not None)
-    if half == "phi" and name in ("fd", "swersky"):
-        assert all(g is None for g in gradients)  # phi enters through z alone
-        return
-    step, values = 1e-5, []
-    for sign in (1, -1):
-        with torch.no_grad():
+@contextlib.contextmanager
+def held_constants(monkeypatch, kept):
+    """What is detached inside is kept at the first call, and at later calls it is what was kept: a constant, as detach() promises."""
+    position, replay, detach = itertools.count(), bool(kept), torch.Tensor.detach
+
+    def held(tensor):
+        if not replay:
+            kept.append(detach(tensor).clone())
+        return kept[next(position)].clone()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "detach", held)
+        yield
+
+
+@every_entry
+@pytest.mark.parametrize("half", ["theta", "phi"])
+def test_gradients_agree_with_finite_differences(entry, half, monkeypatch):
+    """d loss / d theta and d loss / d phi at fixed z, along a random direction; what an objective detaches is held fixed."""
+    for options in options_of(entry):
+        vae, x, z = smooth_vae()
+        params = list(vae.encoder.parameters()) if half == "phi" else [*vae.decoder.parameters(), vae.log_gamma]
+        directions, kept = [torch.randn_like(p) for p in params], []
+
+        def loss():
+            q = vae.encode(x)
+            with held_constants(monkeypatch, kept):
+                return entry(vae, x, q, z, **options).sum()
+
+        gradients = torch.autograd.grad(loss(), params, allow_unused=True)
+        expected = sum((g * d).sum().item() for g, d in zip(gradients, directions) if g is not None)
+        step, values = 1e-5, []
+        for sign in (1, -1):
             for p, d in zip(params, directions):
-                p += sign * step * d
-        values.append(loss().item())
-        with torch.no_grad():
+                p.data += sign * step * d
+            values.append(loss().item())
             for p, d in zip(params, directions):
-                p -= sign * step * d
-    assert expected.item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
+                p.data -= sign * step * d
+        assert expected == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)  # both are 0 where phi enters through z alone
+        assert half == "phi" or expected
+
+
+@every_entry
+def test_one_number_per_datum_which_does_not_see_the_other_data(entry):
+    """The released estimator of vectors averages over the minibatch; it alone couples the data."""
+    torch.manual_seed(0)
+    for shape, vae in (((D,), build_vae("mlp", (D,), DZ, width=8)), ((1, 32, 32), build_vae("conv", (1, 32, 32), DZ, width=4, norm="none"))):
+        x, z = torch.rand(4, *shape), torch.randn(3, 4, DZ)
+        other = torch.cat([x[:1], torch.rand(3, *shape)])
+        for options in options_of(entry):
+            first, second = (entry(vae, data, vae.encode(data), z, **options) for data in (x, other))
+            assert first.shape == (4,) and first.isfinite().all()
+            coupled = options == {"estimator": "released"} and len(shape) == 1
+            assert (first[0].item() == pytest.approx(second[0].item(), rel=1e-5)) != coupled
+            assert first[1].item() != pytest.approx(second[1].item(), rel=1e-5)
+
+
+@every_entry
+def test_needs_b_says_whether_the_encoder_is_differentiated_by_x(entry, monkeypatch):
+    """Without a gradient of x the score of q has to encode once more."""
+    vae, x, z = smooth_vae()
+    q, encode, calls = vae.encode(x.detach()), vae.encode, []
+    monkeypatch.setattr(vae, "encode", lambda x: (calls.append(1), encode(x))[1])
+    loss = entry(vae, x.detach(), q, z)
+    assert bool(calls) == entry.needs_b
+    assert torch.allclose(loss, entry(vae, x, encode(x), z))
+
+
+@every_entry
+def test_an_entry_describes_itself(entry):
+    assert entry.letter and is_color_like(entry.color)
+    assert not entry.joint or entry in LEARN.values() and entry in INFER.values()
+    assert entry.passes is None or all(len(half) == 4 and min(half) >= 0 for N in (1, 3) for half in entry.passes(N))
+    vae, x, z = smooth_vae()
+    for options in options_of(entry):
+        for N in (1, 2, 3):
+            if alias := entry.alias(N, options.get("estimator", "plugin")):
+                (same,) = [other for other in LEARN.values() if other.letter == alias]
+                assert torch.allclose(entry(vae, x, vae.encode(x), z[:N], **options), same(vae, x, vae.encode(x), z[:N]))
+
+
+def test_names_are_the_papers_and_tell_the_pairs_apart():
+    assert [label(*pair) for pair in (("fd", "kld"), ("elbo", "kld"), ("bao", "fd"), ("fae", "fae"))] == ["KLD-F", "KLD-ELBO", "FD-B", "FAE"]
+    assert [label("swersky", "kld", *at) for at in ((1,), (2,), (1, "unbiased"), (1, "released"), ())] == ["KLD-S=F", *["KLD-S"] * 4]
+    pairs = [(learn, infer) for learn in LEARN for infer in INFER if (LEARN[learn].joint, learn) == (INFER[infer].joint, infer)
+             or not (LEARN[learn].joint or INFER[infer].joint)]
+    assert len({label(*pair) for pair in pairs}) == len(pairs)
+    for table in (LEARN, INFER):
+        assert len({entry.letter for entry in table.values()}) == len(table)
 
 
 @pytest.mark.parametrize("repar", [False, True])
@@ -240,19 +321,6 @@ def test_posterior_fd_gradient_with_and_without_reparametrisation(linear, repar)
     gap = mean - (x - mean @ W.T - b) @ W / gamma
     exact = (torch.trace(M @ (S if repar else fixed) @ M.T) + gap.square().sum(-1).mean()) / 2
     assert torch.allclose(found, torch.autograd.grad(exact, log_std)[0], rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("name", list(LEARN))
-def test_a_datum_does_not_see_the_others(name):
-    torch.manual_seed(0)
-    vae = build_vae("conv", (1, 32, 32), 4, width=4, norm="none")
-    x = torch.rand(3, 1, 32, 32)
-    other = x.clone()
-    other[1:] = torch.rand(2, 1, 32, 32)
-    z = torch.randn(2, 3, 4)
-    for objective in (LEARN[name], INFER["fd"]):
-        first, second = objective(vae, x, vae.encode(x), z)[0], objective(vae, other, vae.encode(other), z)[0]
-        assert first.item() == pytest.approx(second.item(), rel=1e-5)
 
 
 def test_batch_norm_couples_the_scores_in_training_mode():
@@ -296,7 +364,7 @@ def test_an_ensemble_member_equals_the_model_alone():
     ensemble, z = build_ensemble(2, 2, 16, seeds), torch.randn(2, 3, 6, 2)
     for i, seed in enumerate(seeds):
         alone = build_ensemble(2, 2, 16, [seed])
-        for objective in (*LEARN.values(), INFER["fd"]):
+        for objective in ENTRIES.values():
             together = objective(ensemble, x, ensemble.encode(x), z)
             assert together.shape == (3, 6)
             assert torch.allclose(together[i], objective(alone, x[i:i + 1], alone.encode(x[i:i + 1]), z[:, i:i + 1])[0], rtol=1e-4)
@@ -313,12 +381,11 @@ def test_frozen_networks_cost_no_double_backward():
     assert not latent_score_gap(vae, x.detach(), vae.encode(x.detach()), z).requires_grad
 
 
-def test_unbiased_needs_two_samples_and_names_are_the_papers():
+def test_unbiased_needs_two_samples():
     vae = build_vae("mlp", (2,), 2, width=8)
     x = torch.randn(4, 2)
     with pytest.raises(ValueError, match="at least 2"):
         LEARN["swersky"](vae, x, vae.encode(x), torch.randn(1, 4, 2), estimator="unbiased")
-    assert [label("fd", "kld"), label("elbo", "kld"), label("bao", "fd"), label("fae", "fae")] == ["KLD-F", "KLD-ELBO", "FD-B", "FAE"]
 
 
 @pytest.mark.parametrize("loss", [LEARN["fae"], INFER["fd"]])
