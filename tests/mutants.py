@@ -23,8 +23,8 @@ import torchvision.models.resnet  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 WIRING, OBJECTIVES, BERNOULLI = (f"tests/test_{name}.py" for name in ("wiring", "objectives", "bernoulli"))
-TESTS = {"training.py": [WIRING], "train_synthetic.py": [WIRING], "train_images.py": [WIRING], "objectives.py": [WIRING, OBJECTIVES],
-         "models.py": [WIRING, OBJECTIVES, BERNOULLI], "vsm/laws.py": [
+TESTS = {"training.py": [WIRING], "train_synthetic.py": [WIRING], "train_images.py": [WIRING],
+         "objectives.py": [WIRING, OBJECTIVES], "models.py": [WIRING, OBJECTIVES, BERNOULLI], "vsm/laws.py": [
              f"tests/test_importance.py::{name}" for name in ("test_densities_integrate_to_one_and_match_their_samples",
                                                               "test_integrated_densities_are_those_of_their_samples",
                                                               "test_known_values_of_the_laws")]}
@@ -36,21 +36,25 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("training.py", "self.begin_epoch(self.step // self.steps_per_epoch)", "self.begin_epoch(0)"),
     ("training.py", "self.cursor += self.batch", "self.cursor += 1"),
     ("training.py", "self.cursor.copy_(torch.arange(self.batch))", "pass"),
-    ("training.py", "generator=self.generator, device=self.device)", "generator=torch.Generator().manual_seed(0), device=self.device)"),
+    ("training.py", "generator=self.generator, device=self.device)",
+     "generator=torch.Generator().manual_seed(0), device=self.device)"),
     ("training.py", "return x + self.noise *", "return x + 0 *"),
-    ("training.py", "self.vae.noise(q, samples, self.generator)", "self.vae.noise(q, samples, torch.Generator().manual_seed(self.seed))"),
+    ("training.py", "self.vae.noise(q, samples, self.generator)",
+     "self.vae.noise(q, samples, torch.Generator().manual_seed(self.seed))"),
     ("training.py", "self.images[self.order[self.cursor]]", "self.images[self.cursor]"),
     ("training.py", ".float() / 255", ".float() / 256"),
     ("training.py", "self.advance(with_decoder, lambda", "self.advance(True, lambda"),
     # Which loss, of how many samples, moves which half.
     ("training.py", "self.infer, self.draw(self.infer_samples)", "self.infer, self.draw(self.samples)"),
-    ("training.py", "self.learn, self.draw(self.samples), self.estimator", "self.learn, self.draw(self.infer_samples), self.estimator"),
+    ("training.py", "self.learn, self.draw(self.samples), self.estimator",
+     "self.learn, self.draw(self.infer_samples), self.estimator"),
     ("training.py", "self.learn, self.draw(self.samples))", "self.learn, self.draw(1))"),
     ("training.py", "self.samples, self.infer_samples, self.inner_steps = samples, infer_samples or samples",
      "self.samples, self.infer_samples, self.inner_steps = infer_samples or samples, samples"),
     ("training.py", "self.draw(self.samples), self.estimator), self.theta)", "self.draw(self.samples)), self.theta)"),
     ("training.py", '{"estimator": estimator} if', '{"estimator": "plugin"} if'),
-    ("training.py", "self.draw(self.samples), self.estimator), self.theta)", "self.draw(self.samples), self.estimator), self.theta, self.phi)"),
+    ("training.py", "self.draw(self.samples), self.estimator), self.theta)",
+     "self.draw(self.samples), self.estimator), self.theta, self.phi)"),
     ("training.py", "self.draw(self.infer_samples)), self.phi)", "self.draw(self.infer_samples)), self.phi, self.theta)"),
     ("training.py", "self.draw(self.samples)), self.phi, self.theta)", "self.draw(self.samples)), self.phi)"),
     ("training.py", "z if INFER[infer].reparametrised else z.detach())", "z)"),
@@ -95,7 +99,8 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("train_synthetic.py", "args.learn, noise, args.estimator)", "args.learn, noise)"),
     ("train_synthetic.py", "lambda q: noise, args.estimator)", "lambda q: noise)"),
     ("train_synthetic.py", "self.note_divergence(learn, vae.log_gamma)", "self.note_divergence(learn.mean(), vae.log_gamma)"),
-    ("train_synthetic.py", "torch.stack([infer, one]), torch.stack([learn, one])", "torch.stack([learn, one]), torch.stack([infer, one])"),
+    ("train_synthetic.py", "torch.stack([infer, one]), torch.stack([learn, one])",
+     "torch.stack([learn, one]), torch.stack([infer, one])"),
     ("train_synthetic.py", "self.args.infer, lambda q: noise).mean(-1)", "self.args.infer, lambda q: noise).sum(-1)"),
     ("train_synthetic.py", "row.normal_(generator=generator)", "row.normal_(generator=self.generators[0])"),
     ("train_synthetic.py", "row.normal_(generator=generator)", "row.normal_(generator=generator) if self.step == 0 else row"),
@@ -110,7 +115,8 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("objectives.py", "if learn.joint:", "if False:"),
     ("objectives.py", "gamma / 2 * dot(a, a)", "gamma * dot(a, a)"),
     ("objectives.py", "score_n, create_graph=keep", "score_n, create_graph=False"),
-    ("objectives.py", "keep = vae.log_gamma.requires_grad or _requires_grad(vae.decoder, z)", "keep = _requires_grad(vae.decoder, z)"),
+    ("objectives.py", "keep = vae.log_gamma.requires_grad or _requires_grad(vae.decoder, z)",
+     "keep = _requires_grad(vae.decoder, z)"),
     ("objectives.py", "if a is None or w is not z:", "if a is None:"),
     ("objectives.py", "a.var(0).sum(-1) / len(a)", "a.var(0).sum(-1)"),
     ("objectives.py", "dot(a.mean(0), b.sum(0))", "dot(a.mean(0), b.mean(0))"),
@@ -128,7 +134,8 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("models.py", "norm(n_out) if layers else nn.Identity()", "nn.Identity()"),
     ("models.py", "norm(n_in), nn.ReLU(inplace=True)]\n    while", "nn.ReLU(inplace=True)]\n    while"),
     ("models.py", "return F.relu(self.branch(h) + self.shortcut(h))", "return self.branch(h) + self.shortcut(h)"),
-    ("models.py", "if len(image_shape) > 1:\n        decoder += [nn.Sigmoid(), ", "if len(image_shape) > 1:\n        decoder += ["),
+    ("models.py", "if len(image_shape) > 1:\n        decoder += [nn.Sigmoid(), ",
+     "if len(image_shape) > 1:\n        decoder += ["),
     ("models.py", "n_out, stride = width * 2**stage, 1 if", "n_out, stride = width * 2**stage, 2 if"),
     ("models.py", "return net(v).float()", "return net(v)"),
     ("models.py", 'std="softplus", init_sd=0.1):', 'std="exp", init_sd=0.1):'),
@@ -149,7 +156,8 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
 
 
 def copy_of_the_repository(folder):
-    return Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=shutil.ignore_patterns(".git", "runs", "data", "__pycache__", ".*cache")))
+    ignored = shutil.ignore_patterns(".git", "runs", "data", "__pycache__", ".*cache")
+    return Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=ignored))
 
 
 def survives(copy, tests):

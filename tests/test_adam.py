@@ -1,4 +1,4 @@
-"""Fused Adam pairs parameters and gradients by their place in memory: the trainers must move as plain Adam, which pairs by index."""
+"""Fused Adam pairs parameters and gradients by their place in memory: trainers must move as plain Adam, which pairs by index."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def assert_moves_as_plain_adam(trainer):
 def test_image_trainer_moves_as_plain_adam(net):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (40, 1, 32, 32), dtype=torch.uint8)
-    assert_moves_as_plain_adam(Trainer(build_vae(net, (1, 32, 32), 4, width=4), images, learn="bao", infer="kld", estimator="plugin",
-                                       samples=2, inner_steps=1, noise=0.1, batch=20, lr=LR, seed=0))
+    assert_moves_as_plain_adam(Trainer(build_vae(net, (1, 32, 32), 4, width=4), images, learn="bao", infer="kld",
+                                       estimator="plugin", samples=2, inner_steps=1, noise=0.1, batch=20, lr=LR, seed=0))
 
 
 @pytest.mark.parametrize("bilevel", ["0", "1"])

@@ -40,7 +40,8 @@ def linear_vae(W, b, A, c, std, gamma):
 def linear():
     g = torch.Generator().manual_seed(0)
     W, A = torch.randn(D, DZ, generator=g).double() * 0.6, torch.randn(DZ, D, generator=g).double() * 0.4
-    b, c, std = torch.randn(D, generator=g).double() * 0.3, torch.randn(DZ, generator=g).double() * 0.3, torch.tensor([0.4, 0.7, 1.1]).double()
+    b, c = torch.randn(D, generator=g).double() * 0.3, torch.randn(DZ, generator=g).double() * 0.3
+    std = torch.tensor([0.4, 0.7, 1.1]).double()
     x = torch.randn(5, D, generator=g).double()
     return linear_vae(W, b, A, c, std, gamma=0.5), W, b, A, c, std, 0.5, x
 
@@ -90,7 +91,8 @@ def test_learning_objectives_equal_their_closed_forms(linear, name):
 
 def test_posterior_fisher_divergence_equals_its_closed_form(linear):
     vae, x = linear[0].requires_grad_(False), linear[-1]
-    assert_within(torch.stack([INFER["fd"](vae, x, *draw(vae, x, 200, seed)) for seed in range(400)]), closed_forms(linear)["posterior"])
+    losses = torch.stack([INFER["fd"](vae, x, *draw(vae, x, 200, seed)) for seed in range(400)])
+    assert_within(losses, closed_forms(linear)["posterior"])
 
 
 @pytest.mark.parametrize("name, factor", [("swersky", -1 / 2), ("bao", 1 / 2)])
@@ -135,7 +137,8 @@ def test_fae_is_the_joint_fisher_divergence_up_to_the_data_score(linear):
     root = torch.randn(D, D, generator=g).double() * 0.5 + torch.eye(D)
     S, Sx, zero = std.square().diag(), root @ root.T, torch.zeros(1).double()
     vae = linear_vae(W, zero.expand(D), A, zero.expand(DZ), std, gamma).requires_grad_(False)
-    Pp = torch.cat([torch.cat([torch.eye(D) / gamma, -W / gamma], 1), torch.cat([-W.T / gamma, torch.eye(DZ) + W.T @ W / gamma], 1)])
+    Pp = torch.cat([torch.cat([torch.eye(D) / gamma, -W / gamma], 1),
+                    torch.cat([-W.T / gamma, torch.eye(DZ) + W.T @ W / gamma], 1)])
     Sq = torch.cat([torch.cat([Sx, Sx @ A.T], 1), torch.cat([A @ Sx, A @ Sx @ A.T + S], 1)])
     gap = Pp - Sq.inverse()
     joint = torch.trace(gap @ Sq @ gap) / 2 - torch.trace(Sx.inverse()) / 2
@@ -213,7 +216,7 @@ def smooth_vae():
 
 @contextlib.contextmanager
 def held_constants(monkeypatch, kept):
-    """What is detached inside is kept at the first call, and at later calls it is what was kept: a constant, as detach() promises."""
+    """What is detached at the first call is kept, and later calls get what was kept: a constant, as detach() promises."""
     position, replay, detach = itertools.count(), bool(kept), torch.Tensor.detach
 
     def held(tensor):
@@ -249,7 +252,7 @@ def test_gradients_agree_with_finite_differences(entry, half, monkeypatch):
             values.append(loss().item())
             for p, d in zip(params, directions):
                 p.data -= sign * step * d
-        assert expected == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)  # both are 0 where phi enters through z alone
+        assert expected == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)  # 0 where phi enters through z
         assert half == "phi" or expected
 
 
@@ -257,7 +260,8 @@ def test_gradients_agree_with_finite_differences(entry, half, monkeypatch):
 def test_one_number_per_datum_which_does_not_see_the_other_data(entry):
     """The released estimator of vectors averages over the minibatch; it alone couples the data."""
     torch.manual_seed(0)
-    for shape, vae in (((D,), build_vae("mlp", (D,), DZ, width=8)), ((1, 32, 32), build_vae("conv", (1, 32, 32), DZ, width=4, norm="none"))):
+    for net, shape, width in (("mlp", (D,), 8), ("conv", (1, 32, 32), 4)):
+        vae = build_vae(net, shape, DZ, width=width, norm="none")
         x, z = torch.rand(4, *shape), torch.randn(3, 4, DZ)
         other = torch.cat([x[:1], torch.rand(3, *shape)])
         for options in options_of(entry):
@@ -293,8 +297,10 @@ def test_an_entry_describes_itself(entry):
 
 
 def test_names_are_the_papers_and_tell_the_pairs_apart():
-    assert [label(*pair) for pair in (("fd", "kld"), ("elbo", "kld"), ("bao", "fd"), ("fae", "fae"))] == ["KLD-F", "KLD-ELBO", "FD-B", "FAE"]
-    assert [label("swersky", "kld", *at) for at in ((1,), (2,), (1, "unbiased"), (1, "released"), ())] == ["KLD-S=F", *["KLD-S"] * 4]
+    some = ("fd", "kld"), ("elbo", "kld"), ("bao", "fd"), ("fae", "fae")
+    assert [label(*pair) for pair in some] == ["KLD-F", "KLD-ELBO", "FD-B", "FAE"]
+    ways = (1,), (2,), (1, "unbiased"), (1, "released"), ()
+    assert [label("swersky", "kld", *way) for way in ways] == ["KLD-S=F", *["KLD-S"] * 4]
     pairs = [(learn, infer) for learn in LEARN for infer in INFER if (LEARN[learn].joint, learn) == (INFER[infer].joint, infer)
              or not (LEARN[learn].joint or INFER[infer].joint)]
     assert len({label(*pair) for pair in pairs}) == len(pairs)
@@ -367,7 +373,8 @@ def test_an_ensemble_member_equals_the_model_alone():
         for objective in ENTRIES.values():
             together = objective(ensemble, x, ensemble.encode(x), z)
             assert together.shape == (3, 6)
-            assert torch.allclose(together[i], objective(alone, x[i:i + 1], alone.encode(x[i:i + 1]), z[:, i:i + 1])[0], rtol=1e-4)
+            expected = objective(alone, x[i:i + 1], alone.encode(x[i:i + 1]), z[:, i:i + 1])[0]
+            assert torch.allclose(together[i], expected, rtol=1e-4)
 
 
 def test_frozen_networks_cost_no_double_backward():

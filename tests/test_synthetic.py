@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import plots
 import train_synthetic
 from models import build_ensemble
-from objectives import LEARN
+from objectives import INFER, LEARN
 from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
 from training import infer_loss
 from vsm.laws import LAWS
@@ -90,9 +90,23 @@ def test_one_members_nan_neither_stops_nor_touches_the_others():
         assert torch.equal(mine[[0, 2]], theirs[[0, 2]])
 
 
+def test_one_diverged_member_is_a_result_and_ends_nothing(tmp_path, monkeypatch):
+    run_step = EnsembleTrainer.run_step
+
+    def ill_at_three(self):
+        if self.step == 3:
+            self.vae.log_gamma.data[1] = torch.nan
+        run_step(self)
+
+    monkeypatch.setattr(EnsembleTrainer, "run_step", ill_at_three)
+    arrays = train(tmp_path / "some", "--seeds", 3)
+    assert arrays["status"] == "ok" and arrays["epoch"].tolist() == [0, 1, 2]
+    assert arrays["diverged_at"].tolist() == [-1, 3, -1] and arrays["member_status"].tolist() == ["ok", "diverged@3", "ok"]
+    for name in ("nll", "nll_se", "sm_loss", "fisher_divergence"):
+        assert np.isfinite(arrays[name]).tolist() == [True, False, True], name
+
+
 def test_divergence_is_a_result(tmp_path):
-    arrays = train(tmp_path / "some", "--seeds", 3, "--learn", "elbo", "--infer", "fd", "--inner-lr", 0.5)
-    assert arrays["status"] == "ok" or (arrays["diverged_at"] >= 0).all()
     arrays = train(tmp_path / "all", "--learn", "elbo", "--inner-lr", 1e6)
     assert str(arrays["status"]) == f"diverged@{arrays['diverged_at'].max()}"
     assert [str(status) for status in arrays["member_status"]] == [f"diverged@{step}" for step in arrays["diverged_at"]]
@@ -124,9 +138,11 @@ def plainly(vae, x, noise, learn, infer, lr):
 
 
 @pytest.mark.parametrize("J", [1, 2])
-@pytest.mark.parametrize("infer", ["kld", "fd", "fd-repar", "fae"])
+@pytest.mark.parametrize("infer", INFER)
 @pytest.mark.parametrize("learn", ["bao", "swersky", "elbo"])
-def test_the_gradient_through_phi_equals_finite_differences_of_the_whole_procedure(learn, infer, J):
+def test_the_gradient_through_phi_equals_finite_differences_of_the_whole_procedure(learn, infer, J, request):
+    if infer == "fd-weighted" and J > 1:  # the weight of a later kept step depends on theta through phi, and its detach() drops that
+        request.applymarker(pytest.mark.xfail(strict=True, reason="the weight's dependence on earlier kept steps is dropped"))
     vae, x, noise = small_ensemble()
     noise, lr, theta = noise[-J - 1:], 0.03, [*vae.decoder.parameters(), vae.log_gamma]
     phi = dict(vae.encoder.named_parameters())
