@@ -86,8 +86,8 @@ def test_every_learning_objective_trains_binary_latents(digits, tmp_path, learn)
     run = tmp_path / "run"
     args = train_images.parse_args([
         "--data", "mnist", "--data-root", str(digits), "--latent", "bernoulli", "--temperature", "0.4", "--learn", learn,
-        "--width", "4", "--dim-z", "6", "--samples", "2", "--inner-steps", "1", "--batch", "50", "--epochs", "2", "--eval-every", "1",
-        "--lr", "1e-3", "--device", "cpu", "--out", str(run)])
+        "--width", "4", "--dim-z", "6", "--samples", "2", "--inner-steps", "1", "--batch", "50", "--epochs", "2",
+        "--eval-every", "1", "--lr", "1e-3", "--device", "cpu", "--out", str(run)])
     train_images.main(args)
     arrays = load_arrays(run / "metrics.npz")
     assert arrays["status"] == "ok"

@@ -174,8 +174,8 @@ def test_weights_are_channels_last_where_nothing_is_differentiated_twice_through
 
 
 def test_every_flag_of_the_image_script_reaches_the_trainer(digits, tmp_path, monkeypatch):
-    flags = dict(learn="bao", infer="fd-weighted", estimator="unbiased", samples=4, infer_samples=3, inner_steps=7, noise=0.3, batch=60,
-                 lr=2e-3, seed=9, lr_half_life=2.5)
+    flags = dict(learn="bao", infer="fd-weighted", estimator="unbiased", samples=4, infer_samples=3, inner_steps=7, noise=0.3,
+                 batch=60, lr=2e-3, seed=9, lr_half_life=2.5)
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     given = {}
 
@@ -186,7 +186,8 @@ def test_every_flag_of_the_image_script_reaches_the_trainer(digits, tmp_path, mo
     monkeypatch.setattr(train_images, "Trainer", stop)
     with pytest.raises(ZeroDivisionError):
         train_images.main(train_images.parse_args([*words, "--net", "mlp", "--width", "4", "--dim-z", "2", "--data", "mnist",
-                                                   "--data-root", str(digits), "--device", "cpu", "--no-graph", "--out", str(tmp_path / "run")]))
+                                                   "--data-root", str(digits), "--device", "cpu", "--no-graph", "--out",
+                                                   str(tmp_path / "run")]))
     assert given == flags | {"graph": False}
 
 
