@@ -365,6 +365,14 @@ def test_released_estimator_on_vectors_averages_over_the_minibatch(linear):
         assert torch.allclose(LEARN[name](vae, x, q, z, estimator="released"), rest)
 
 
+def test_released_estimator_averages_over_each_members_minibatch():
+    ensemble, x, z = build_ensemble(2, 2, 16, [0, 1]), torch.randn(2, 6, 2), torch.randn(1, 2, 6, 2)
+    q = ensemble.encode(x)
+    a, lap = likelihood_score(ensemble, x, q, z)
+    expected = a[0].square().sum(-1) + lap - a[0].mean(1).square().sum(-1, keepdim=True) / 2
+    torch.testing.assert_close(LEARN["swersky"](ensemble, x, q, z, estimator="released"), expected)
+
+
 def test_an_ensemble_member_equals_the_model_alone():
     seeds, x = [3, 1, 4], torch.randn(3, 6, 2)
     ensemble, z = build_ensemble(2, 2, 16, seeds), torch.randn(2, 3, 6, 2)
