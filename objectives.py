@@ -78,9 +78,9 @@ def posterior_fd(vae, x, q, z):
     return 1 / 2 * dot(c, c).mean(0)
 
 
-def posterior_fd_weighted(vae, x, q, z):
-    # The same divergence weighted by q's own covariance, held fixed: E_q 1/2 ||s c||^2, s the standard deviation of q(z|x)
-    c = q.base_dist.scale.detach() * latent_score_gap(vae, x, q, z)
+def posterior_fd_weighted(vae, x, q, z, weight=None):
+    # The same divergence weighted by q's own covariance, held fixed: E_q 1/2 ||s c||^2, s = weight the standard deviation of q(z|x)
+    c = (q.base_dist.scale.detach() if weight is None else weight) * latent_score_gap(vae, x, q, z)
     return 1 / 2 * dot(c, c).mean(0)
 
 
@@ -119,6 +119,11 @@ class Objective:
     @property
     def has_estimator(self):
         return "estimator" in inspect.signature(self.function).parameters
+
+    @property
+    def has_weight(self):
+        """Whether the function has a `weight` that it holds fixed, which kept steps of bi-level learning give it."""
+        return "weight" in inspect.signature(self.function).parameters
 
 
 # Passes through the encoder (of B data) and the decoder (of N B samples) that an update cannot do without: forward, input gradient,

@@ -51,12 +51,14 @@ AXES = ("data", "infer", "learn", "inner_steps", "bilevel_steps", "seed")
 def kept_step(vae, phi, x, infer, noise, lr):
     """phi after one more SGD step, as a function of theta and of phi before it: {name: tensor} in, {name: tensor} out.
 
-    The step differentiates by `here`, which z of `--infer fd` and `fd-weighted` does not see: held in the step, z stays a function of phi all the same.
+    The step differentiates by `here`, which z of `--infer fd`, and z and the weight of `fd-weighted`, do not see: held in the step, they
+    stay functions of phi all the same.
     """
     x, here = x.detach().requires_grad_(), {name: p.view_as(p) for name, p in phi.items()}
     q = vae.posterior(functional_call(vae.encoder, here, x))
-    z = vae.sample(q if INFER[infer].reparametrised else vae.posterior(functional_call(vae.encoder, phi, x)), noise)
-    loss = INFER[infer](vae, x, q, z).mean(-1).sum()
+    held = q if INFER[infer].reparametrised else vae.posterior(functional_call(vae.encoder, phi, x))
+    options = {"weight": held.base_dist.scale} if INFER[infer].has_weight else {}
+    loss = INFER[infer](vae, x, q, vae.sample(held, noise), **options).mean(-1).sum()
     gradient = grad(loss, list(here.values()), create_graph=True)
     return {name: p - lr * g for (name, p), g in zip(phi.items(), gradient)}
 
