@@ -147,18 +147,20 @@ def target(name, options, seed):
         variance = a.var(0, correction=0).sum(-1).mean().item()
         values.append((loss, (math.log(2 * math.pi * t) + v / t) / 2, v / (2 * t**2) - 1 / t, variance / 2))
     loss, nll, score_matching, half_variance = np.array(values).T
-    candidates = {"the negative log-likelihood": nll, "the score-matching loss of p(x)": score_matching,
-                  "the score-matching loss of p(x) plus half the posterior variance of a": score_matching + half_variance,
-                  "the score-matching loss of p(x) less half the posterior variance of a": score_matching - half_variance}
+    share = half_variance @ (loss - score_matching) / (half_variance @ half_variance)
+    sign = "plus" if share > 0 else "less"
+    shifted = f" {sign} {abs(share):.2g} times half the posterior variance of a" if abs(share) > 0.02 else ""
+    candidates = {"the negative log-likelihood": nll,
+                  f"the score-matching loss of p(x){shifted}": score_matching + share * half_variance}
     errors = {text: np.ptp(loss - values) / np.ptp(loss) for text, values in candidates.items()}
     best = min(errors, key=errors.get)
     arrays = {"target_loss": loss, "target_nll": nll, "target_score_matching": score_matching}
     if errors[best] < 0.02:
-        return [Finding("target", "ok" if "variance" not in best else "note", f"with the exact posterior it is {best}")], arrays
-    slope = np.polyfit(candidates[best], loss, 1)[0]
-    return [Finding("target", "WRONG", f"with the exact posterior it is neither the negative log-likelihood nor the score-matching loss of p(x), nor "
-                                       f"that shifted by the posterior's variance; the nearest is {best}, of which it changes {slope:.2f} times as "
-                                       "much: a factor or a sign is off")], arrays
+        return [Finding("target", "note" if "variance" in best else "ok", f"with the exact posterior it is {best}")], arrays
+    slope = np.polyfit(score_matching, loss, 1)[0]
+    return [Finding("target", "WRONG", "with the exact posterior it is neither the negative log-likelihood nor the score-matching loss of "
+                                       "p(x), nor that shifted by the posterior's variance; it changes "
+                                       f"{slope:.2f} times as much as the score-matching loss: a factor or a sign is off")], arrays
 
 
 def contraction(name, options, seed):
