@@ -33,7 +33,13 @@ from vsm.runs import Run, flag_name
 from vsm.speed import cpp_compiler
 from vsm.timing import matrix_rate, measure
 
-PAIRS = {label(learn, infer): (learn, infer) for infer in INFER for learn in LEARN if INFER[infer].joint == LEARN[learn].joint and (learn == infer or not LEARN[learn].joint)}
+
+def pairs():
+    """{label: (learn, infer)} of every pair that trains, with the entries that somebody has added."""
+    return {label(learn, infer): (learn, infer) for infer in INFER for learn in LEARN
+            if INFER[infer].joint == LEARN[learn].joint and (learn == infer or not LEARN[learn].joint)}
+
+
 TABLE1 = ("KLD-ELBO", "KLD-F", "FD-F", "KLD-S", "FD-S", "KLD-B", "FD-B")
 RUN_STEPS = {"1x32": 600_000, "3x64": 1_627_000}  # 1000 epochs of MNIST or Fashion-MNIST, of CelebA, at batch 100
 TABLE1_RUNS = {"1x32": 2, "3x64": 1}  # data sets of this shape
@@ -50,7 +56,7 @@ def model(args, device, image, net, precision="float32"):
 
 def recipe(args, pair, batch):
     """What the plain step and the Trainer's are given alike."""
-    learn, infer = PAIRS[pair]
+    learn, infer = pairs()[pair]
     return {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1, "batch": batch, "lr": 1e-4}
 
 
@@ -64,12 +70,12 @@ def training_rows(args, device, part, image, net, pair, batch):
     def trainer(precision, graph):
         return Trainer(vae(precision), resident_images, estimator="plugin", seed=0, graph=graph, **common)
 
-    has_floor = floor.is_known(*PAIRS[pair])
+    has_floor = floor.is_known(*pairs()[pair])
     flops = floor.Floor(trainer("float32", graph=False), "float32").flops if has_floor else math.nan
     cycles = 20 if device.type == "cuda" else 1
     for precision in args.precision:  # one after the other, so that the graphs of one are gone when the next is made
         makers = {}
-        if precision == args.precision[0] and plain.is_known(*PAIRS[pair]):
+        if precision == args.precision[0] and plain.is_known(*pairs()[pair]):
             makers["plain", "float32"] = lambda: plain.Plain(vae(), images, device, **common)
         makers["eager", precision] = partial(trainer, precision, graph=False)
         if device.type == "cuda":
@@ -207,7 +213,7 @@ def parse_args(argv=None):
     flag("--part", choices=(*PARTS, "all"), default="images", help="images: every pair; batch: KLD-F against the size of the minibatch; "
          "ensemble: 2-D VAEs against a loop over seeds; toy: toy inference against a loop over runs; "
          "importance: time and memory against samples")
-    flag("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help="of --part images, named as in the paper")
+    flag("--pairs", nargs="+", choices=pairs(), default=list(pairs()), metavar="PAIR", help="of --part images, named as in the paper")
     flag("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"], help="tf32 on a GPU only")
     flag("--repeats", type=positive, default=5, help="turns, each of one timing of everything that is compared")
     flag("--samples", type=positive, default=5, help="posterior samples per image, N")

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 import benchmark
 import plots
-from benchmark import PAIRS
+from benchmark import pairs
 from models import build_vae
 from training import Trainer, infer_loss, joint_loss, learn_loss
 from vsm.device import keep_freed_memory
@@ -62,9 +62,9 @@ def flops_of_two_steps(stepper):
     return count.flops
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", pairs())
 def test_the_trainer_computes_what_is_needed_and_no_more(pair):
-    learn, infer = PAIRS[pair]
+    learn, infer = pairs()[pair]
     images = torch.randint(0, 256, (24, 1, 32, 32), dtype=torch.uint8)
     trainer = Trainer(build_vae("conv", (1, 32, 32), 6, width=4), images, learn=learn, infer=infer, estimator="plugin", seed=0, **OPTIONS)
     plain = Plain(build_vae("conv", (1, 32, 32), 6, width=4), images, torch.device("cpu"), learn=learn, infer=infer, **OPTIONS)

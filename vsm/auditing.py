@@ -155,7 +155,7 @@ def target(name, options, seed):
     errors = {text: np.ptp(loss - values) / np.ptp(loss) for text, values in candidates.items()}
     best = min(errors, key=errors.get)
     arrays = {"target_loss": loss, "target_nll": nll, "target_score_matching": score_matching}
-    if errors[best] < 0.02:
+    if errors[best] < 0.02 and ("variance" not in best or abs(share) < 1.05):
         return [Finding("target", "note" if "variance" in best else "ok", f"with the exact posterior it is {best}")], arrays
     slope = np.polyfit(score_matching, loss, 1)[0]
     return [Finding("target", "WRONG", "with the exact posterior it is neither the negative log-likelihood nor the score-matching loss of "
