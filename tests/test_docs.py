@@ -70,3 +70,26 @@ def test_python_blocks_compile(page):
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 150 and len(text.split()) <= 1500
+
+
+def test_every_array_of_a_run_is_documented(digits, tmp_path, monkeypatch):
+    """docs/files.md names every array and file of a run in the first cell of a table's row."""
+    import param_recovery
+    import plots
+    import train_images
+    import train_synthetic
+    from vsm.runs import load_arrays
+    for draw in ("draw_run", "synthetic_samples"):
+        monkeypatch.setattr(plots, draw, lambda *_: None)
+    rows = re.findall(r"^\| (`[^|]*?) \|", (ROOT / "docs" / "files.md").read_text(), re.M)
+    documented = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    images = ["--data", "mnist", "--data-root", digits, "--net", "mlp", "--width", 4, "--dim-z", 2, "--samples", 1, "--batch", 50,
+              "--epochs", 1, "--device", "cpu"]
+    points = ["--seeds", 2, "--batch", 20, "--hidden", 4, "--epochs", 1, "--steps-per-epoch", 2, "--test-size", 20,
+              "--importance-samples", 100, "--device", "cpu"]
+    for name, script, argv in (("2d", train_synthetic, points), ("gaussian", train_images, images),
+                               ("bernoulli", train_images, [*images, "--latent", "bernoulli"])):
+        script.main(script.parse_args([*map(str, argv), "--out", str(tmp_path / name)]))
+        assert not load_arrays(tmp_path / name / "metrics.npz").keys() - documented, name
+        assert not {file.name for file in (tmp_path / name).iterdir()} - documented, name
+    assert not param_recovery.closed_forms(param_recovery.parse_args(["--points", "2"])).keys() - documented

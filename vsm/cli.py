@@ -50,7 +50,7 @@ def stopping():
 
 def progress(total, initial=0, unit="step"):
     """A tqdm bar on a terminal; elsewhere, as in a log file, a line after five seconds and then one a minute."""
-    kind = tqdm if sys.stderr is not None and sys.stderr.isatty() else LogLines
+    kind = tqdm if sys.stderr.isatty() else LogLines
     return kind(total=total, initial=initial, unit=unit, smoothing=0.05, dynamic_ncols=True)
 
 
@@ -73,15 +73,16 @@ def command_line(parse_args, main):
 
     Exit codes: 2 for a mistake, a full disk or a failure, 130 and 143 for Ctrl-C and SIGTERM.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as by 2>&-
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
     try:
         for module in filter(None, os.environ.get("VSM_IMPORT", "").split(",")):  # of objectives, laws, networks or data of one's own
             importlib.import_module(module)
         main(parse_args())
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
@@ -96,7 +97,7 @@ def command_line(parse_args, main):
 
 
 def end(message, code):
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError):
         print(message, file=sys.stderr)
     sys.exit(code)
 

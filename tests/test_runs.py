@@ -1,0 +1,352 @@
+"""A run's folder as its user meets it: runs continue, resume and are redone, and nothing that was there is lost."""
+
+import importlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_images
+import train_synthetic
+import vsm.runs
+from vsm.cli import UserError, command_line
+from vsm.runs import LONGEST_NAME, load_arrays, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--seeds", "2", "--batch", "20", "--hidden", "6", "--inner-steps", "2", "--steps-per-epoch", "4", "--eval-every",
+         "2", "--test-size", "30", "--importance-samples", "100", "--device", "cpu"]
+IMAGES = ["--data", "mnist", "--net", "mlp", "--width", "4", "--dim-z", "3", "--samples", "1", "--batch", "50", "--inner-steps", "2",
+          "--eval-every", "2", "--lr", "1e-3", "--device", "cpu"]
+TIMES = ("seconds", "peak_memory")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than these runs do."""
+    for name in ("synthetic_samples", "draw_run"):
+        monkeypatch.setattr(f"plots.{name}", lambda *_: None)
+
+
+def train(out, *argv, epochs=2):
+    train_synthetic.main(train_synthetic.parse_args([*SMALL, "--epochs", str(epochs), "--out", str(out), *map(str, argv)]))
+    return load_arrays(out / "metrics.npz")
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def assert_equal_runs(first, second):
+    arrays = [load_arrays(run / "metrics.npz") for run in (first, second)]
+    saved = [load_checkpoint(run / "checkpoint.pt")["trainer"] for run in (first, second)]
+    assert arrays[0].keys() == arrays[1].keys()
+    for name in arrays[0].keys() - {*TIMES, "config"}:
+        assert np.array_equal(arrays[0][name], arrays[1][name], equal_nan=arrays[0][name].dtype.kind == "f"), name
+    assert saved[0]["step"] == saved[1]["step"]
+    assert all(torch.equal(*states) for states in zip(saved[0]["generators"], saved[1]["generators"]))
+    assert all(torch.equal(saved[0]["tensors"][name], saved[1]["tensors"][name]) for name in saved[0]["tensors"])
+
+
+def stop_after(monkeypatch, steps, action):
+    """The update after so many calls action() first."""
+    run_step, calls = train_synthetic.EnsembleTrainer.run_step, []
+
+    def counted(self):
+        calls.append(1)
+        if len(calls) == steps + 1:
+            action()
+        run_step(self)
+
+    monkeypatch.setattr(train_synthetic.EnsembleTrainer, "run_step", counted)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def half_a_run(out, monkeypatch):
+    """A run that SIGTERM stopped in its third epoch, after its second of three evaluations."""
+    argv = [*SMALL, "--epochs", "4", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr("training.LOOK_SECONDS", 0)
+        stop_after(patch, 10, interrupt)
+        with pytest.raises(SystemExit) as ended:
+            command_line(lambda: train_synthetic.parse_args(argv), train_synthetic.main)
+    assert ended.value.code == 143
+
+
+# ------------------------------------------------------------------------------------------------------------ the budget
+
+
+@pytest.mark.parametrize("budgets, epochs", [((2, 4), [0, 2, 4]), ((3, 5), [0, 2, 4, 5]), ((1, 3, 4), [0, 2, 4])])
+def test_a_run_that_goes_on_equals_the_longer_run(tmp_path, budgets, epochs):
+    for budget in budgets:
+        train(tmp_path / "continued", epochs=budget)
+    whole = train(tmp_path / "whole", epochs=budgets[-1])
+    assert whole["epoch"].tolist() == epochs
+    assert_equal_runs(tmp_path / "continued", tmp_path / "whole")
+    assert load_arrays(tmp_path / "continued" / "metrics.npz")["config"]["flags"]["epochs"] == budgets[-1]
+    lines = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("continued", "whole")]
+    assert len(lines[0]) == len(lines[1]) == 1 + len(epochs) and lines[0][0] == lines[1][0]
+
+
+def test_an_image_run_that_goes_on_equals_the_longer_run(digits, tmp_path):
+    for name, budget in (("continued", 1), ("continued", 3), ("whole", 3)):
+        argv = [*IMAGES, "--data-root", str(digits), "--epochs", str(budget), "--out", str(tmp_path / name)]
+        train_images.main(train_images.parse_args(argv))
+    assert_equal_runs(tmp_path / "continued", tmp_path / "whole")
+
+
+def test_fewer_epochs_say_so_and_change_nothing(tmp_path, capsys):
+    train(tmp_path / "run", epochs=3)
+    before, argv = contents(tmp_path / "run"), [*SMALL, "--epochs", "2", "--out", str(tmp_path / "run")]
+    capsys.readouterr()
+    command_line(lambda: train_synthetic.parse_args(argv), train_synthetic.main)  # does not exit
+    assert "finished before (ok), and has 3 epochs already" in capsys.readouterr().out
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_stopped_run_resumes_with_a_line_for_each_evaluation(tmp_path, monkeypatch, capsys):
+    half_a_run(tmp_path / "run", monkeypatch)
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["trainer"]["step"] in (10, 11)
+    assert "status" not in load_arrays(tmp_path / "run" / "metrics.npz")
+    train(tmp_path / "run", epochs=4)
+    train(tmp_path / "whole", epochs=4)
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+    lines = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epoch", "0", "2", "4"]
+
+
+def test_half_a_run_is_not_cut_short(tmp_path, monkeypatch, fails):
+    half_a_run(tmp_path / "run", monkeypatch)
+    assert "--epochs of at least 3" in fails(train_synthetic, *SMALL, "--epochs", 1, "--out", tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------------------- --overwrite
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_written(tmp_path, fails, monkeypatch):
+    train(tmp_path / "run")
+    before, write = contents(tmp_path / "run"), vsm.runs.write_atomic
+
+    def full(path, data):
+        if path.name == "metrics.npz":
+            raise UserError("the disk is full")
+        write(path, data)
+
+    again = [*SMALL, "--epochs", 2, "--lr", "0.01", "--overwrite", "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(vsm.runs, "write_atomic", full)
+        assert "the disk is full" in fails(train_synthetic, *again)
+    assert contents(tmp_path / "run") == before and not (tmp_path / "run" / ".replaced").exists()
+    assert train(tmp_path / "run", "--lr", 0.01, "--overwrite")["config"]["flags"]["lr"] == 0.01
+    assert not (tmp_path / "run" / ".replaced").exists()
+
+
+def test_an_overwrite_that_was_killed_before_it_began_is_undone(tmp_path, capsys):
+    train(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    (tmp_path / "run" / ".replaced").mkdir()
+    for name in before.keys() - {".lock"}:
+        os.replace(tmp_path / "run" / name, tmp_path / "run" / ".replaced" / name)
+    capsys.readouterr()
+    train(tmp_path / "run")
+    assert "finished before" in capsys.readouterr().out and not (tmp_path / "run" / ".replaced").exists()
+    assert contents(tmp_path / "run").keys() == before.keys()
+
+
+# -------------------------------------------------------------------------------------------- folders that are not this run's
+
+
+def test_a_run_of_another_script_is_refused(digits, tmp_path, fails):
+    train(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    argv = [*IMAGES, "--data-root", digits, "--epochs", 1, "--out", tmp_path / "run"]
+    assert "script was 'train_synthetic', is now 'train_images'" in fails(train_images, *argv)
+    assert "is a run of train_synthetic.py" in fails(train_images, *argv, "--overwrite")
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_folder_that_is_removed_meanwhile_ends_the_run_and_stays_away(tmp_path, fails, monkeypatch):
+    stop_after(monkeypatch, 6, lambda: shutil.rmtree(tmp_path / "run"))
+    assert "has been removed or emptied" in fails(train_synthetic, *SMALL, "--epochs", 2, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_folder_and_its_lock_are_not_touched(tmp_path, fails):
+    (tmp_path / ".lock").write_text("another program's")
+    (tmp_path / "thesis.tex").write_text("all of it")
+    os.utime(tmp_path / ".lock", (0, 0))
+    for argv in ([], ["--overwrite"]):
+        assert "is not a run folder" in fails(train_synthetic, *SMALL, "--out", tmp_path, *argv)
+    assert contents(tmp_path) == {".lock": b"another program's", "thesis.tex": b"all of it"}
+    assert (tmp_path / ".lock").stat().st_mtime == 0
+
+
+@pytest.mark.parametrize("argv", [[], ["--overwrite"]])
+def test_the_root_folder_gets_nothing(fails, argv):
+    before = {*Path("/").iterdir()}
+    assert "is not a run folder" in fails(train_synthetic, *SMALL, "--out", "/", *argv)
+    assert {*Path("/").iterdir()} == before
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path):
+    train(tmp_path / "run")
+    for name in (".checkpoint.pt.123.tmp", ".metrics.npz.9.tmp"):
+        (tmp_path / "run" / name).write_text("half")
+    train(tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_a_finished_run_on_a_read_only_disk_is_finished(tmp_path, capsys):
+    train(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    (tmp_path / "run").chmod(0o555)
+    try:
+        train(tmp_path / "run")
+        train(tmp_path / "run", epochs=1)
+    finally:
+        (tmp_path / "run").chmod(0o755)
+    assert capsys.readouterr().out.count("finished before (ok)") == 2
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("saved", ["another seed", {}, None, [1, 2], {"trainer": {}, "history": {}, "seconds": 1.0}])
+def test_a_checkpoint_of_something_else_is_refused_and_kept(tmp_path, fails, monkeypatch, saved):
+    half_a_run(tmp_path / "run", monkeypatch)
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    if saved == "another seed":
+        train(tmp_path / "other", "--seed", 5)
+        shutil.copy(tmp_path / "other" / "checkpoint.pt", checkpoint)
+    else:
+        torch.save(saved, checkpoint)
+    before = checkpoint.read_bytes()
+    message = fails(train_synthetic, *SMALL, "--epochs", 4, "--out", tmp_path / "run")
+    assert "is kept as it is" in message and ("another seed" in message) == (saved == "another seed")
+    assert checkpoint.read_bytes() == before
+
+
+# -------------------------------------------------------------------------------------------------------- names and flags
+
+
+def test_names_are_short_and_differ():
+    def name(script, *argv):
+        return script.parse_args([*map(str, argv)]).out.rpartition("/")[2]
+
+    path = "folder:/a/long/path/" + "deeper/" * 30 + "my pictures"
+    assert len(name(train_images, "--data", path)) < 60 and "deeper" not in name(train_images, "--data", path)
+    many = ["--samples", 17, "--infer-samples", 19, "--noise", 0.12345, "--width", 123, "--norm", "group", "--dim-z", 77, "--init-sd",
+            0.3, "--inner-steps", 9, "--batch", 333, "--lr", 0.000123, "--lr-half-life", 12.5, "--eval-every", 3, "--fid-every", 9]
+    names = [name(train_images, *many, "--limit", limit, "--seed", seed) for limit in (1000, 1001) for seed in (0, 2**62)]
+    assert len({*names}) == 4 and max(map(len, names)) <= LONGEST_NAME
+    assert names[1].endswith(f"seed{2**62}") and names[0].endswith("seed0")
+
+
+@pytest.mark.parametrize("argv", [["--inner-lr", "1e300"], ["--batch", "4611686018427387904"], ["--seeds", "0"], ["--lr", "nan"]])
+def test_impossible_numbers_get_one_sentence(tmp_path, fails, argv):
+    assert f"argument {argv[0]}: {argv[1]} is not" in fails(train_synthetic, *argv, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_traceback_on_request(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VSM_TRACEBACK", "1")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        command_line(lambda: train_synthetic.parse_args([*SMALL, "--out", str(tmp_path / "file" / "run")]), train_synthetic.main)
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and text.startswith("Traceback") and "error: cannot write" in text.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------------------------- processes and signals
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_signals_end_a_process_with_their_code_and_it_resumes(tmp_path):
+    """SIGINT to one process, SIGTERM to another without a stderr; both at once, as starting Python takes longer than a run."""
+    processes = {}
+    for number, closed in ((signal.SIGINT, ""), (signal.SIGTERM, "2>&-")):
+        command = [sys.executable, str(ROOT / "train_synthetic.py"), *SMALL, "--epochs", "1000", "--out", str(tmp_path / number.name)]
+        processes[number] = subprocess.Popen(["bash", "-c", f'exec "$@" {closed}', "-", *command], env=environment(), text=True,
+                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for number, process in processes.items():
+        begun = time.monotonic()
+        while not (tmp_path / number.name / "checkpoint.pt").exists() and time.monotonic() < begun + 60:
+            time.sleep(0.01)
+        process.send_signal(number)
+    for number, process in processes.items():
+        text = "".join(process.communicate(timeout=60))
+        assert process.returncode == 128 + number and "Traceback" not in text
+        assert ("stopped by SIGINT; the same command goes on" in text) == (number == signal.SIGINT)
+    steps = [load_checkpoint(tmp_path / number.name / "checkpoint.pt")["trainer"]["step"] for number in processes]
+    epochs = max(steps) // 4 + 2
+    assert epochs < 1000
+    for name in ("whole", *(number.name for number in processes)):
+        train(tmp_path / name, epochs=epochs)
+        assert_equal_runs(tmp_path / "whole", tmp_path / name)
+
+
+def test_a_reader_that_has_left_gets_no_traceback(tmp_path):
+    command = f"{sys.executable} {ROOT}/train_synthetic.py {' '.join(SMALL)} --dry-run | head -0; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout in ("141\n", "0\n") and not done.stderr
+
+
+def run_script(script, argv):
+    """In a process of its own: the whole command line, silent."""
+    torch.set_num_threads(1)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    sys.argv, script = [f"{script}.py"], importlib.import_module(script)
+    command_line(lambda: script.parse_args(argv), script.main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [train_synthetic, train_images], ids=lambda script: script.__name__)
+def test_a_hundred_kills_change_no_bit(digits, tmp_path, script):
+    argv = [*SMALL, "--epochs", "9"] if script is train_synthetic else [*IMAGES, "--epochs", "9", "--data-root", str(digits)]
+    context, rng, kills, codes = multiprocessing.get_context("forkserver"), random.Random(0), 0, set()
+    context.set_forkserver_preload(["train_images", "train_synthetic"])
+
+    def start(out):
+        process = context.Process(target=run_script, args=(script.__name__, [*argv, "--out", str(out)]))
+        process.start()
+        return process
+
+    for _ in range(2):  # the first one waits for the server
+        shutil.rmtree(tmp_path / "whole", ignore_errors=True)
+        begun = time.monotonic()
+        process = start(tmp_path / "whole")
+        process.join()
+        duration = time.monotonic() - begun
+        assert process.exitcode == 0
+    for turn in range(1000):
+        if kills >= 100:
+            break
+        out = tmp_path / str(turn)
+        while True:
+            process = start(out)
+            process.join(rng.uniform(0, duration))
+            if process.exitcode is None:
+                kills += 1
+                os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+                process.join()
+            codes.add(process.exitcode)
+            if process.exitcode == 0:
+                break
+        assert_equal_runs(tmp_path / "whole", out)
+        assert not list(out.glob(".*.tmp"))
+    assert kills >= 100 and codes <= {0, 1, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT}, codes
