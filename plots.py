@@ -7,6 +7,7 @@ Packs are made by
     python plots.py pack runs/synthetic/* --save results/figure3.npz --keep test_data
 and the numbers behind a sweep of 2-D runs by
     python plots.py sweep_table results/figure3.npz --save figure3.md
+    python plots.py study_table results/study2d.npz --save study2d.md
 
 Scripts call the same functions at their end, so a figure can be redrawn at any time without a model or a GPU.
 """
@@ -59,8 +60,8 @@ FIGURES = [
     *family("audit", "audit", "audit", many=False),
 ]
 FIGURES = {figure.name: figure for figure in FIGURES}
-OTHERS = ("pack", "sweep_table")  # commands that write no figure
-ENDINGS = {"pack": (".npz",), "sweep_table": (".md",)}
+OTHERS = ("pack", "sweep_table", "study_table")  # commands that write no figure
+ENDINGS = {"pack": (".npz",), "sweep_table": (".md",), "study_table": (".md",)}
 
 
 def __getattr__(name):
@@ -134,6 +135,10 @@ def main(args):
         from vsm.sweep import sweep_table
 
         write_atomic(save, sweep_table(runs).encode())
+    elif args.figure == "study_table":
+        refuse_other_scripts(args.figure, runs, ["train_synthetic", "train_images"])
+        from vsm.study import study_table
+        write_atomic(save, study_table(runs).encode())
     else:
         draw(FIGURES[args.figure], runs, save)
     print(save)
