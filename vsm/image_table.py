@@ -11,7 +11,7 @@ from vsm.packs import StoredRun
 from vsm.runs import NOT_IDENTITY, flag_name, group_by_seed, save_arrays, write_atomic
 from vsm.tables import markdown_table, mean_and_error_text
 
-PAPER = json.loads((Path(__file__).parent.parent / "paper.json").read_text())
+PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 COLUMNS = {"fid": "FID", "kid_x1000": "KID x1000", "fid_aggregate": "FID, aggregate", "fid_reconstruction": "FID, posterior",
            "negative_elbo": "-ELBO", "negative_iw_bound": "-IW bound", "reconstruction_mse": "MSE", "latent_mmd": "MMD^2",
            "posterior_fd": "posterior FD", "active_second_moment": "E z^2"}
