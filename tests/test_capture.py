@@ -23,6 +23,8 @@ from training import Trainer
 from vsm.laws import LAWS, Mixture
 
 PAIRS = [(learn, infer) for learn in LEARN for infer in INFER if learn == infer == "fae" or not (LEARN[learn].joint or INFER[infer].joint)]
+QUICK = {("elbo", "kld"), ("fd", "fd"), ("swersky", "fd-weighted"), ("bao", "fd-repar"), ("fae", "fae")}  # every name once
+MARKED = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
 META = torch.device("meta")
 FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.Tensor.new_tensor}
 WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
@@ -155,7 +157,7 @@ def estimators(pairs):
     return [(learn, infer, estimator) for learn, infer in pairs if LEARN[learn].has_estimator for estimator in ("unbiased", "released")]
 
 
-@pytest.mark.parametrize("learn, infer", PAIRS)
+@pytest.mark.parametrize("learn, infer", MARKED)
 def test_an_update_on_images_keeps_the_rules(learn, infer):
     watch_images(image_trainer(learn, infer))
 
@@ -192,7 +194,7 @@ def test_every_law_keeps_the_rules(law):
     watch_ensemble(ensemble_trainer("fd", "kld", "--data", law))
 
 
-@pytest.mark.parametrize("learn, infer", PAIRS)
+@pytest.mark.parametrize("learn, infer", MARKED)
 def test_every_pair_of_an_ensemble_keeps_the_rules(learn, infer):
     watch_ensemble(ensemble_trainer(learn, infer))
 
