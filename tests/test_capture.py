@@ -1,0 +1,265 @@
+"""What a CUDA graph asks of an update, tested without a GPU: every kind of update runs on the device `meta`, watched operation by operation.
+
+An update may not wait for the device, may not make or meet a tensor of the host, writes in place into tensors of state() and tensors of its
+own alone, and replaces no tensor of state(). Tensors on `meta` have shapes and no values, so the tests take little time.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.distributions import kl_divergence
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import models
+import train_synthetic
+import training
+from models import build_vae
+from objectives import INFER, LEARN
+from train_synthetic import EnsembleTrainer
+from training import Trainer
+from vsm.laws import LAWS, Mixture
+
+PAIRS = [(learn, infer) for learn in LEARN for infer in INFER if learn == infer == "fae" or not (LEARN[learn].joint or INFER[infer].joint)]
+QUICK = {("elbo", "kld"), ("fd", "fd"), ("swersky", "fd-weighted"), ("bao", "fd-repar"), ("fae", "fae")}  # every name once
+MARKED = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
+META = torch.device("meta")
+FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.Tensor.new_tensor}
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class Forbidden(Exception):
+    """An update did what a CUDA graph cannot capture, or what its replay would not repeat."""
+
+
+class Factories(TorchFunctionMode):
+    """Refuses the functions that copy from the host, and draws without a generator, of which `meta` has none."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in FROM_HOST:
+            raise Forbidden(f"{function.__name__} copies from the host")
+        kwargs = dict(kwargs or {})
+        if "generator" in kwargs:
+            kwargs["generator"] = None
+        return function(*args, **kwargs)
+
+
+class Operations(TorchDispatchMode):
+    """Refuses operations that wait for the device, tensors of the host, and writes into what is neither state nor of the update."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.storages = [tensor.untyped_storage() for tensor in state.values()]  # kept alive, so that no address is used again
+        self.writable = {storage._cdata for storage in self.storages}
+        self.seen = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operation._schema.name.split("::")[1]
+        if name in WAITING:
+            raise Forbidden(f"{name} waits for the device")
+        if name in INDEXING and any(index.dtype == torch.bool for index in tensors(args[1])):
+            raise Forbidden(f"{name} by a boolean mask waits for the device")
+        given = tensors((args, kwargs))
+        self.refuse_host(name, given)
+        for argument, value in zip(operation._schema.arguments, args):
+            self.refuse_write(name, argument, value)
+        for argument in operation._schema.arguments:
+            self.refuse_write(name, argument, kwargs.get(argument.name))
+        result = None if operation is torch.ops.aten._fused_adam_.tensor_lr else operation(*args, **kwargs)  # of which `meta` has no kernel
+        made = tensors(result)
+        self.refuse_host(name, made)
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        for storage in (tensor.untyped_storage() for tensor in made):
+            if storage._cdata not in known:
+                self.storages.append(storage)
+                self.writable.add(storage._cdata)
+        self.seen += 1
+        return result
+
+    def refuse_write(self, name, argument, value):
+        written = tensors(value) if argument.alias_info is not None and argument.alias_info.is_write else []
+        if any(tensor.untyped_storage()._cdata not in self.writable for tensor in written):
+            raise Forbidden(f"{name} writes into a tensor that is not in state()")
+
+    @staticmethod
+    def refuse_host(name, given):
+        if any(tensor.device != META for tensor in given):
+            raise Forbidden(f"{name} makes or meets a tensor of the host")
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def watch(trainer, update):
+    """Run update() by the rules, twice, since the first one makes what the second one finds (the gradients). Returns the operations seen."""
+    for _ in range(2):
+        before = trainer.state()
+        with Factories(), Operations(before) as operations:
+            update()
+        after = trainer.state()
+        assert list(before) == list(after)
+        for name, tensor in before.items():
+            if tensor.untyped_storage()._cdata != after[name].untyped_storage()._cdata:
+                raise Forbidden(f"{name} is replaced")
+    return operations.seen
+
+
+@pytest.fixture(autouse=True)
+def on_meta(monkeypatch):
+    """Generators and a fused, capturable Adam, as on a GPU, for the device `meta`, which PyTorch refuses both."""
+    cpu_generator, optimiser, make = torch.Generator, torch.optim.Adam, training.adam
+
+    class OnHost:  # a class, since annotations of modules that PyTorch imports late name torch.Generator
+        def __new__(cls, device=None):
+            return cpu_generator()
+
+    class Adam(optimiser):
+        def __init__(self, params, lr, fused, capturable):
+            super().__init__(params, 1e-3, capturable=capturable)
+            self.param_groups[0] |= {"lr": lr, "fused": fused, "foreach": False}
+            self._need_device_dtype_check_for_fused = False
+
+    monkeypatch.setattr(torch, "Generator", OnHost)
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    for module in (training, train_synthetic):
+        monkeypatch.setattr(module, "adam", lambda params, lr, capturable, scheduled=False: make(params, lr, True, scheduled))
+
+
+def image_trainer(learn="fd", infer="kld", net="mlp", latent="gaussian", **options):
+    side = 32 if net == "conv" else 4
+    vae = build_vae(net, (1, side, side), 3, width=4, latent=latent).to(META)
+    flags = {"estimator": "plugin", "samples": 2, "inner_steps": 2, "noise": 0.1, "batch": 4, "lr": 1e-3, "seed": 0} | options
+    trainer = Trainer(vae, torch.empty(9, 1, side, side, dtype=torch.uint8, device=META), learn=learn, infer=infer, **flags)
+    trainer.begin_epoch(0)
+    return trainer
+
+
+def watch_images(trainer):
+    for with_decoder in (False, True):
+        assert watch(trainer, partial(trainer.update, with_decoder)) > 50
+
+
+def ensemble_trainer(learn="fd", infer="kld", *flags):
+    argv = ["--learn", learn, "--infer", infer, "--seeds", "2", "--batch", "5", "--hidden", "4", "--inner-steps", "2", *flags]
+    return EnsembleTrainer(train_synthetic.parse_args(argv), META)
+
+
+def watch_ensemble(trainer):
+    assert watch(trainer, trainer.update) > 50
+
+
+def estimators(pairs):
+    return [(learn, infer, estimator) for learn, infer in pairs if LEARN[learn].has_estimator for estimator in ("unbiased", "released")]
+
+
+@pytest.mark.parametrize("learn, infer", MARKED)
+def test_an_update_on_images_keeps_the_rules(learn, infer):
+    watch_images(image_trainer(learn, infer))
+
+
+@pytest.mark.parametrize("net, options", [("conv", {}), ("mlp", {"lr_half_life": 1.0}), ("mlp", {"latent": "bernoulli"}),
+                                          ("mlp", {"infer_samples": 3})])
+def test_another_network_latent_or_schedule_keeps_the_rules(net, options):
+    watch_images(image_trainer("bao", "kld", net, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"lr_half_life": 1.0}])
+@pytest.mark.parametrize("learn, infer", PAIRS)
+def test_every_pair_of_a_conv_network_keeps_the_rules(learn, infer, options):
+    watch_images(image_trainer(learn, infer, "conv", **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+@pytest.mark.parametrize("learn", [learn for learn, infer in PAIRS if infer == "kld"])
+def test_every_objective_of_bernoulli_latents_keeps_the_rules(learn, net):
+    watch_images(image_trainer(learn, "kld", net, latent="bernoulli"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learn, infer, estimator", estimators(PAIRS))
+def test_every_estimator_keeps_the_rules(learn, infer, estimator):
+    watch_images(image_trainer(learn, infer, estimator=estimator))
+    watch_ensemble(ensemble_trainer(learn, infer, "--estimator", estimator, "--samples", "1" if estimator == "released" else "2"))
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_every_law_keeps_the_rules(law):
+    watch_ensemble(ensemble_trainer("fd", "kld", "--data", law))
+
+
+@pytest.mark.parametrize("learn, infer", MARKED)
+def test_every_pair_of_an_ensemble_keeps_the_rules(learn, infer):
+    watch_ensemble(ensemble_trainer(learn, infer))
+
+
+@pytest.mark.parametrize("learn, infer", [pytest.param(*pair, marks=() if pair == ("bao", "fd") else pytest.mark.slow) for pair in PAIRS])
+def test_kept_steps_and_a_schedule_keep_the_rules(learn, infer):
+    watch_ensemble(ensemble_trainer(learn, infer, "--bilevel-steps", "2", "--lr-half-life", "1"))
+
+
+# ------------------------------------------------------------------------------------------------------- the rules are enforced
+
+
+def after_update(change):
+    """A fault: update() and then change(trainer)."""
+    def inject(monkeypatch):
+        update = Trainer.update
+        monkeypatch.setattr(Trainer, "update", lambda trainer, with_decoder: (update(trainer, with_decoder), change(trainer)))
+
+    return inject
+
+
+def rebind_clock(trainer):
+    trainer.clock = trainer.clock + 1
+
+
+def forget_cursor(monkeypatch):
+    state = Trainer.state
+    monkeypatch.setattr(Trainer, "state", lambda trainer: {k: v for k, v in state(trainer).items() if k != "cursor"})
+
+
+def clip(trainer):
+    torch.nn.utils.clip_grad_norm_(trainer.phi.params, 1.0, error_if_nonfinite=True)
+
+
+def masked_kl(monkeypatch):
+    monkeypatch.setattr(models.VAE, "kl", lambda vae, q: kl_divergence(q.base_dist, vae.prior.base_dist))
+
+
+def host_scalar(monkeypatch):
+    scale = torch.tensor(1 / 255)
+    after_update(lambda trainer: trainer.vae.log_gamma.detach() * scale)(monkeypatch)
+
+
+FAULTS = {
+    "clock re-bound": (after_update(rebind_clock), "replaced"),
+    "cursor left out of state()": (forget_cursor, "not in state"),
+    "error_if_nonfinite": (after_update(clip), "waits"),
+    "masked KL": (masked_kl, "waits|host"),
+    "forgotten device": (after_update(lambda trainer: torch.zeros(3)), "host"),
+    "float()": (after_update(lambda trainer: float(trainer.sums[0, 0])), "waits"),
+    "host scalar": (host_scalar, "host"),
+    "boolean mask": (after_update(lambda trainer: trainer.sums[trainer.sums > 0]), "waits"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_an_update_is_caught(fault, monkeypatch):
+    inject, message = FAULTS[fault]
+    inject(monkeypatch)
+    latent = "bernoulli" if fault == "masked KL" else "gaussian"
+    with pytest.raises(Forbidden, match=message):
+        watch_images(image_trainer("elbo", "kld", latent=latent))
+
+
+def test_a_tensor_from_the_host_in_a_law_is_caught(monkeypatch):
+    monkeypatch.setattr(Mixture, "transform", lambda law, u: u[..., :2] * torch.tensor([0.5, 0.2], device=u.device))
+    with pytest.raises(Forbidden, match="copies from the host"):
+        watch_ensemble(ensemble_trainer("fd", "kld", "--data", "mixture"))
