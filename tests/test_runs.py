@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -276,31 +277,6 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_signals_end_a_process_with_their_code_and_it_resumes(tmp_path):
-    """SIGINT to one process, SIGTERM to another without a stderr; both at once, as starting Python takes longer than a run."""
-    processes = {}
-    for number, closed in ((signal.SIGINT, ""), (signal.SIGTERM, "2>&-")):
-        command = [sys.executable, str(ROOT / "train_synthetic.py"), *SMALL, "--epochs", "1000"]
-        command += ["--out", str(tmp_path / number.name)]
-        processes[number] = subprocess.Popen(["bash", "-c", f'exec "$@" {closed}', "-", *command], env=environment(), text=True,
-                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for number, process in processes.items():
-        begun = time.monotonic()
-        while not (tmp_path / number.name / "checkpoint.pt").exists() and time.monotonic() < begun + 60:
-            time.sleep(0.01)
-        process.send_signal(number)
-    for number, process in processes.items():
-        text = "".join(process.communicate(timeout=60))
-        assert process.returncode == 128 + number and "Traceback" not in text
-        assert ("stopped by SIGINT; the same command goes on" in text) == (number == signal.SIGINT)
-    steps = [load_checkpoint(tmp_path / number.name / "checkpoint.pt")["trainer"]["step"] for number in processes]
-    epochs = max(steps) // 4 + 2
-    assert epochs < 1000
-    for name in ("whole", *(number.name for number in processes)):
-        train(tmp_path / name, epochs=epochs)
-        assert_equal_runs(tmp_path / "whole", tmp_path / name)
-
-
 def test_a_reader_that_has_left_gets_no_traceback(tmp_path):
     command = f"{sys.executable} {ROOT}/train_synthetic.py {' '.join(SMALL)} --dry-run | head -0; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=120, check=True)
@@ -318,51 +294,70 @@ for line in sys.stdin:
     if pid := os.fork():
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-        continue
-    try:
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    else:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         script = sys.modules[name]
         command_line(lambda: script.parse_args(argv), script.main)
-        os._exit(0)
-    except SystemExit as ended:
-        os._exit(ended.code)
-    except BaseException:
-        os._exit(1)
+        sys.exit()
 """  # a process that has imported everything, and forks one more for each line that it reads
+
+
+@contextlib.contextmanager
+def processes(redirection):
+    """run(script, argv, wait, number) -> the exit code of a process that gets the signal `number` once wait() returns."""
+    command = ["bash", "-c", f'exec "$@" {redirection}', "-", sys.executable, "-c", SERVER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes) as server:
+        def run(script, argv, wait=None, number=None):
+            server.stdin.write(json.dumps([script, [*map(str, argv)]]) + "\n")
+            server.stdin.flush()
+            pid = int(server.stdout.readline())
+            if wait:
+                wait()
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            return int(server.stdout.readline())
+
+        yield run
+
+
+def test_signals_end_a_process_with_their_code_and_it_resumes(tmp_path):
+    """Also without a stderr, as after 2>&-."""
+    def trains():
+        begun = time.monotonic()
+        while not (out / "checkpoint.pt").exists() and time.monotonic() < begun + 60:
+            time.sleep(0.01)
+
+    outs = []
+    with processes("2>&-") as run:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            outs.append(out := tmp_path / number.name)
+            assert run("train_synthetic", [*SMALL, "--epochs", 1000, "--out", out], trains, number) == 128 + number
+    epochs = max(load_checkpoint(out / "checkpoint.pt")["trainer"]["step"] for out in outs) // 4 + 2
+    assert epochs < 1000
+    train(tmp_path / "whole", epochs=epochs)
+    for out in outs:
+        train(out, epochs=epochs)
+        assert_equal_runs(tmp_path / "whole", out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, argv", [("train_synthetic", SMALL), ("train_images", IMAGES)])
 def test_a_hundred_kills_change_no_bit(digits, tmp_path, script, argv):
-    if script == "train_images":
-        argv = [*argv, "--data-root", str(digits)]
-    server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=environment(), text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)
-
-    def run(out, seconds=None, number=None):
-        """The exit code of a process that gets this signal after so many seconds."""
-        server.stdin.write(json.dumps([script, [*argv, "--epochs", "9", "--out", str(out)]]) + "\n")
-        server.stdin.flush()
-        pid = int(server.stdout.readline())
-        if number:
-            time.sleep(seconds)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        return int(server.stdout.readline())
-
-    assert run(tmp_path / "first") == 0
-    begun = time.monotonic()
-    assert run(tmp_path / "whole") == 0
-    duration, rng, kills, turn = time.monotonic() - begun, random.Random(0), Counter(), 0
-    while sum(kills.values()) < 100:
-        turn, code = turn + 1, None
-        while code != 0:
-            number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            code = run(tmp_path / str(turn), rng.uniform(0, 1.2 * duration), number)
-            assert code in (0, 1, -number, 128 + number)
-            kills[code] += code != 0
-        assert_equal_runs(tmp_path / "whole", tmp_path / str(turn))
-        assert not list((tmp_path / str(turn)).glob(".*.tmp"))
-    server.communicate()
+    argv = [*argv, "--epochs", 9, *(["--data-root", digits] if script == "train_images" else [])]
+    rng, kills, turn = random.Random(0), Counter(), 0
+    with processes("2>/dev/null") as run:
+        assert run(script, [*argv, "--out", tmp_path / "first"]) == 0
+        begun = time.monotonic()
+        assert run(script, [*argv, "--out", tmp_path / "whole"]) == 0
+        duration = time.monotonic() - begun
+        while kills.total() < 100:
+            turn, code = turn + 1, None
+            while code != 0:
+                number, seconds = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]), rng.uniform(0, 1.2 * duration)
+                code = run(script, [*argv, "--out", tmp_path / str(turn)], partial(time.sleep, seconds), number)
+                assert code in (0, -number, 128 + number)
+                kills[code] += code != 0
+            assert_equal_runs(tmp_path / "whole", tmp_path / str(turn))
+            assert not list((tmp_path / str(turn)).glob(".*.tmp"))
     print(f"{script}: exit codes {dict(kills)} in {turn} runs, each of {duration:.2f} s undisturbed")
