@@ -230,7 +230,8 @@ def main(args):
     with Run(args.out, "train_synthetic", vars(args), device, args.overwrite, args.tensorboard, label=name_of(args)) as run:
         if not run.status:
             fit(run, args, trainer)
-        plots.synthetic_samples([run.path], run.path / "samples.png")
+        if not (run.path / "samples.png").exists():
+            plots.synthetic_samples([run.path], run.path / "samples.png")
 
 
 def fit(run, args, trainer):

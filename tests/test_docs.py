@@ -24,9 +24,11 @@ def blocks(page, language):
 
 def commands(shell):
     """The argument lists that `python` gets in a piece of shell, everything else left out."""
+    if "python " not in shell:
+        return []
     lines = [line for line in shell.replace("\\\n", " ").splitlines()
              if not re.match(r"\s*(?:[A-Z_]+=\S+ )*(git|pip|pytest|python3? -m|\.|source|export|sbatch|scontrol|parallel|xargs|apt|ssh|tail|VSM_\w+=\S+ pytest)\b", line)]
-    done = subprocess.run(["bash", "-c", PRELUDE + "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", PRELUDE + "\n".join(lines)], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     return [line.split("\x1f")[1:] for line in done.stdout.splitlines() if line.startswith("COMMAND\x1f")]
 
 
