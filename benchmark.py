@@ -57,7 +57,8 @@ def model(args, device, image, net, precision="float32"):
 def recipe(args, pair, batch):
     """What the plain step and the Trainer's are given alike."""
     learn, infer = pairs()[pair]
-    return {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1, "batch": batch, "lr": 1e-4}
+    return {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1,
+            "batch": batch, "lr": 1e-4}
 
 
 def training_rows(args, device, part, image, net, pair, batch):
@@ -101,7 +102,7 @@ def batch_part(args, device):
 
 
 def ensemble_part(args, device):
-    """2-D VAEs: S seeds as one ensemble, eager and compiled, against one seed after another, seconds per decoder update of all."""
+    """2-D VAEs: S seeds as one ensemble, eager and compiled, against one seed after another; seconds per update of all."""
     for members in args.members:
         def trainer(seed, seeds, *more):
             flags = ["--seed", str(seed), "--seeds", str(seeds), *(["--batch", "100"] if args.quick else []), *more]
@@ -119,7 +120,7 @@ def ensemble_part(args, device):
 
 
 def toy_part(args, device):
-    """Toy inference: all starts, likelihoods, objectives and optimisers in one tensor against run after run, seconds per iteration of all."""
+    """Toy inference: all fits in one tensor against run after run, seconds per iteration of all of them."""
     steps, grid = ("2", "2") if args.quick else ("50", "4")
     toy = toy_inference.parse_args(["--iterations", steps, "--compare-loop", steps, "--grid", grid, "--frames", "2"])
     times = {"loop": [], "together": []}
@@ -139,7 +140,8 @@ def importance_part(args, device):
     vae = build_ensemble(2, 2, 30, range(10)).to(device)
     x = torch.randn(10, 500, 2, generator=torch.Generator().manual_seed(0)).to(device)
     for samples in args.importance_samples:
-        makers = {("streamed", "float32"): lambda samples=samples: SimpleNamespace(run_step=lambda: iw_log_likelihood(vae, x, samples))}
+        evaluation = SimpleNamespace(run_step=partial(iw_log_likelihood, vae, x, samples))
+        makers = {("streamed", "float32"): lambda evaluation=evaluation: evaluation}
         for (mode, precision), (times, memory) in measure(makers, 1, args.repeats, device).items():
             yield small_row("importance", "KLD-F", samples, mode, times, memory, precision)
 
@@ -159,14 +161,15 @@ def report(rows, rates, hours):
     """The Markdown table, and what it means for the paper's Table 1."""
     for precision, rate in rates.items():
         print(f"matrix product, {precision}: {spread(rate / 1e12, '.3g')} TFLOP/s")
-    print("\n| part | network | pair | size | mode | precision | ms a step | size/s | times plain's (the loop's) speed | times the floor's time | "
-          "of the matrix rate | peak MiB |\n" + "|---" * 12 + "|")
+    print("\n| part | network | pair | size | mode | precision | ms a step | size/s | times plain's (the loop's) speed | "
+          "times the floor's time | of the matrix rate | peak MiB |\n" + "|---" * 12 + "|")
     for row in rows:
-        plain = partner(rows, row, "plain", "float32") if row["part"] in ("images", "batch") else partner(rows, row, "loop", row["precision"])
+        rival = ("plain", "float32") if row["part"] in ("images", "batch") else ("loop", row["precision"])
+        plain = partner(rows, row, *rival)
         floor = partner(rows, row, "floor", row["precision"])
         share = row["flops"] / row["seconds"] / np.median(rates[row["precision"]]) if row["precision"] in rates else math.nan
-        print(f"| {row['part']} | {row['net']} {row['image']} | {row['pair']} | {row['size']} | {row['mode']} | {row['precision']} | "
-              f"{1e3 * np.median(row['seconds']):.4g} | {row['size'] / np.median(row['seconds']):.4g} | "
+        print(f"| {row['part']} | {row['net']} {row['image']} | {row['pair']} | {row['size']} | {row['mode']} | "
+              f"{row['precision']} | {1e3 * np.median(row['seconds']):.4g} | {row['size'] / np.median(row['seconds']):.4g} | "
               f"{spread(plain / row['seconds'])} | {spread(row['seconds'] / floor)} | "
               f"{number(np.median(share), '.2f')} | {number(row['peak_memory'] / 2**20, '.0f')} |")
     for (mode, precision), duration in hours.items():
@@ -210,19 +213,22 @@ def recipe_of_the_paper(args):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--part", choices=(*PARTS, "all"), default="images", help="images: every pair; batch: KLD-F against the size of the minibatch; "
-         "ensemble: 2-D VAEs against a loop over seeds; toy: toy inference against a loop over runs; "
+    flag("--part", choices=(*PARTS, "all"), default="images", help="images: every pair; batch: KLD-F against the size of the "
+         "minibatch; ensemble: 2-D VAEs against a loop over seeds; toy: toy inference against a loop over runs; "
          "importance: time and memory against samples")
-    flag("--pairs", nargs="+", choices=pairs(), default=list(pairs()), metavar="PAIR", help="of --part images, named as in the paper")
+    flag("--pairs", nargs="+", choices=pairs(), default=list(pairs()), metavar="PAIR",
+         help="of --part images, named as in the paper")
     flag("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"], help="tf32 on a GPU only")
     flag("--repeats", type=positive, default=5, help="turns, each of one timing of everything that is compared")
     flag("--samples", type=positive, default=5, help="posterior samples per image, N")
     flag("--batches", nargs="+", type=positive, default=[10, 30, 100, 300], help="sizes of --part batch")
     flag("--members", nargs="+", type=positive, default=[1, 3, 10, 30], help="sizes of --part ensemble")
-    flag("--importance-samples", nargs="+", type=positive, default=[1000, 3000, 10_000, 30_000], help="sizes of --part importance")
+    flag("--importance-samples", nargs="+", type=positive, default=[1000, 3000, 10_000, 30_000],
+         help="sizes of --part importance")
     flag("--quick", action="store_true", help="unless given: a tiny model, three pairs and two turns; does it run, not how fast")
     flag = parser.add_argument_group("model").add_argument
-    flag("--net", nargs="+", choices=("conv", "resnet"), default=["conv", "resnet"], help="networks; --part batch takes the first")
+    flag("--net", nargs="+", choices=("conv", "resnet"), default=["conv", "resnet"],
+         help="networks; --part batch takes the first")
     flag("--image", nargs="+", choices=RUN_STEPS, default=["1x32"], help="channels and side of the images")
     flag("--width", type=positive, default=None, help="base channels (default: 64)")
     flag("--dim-z", type=positive, default=100, help="latent dimensions")
@@ -236,8 +242,8 @@ def parse_args(argv=None):
     flag("--overwrite", action="store_true", help="measure again what was measured")
     args = parser.parse_args(argv)
     if args.quick:
-        parser.set_defaults(net=["conv"], width=8, dim_z=10, samples=2, inner_steps=2, batch=20, batches=[10, 20], repeats=2, members=[3],
-                            importance_samples=[100, 200], pairs=["KLD-F", "FD-B", "FAE"])
+        parser.set_defaults(net=["conv"], width=8, dim_z=10, samples=2, inner_steps=2, batch=20, batches=[10, 20], repeats=2,
+                            members=[3], importance_samples=[100, 200], pairs=["KLD-F", "FD-B", "FAE"])
         args = parser.parse_args(argv)
     if args.threads and args.threads > 4 * os.cpu_count():
         parser.error(f"--threads {args.threads} is more than four times the {os.cpu_count()} processors here")
@@ -259,7 +265,8 @@ def main(args):
             rows = [row for part in (PARTS if args.part == "all" else [args.part]) for row in PARTS[part](args, device)]
             report(rows, rates, table1_hours(rows) if recipe_of_the_paper(args) else {})
             arrays = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-            run.save_metrics(**arrays, matrix_precision=np.array(list(rates)), matrix_rate=np.stack(list(rates.values())), status="ok")
+            run.save_metrics(**arrays, matrix_precision=np.array(list(rates)), matrix_rate=np.stack(list(rates.values())),
+                             status="ok")
         if not (run.path / "benchmark.png").exists():
             plots.benchmark([run.path], run.path / "benchmark.png")
 

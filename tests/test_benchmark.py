@@ -23,7 +23,8 @@ OPTIONS = {"samples": 3, "inner_steps": 2, "noise": 0.1, "batch": 8, "lr": 1e-4}
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
-@pytest.mark.parametrize("name", ["infer kld", "infer fd", "infer fd-weighted", "infer fd-repar", "learn elbo", "learn fd", "learn swersky", "learn bao", "fae"])
+@pytest.mark.parametrize("name", ["infer kld", "infer fd", "infer fd-weighted", "infer fd-repar",
+                                  "learn elbo", "learn fd", "learn swersky", "learn bao", "fae"])
 def test_the_plain_step_has_the_trainers_gradients(name, norm):
     torch.manual_seed(0)
     vae = build_vae("conv", (1, 32, 32), 4, width=4, norm=norm, init_sd=0.5).double()
@@ -31,7 +32,8 @@ def test_the_plain_step_has_the_trainers_gradients(name, norm):
     kind, _, objective = name.rpartition(" ")
     phi, theta = list(vae.encoder.parameters()), [*vae.decoder.parameters(), vae.log_gamma]
     moving = {"infer": phi, "learn": theta, "": phi + theta}[kind]
-    ours = {"infer": lambda: infer_loss(vae, x, objective, lambda q: noise), "learn": lambda: learn_loss(vae, x, objective, lambda q: noise),
+    ours = {"infer": lambda: infer_loss(vae, x, objective, lambda q: noise),
+            "learn": lambda: learn_loss(vae, x, objective, lambda q: noise),
             "": lambda: joint_loss(vae, x, "fae", lambda q: noise)}[kind]().mean()
     if kind == "infer":
         objective = INFERENCE[objective]
@@ -66,7 +68,8 @@ def flops_of_two_steps(stepper):
 def test_the_trainer_computes_what_is_needed_and_no_more(pair):
     learn, infer = pairs()[pair]
     images = torch.randint(0, 256, (24, 1, 32, 32), dtype=torch.uint8)
-    trainer = Trainer(build_vae("conv", (1, 32, 32), 6, width=4), images, learn=learn, infer=infer, estimator="plugin", seed=0, **OPTIONS)
+    trainer = Trainer(build_vae("conv", (1, 32, 32), 6, width=4), images, learn=learn, infer=infer, estimator="plugin", seed=0,
+                      **OPTIONS)
     plain = Plain(build_vae("conv", (1, 32, 32), 6, width=4), images, torch.device("cpu"), learn=learn, infer=infer, **OPTIONS)
     floor = Floor(trainer, "float32")
     assert flops_of_two_steps(floor) == 2 * floor.flops

@@ -1,7 +1,8 @@
-"""What a CUDA graph asks of an update, tested without a GPU: every kind of update runs on the device `meta`, watched operation by operation.
+"""What a CUDA graph asks of an update, tested without a GPU: every kind of update runs on the device `meta`, under watch.
 
-An update may not wait for the device, may not make or meet a tensor of the host, writes in place into tensors of state() and tensors of its
-own alone, and replaces no tensor of state(). Tensors on `meta` have shapes and no values, so the tests take little time.
+An update may not wait for the device and may not make or meet a tensor of the host. It writes in place into tensors of state()
+and tensors of its own alone, replaces no tensor of state(), and draws only from the generators that a checkpoint keeps.
+Tensors on `meta` have shapes and no values, so the tests take little time. `meta` has no autocast, so bf16 is not tested here.
 """
 
 from functools import partial
@@ -16,13 +17,14 @@ from torch.utils._pytree import tree_leaves
 import models
 import train_synthetic
 import training
+from benchmark import pairs
 from models import build_vae
-from objectives import INFER, LEARN
+from objectives import LEARN
 from train_synthetic import EnsembleTrainer
 from training import Trainer
 from vsm.laws import LAWS, Mixture
 
-PAIRS = [(learn, infer) for learn in LEARN for infer in INFER if learn == infer == "fae" or not (LEARN[learn].joint or INFER[infer].joint)]
+PAIRS = list(pairs().values())
 QUICK = {("elbo", "kld"), ("fd", "fd"), ("swersky", "fd-weighted"), ("bao", "fd-repar"), ("fae", "fae")}  # every name once
 MARKED = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
 META = torch.device("meta")
@@ -36,22 +38,22 @@ class Forbidden(Exception):
 
 
 class Factories(TorchFunctionMode):
-    """Refuses the functions that copy from the host, and draws without a generator, of which `meta` has none."""
+    """Refuses the functions that copy from the host."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in FROM_HOST:
             raise Forbidden(f"{function.__name__} copies from the host")
-        kwargs = dict(kwargs or {})
-        if "generator" in kwargs:
-            kwargs["generator"] = None
-        return function(*args, **kwargs)
+        return function(*args, **(kwargs or {}))
 
 
 class Operations(TorchDispatchMode):
-    """Refuses operations that wait for the device, tensors of the host, and writes into what is neither state nor of the update."""
+    """Refuses operations that wait for the device, tensors of the host, writes into what is neither state nor of the update, and
+    draws from other generators than the trainer's.
+    """
 
-    def __init__(self, state):
+    def __init__(self, state, generators):
         super().__init__()
+        self.seeds = {generator.initial_seed() for generator in generators}  # operations get other objects
         self.storages = [tensor.untyped_storage() for tensor in state.values()]  # kept alive, so that no address is used again
         self.writable = {storage._cdata for storage in self.storages}
         self.seen = 0
@@ -63,13 +65,18 @@ class Operations(TorchDispatchMode):
             raise Forbidden(f"{name} waits for the device")
         if name in INDEXING and any(index.dtype == torch.bool for index in tensors(args[1])):
             raise Forbidden(f"{name} by a boolean mask waits for the device")
+        if torch.Tag.nondeterministic_seeded in operation.tags:
+            generator = kwargs.get("generator")
+            if generator is None or generator.initial_seed() not in self.seeds:
+                raise Forbidden(f"{name} draws from a generator that no checkpoint keeps")
         given = tensors((args, kwargs))
         self.refuse_host(name, given)
         for argument, value in zip(operation._schema.arguments, args):
             self.refuse_write(name, argument, value)
         for argument in operation._schema.arguments:
             self.refuse_write(name, argument, kwargs.get(argument.name))
-        result = None if operation is torch.ops.aten._fused_adam_.tensor_lr else operation(*args, **kwargs)  # of which `meta` has no kernel
+        without_kernel = operation is torch.ops.aten._fused_adam_.tensor_lr  # on `meta`
+        result = None if without_kernel else operation(*args, **kwargs)
         made = tensors(result)
         self.refuse_host(name, made)
         known = {tensor.untyped_storage()._cdata for tensor in given}
@@ -96,10 +103,10 @@ def tensors(tree):
 
 
 def watch(trainer, update):
-    """Run update() by the rules, twice, since the first one makes what the second one finds (the gradients). Returns the operations seen."""
+    """Run update() by the rules, twice, since the first makes the gradients that the second finds. The number of operations."""
     for _ in range(2):
         before = trainer.state()
-        with Factories(), Operations(before) as operations:
+        with Factories(), Operations(before, trainer.generators) as operations:
             update()
         after = trainer.state()
         assert list(before) == list(after)
@@ -153,8 +160,9 @@ def watch_ensemble(trainer):
     assert watch(trainer, trainer.update) > 50
 
 
-def estimators(pairs):
-    return [(learn, infer, estimator) for learn, infer in pairs if LEARN[learn].has_estimator for estimator in ("unbiased", "released")]
+def estimators(of):
+    return [(learn, infer, estimator) for learn, infer in of if LEARN[learn].has_estimator
+            for estimator in ("unbiased", "released")]
 
 
 @pytest.mark.parametrize("learn, infer", MARKED)
@@ -199,7 +207,8 @@ def test_every_pair_of_an_ensemble_keeps_the_rules(learn, infer):
     watch_ensemble(ensemble_trainer(learn, infer))
 
 
-@pytest.mark.parametrize("learn, infer", [pytest.param(*pair, marks=() if pair == ("bao", "fd") else pytest.mark.slow) for pair in PAIRS])
+@pytest.mark.parametrize("learn, infer", [pytest.param(*pair, marks=() if pair == ("bao", "fd") else pytest.mark.slow)
+                                          for pair in PAIRS])
 def test_kept_steps_and_a_schedule_keep_the_rules(learn, infer):
     watch_ensemble(ensemble_trainer(learn, infer, "--bilevel-steps", "2", "--lr-half-life", "1"))
 
@@ -238,6 +247,7 @@ def host_scalar(monkeypatch):
     after_update(lambda trainer: trainer.vae.log_gamma.detach() * scale)(monkeypatch)
 
 
+STRANGER = torch.Generator().manual_seed(1)
 FAULTS = {
     "clock re-bound": (after_update(rebind_clock), "replaced"),
     "cursor left out of state()": (forget_cursor, "not in state"),
@@ -247,6 +257,8 @@ FAULTS = {
     "float()": (after_update(lambda trainer: float(trainer.sums[0, 0])), "waits"),
     "host scalar": (host_scalar, "host"),
     "boolean mask": (after_update(lambda trainer: trainer.sums[trainer.sums > 0]), "waits"),
+    "no generator": (after_update(lambda trainer: torch.randn(3, device=META)), "no checkpoint keeps"),
+    "another generator": (after_update(lambda trainer: torch.rand(3, generator=STRANGER, device=META)), "no checkpoint keeps"),
 }
 
 

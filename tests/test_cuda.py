@@ -1,7 +1,8 @@
-"""The update captured in a CUDA graph against the eager one. Without a GPU only the first two tests run, on stand-ins for CUDA."""
+"""The update captured in a CUDA graph against the eager one. Without a GPU the first two tests run alone, on stand-ins."""
 
 import io
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ def trainer(learn, infer, graph, net="conv", seed=0, bf16=False, device="cuda"):
     torch.manual_seed(seed)
     vae = build_vae(net, (1, 32, 32), 10, width=16, bf16=bf16).to(device)
     images = torch.randint(0, 256, (142, 1, 32, 32), dtype=torch.uint8).to(device)
-    return Trainer(vae, images, learn=learn, infer=infer, estimator="plugin", samples=3, inner_steps=3, noise=0.1, batch=20, lr=1e-4,
-                   seed=seed, graph=graph)
+    return Trainer(vae, images, learn=learn, infer=infer, estimator="plugin", samples=3, inner_steps=3, noise=0.1, batch=20,
+                   lr=1e-4, seed=seed, graph=graph)
 
 
 def run(trainer, steps=20):
@@ -58,7 +59,8 @@ def assert_same(first, second):
         if name in ("order", "cursor", "clock", "diverged_at") or name.endswith((".step", "num_batches_tracked")):
             assert torch.equal(tensor, states[1][name]), name
         elif name.startswith("vae."):
-            torch.testing.assert_close(tensor, states[1][name], rtol=1e-3, atol=3e-4, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(tensor, states[1][name], rtol=1e-3, atol=3e-4,
+                                       msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(first.sums, second.sums, rtol=1e-3, atol=1e-3)
 
 
@@ -122,7 +124,7 @@ def test_capture_itself_changes_nothing():
     captured.begin_epoch(0)
     before, generator_state = {name: t.clone() for name, t in captured.state().items()}, captured.generator.get_state()
     for with_decoder in (False, True):
-        captured.graphs.run(with_decoder, lambda with_decoder=with_decoder: captured.update(with_decoder), captured.state(), [captured.generator])
+        captured.graphs.run(with_decoder, partial(captured.update, with_decoder), captured.state(), [captured.generator])
     assert torch.equal(captured.generator.get_state(), generator_state)
     for name, tensor in captured.state().items():
         assert torch.equal(tensor, before[name]), name
@@ -164,8 +166,8 @@ def test_lower_precision_drifts_little(precision, drift):
 
 @needs_gpu
 def test_runs_with_and_without_graphs_agree(digits, tmp_path):
-    flags = ["--data", "mnist", "--data-root", str(digits), "--width", "8", "--dim-z", "5", "--batch", "50", "--epochs", "3", "--inner-steps", "2",
-             "--eval-every", "1", "--device", "cuda"]
+    flags = ["--data", "mnist", "--data-root", str(digits), "--width", "8", "--dim-z", "5", "--batch", "50", "--epochs", "3",
+             "--inner-steps", "2", "--eval-every", "1", "--device", "cuda"]
     for name, extra in (("captured", []), ("eager", ["--no-graph"])):
         train_images.main(train_images.parse_args([*flags, "--out", str(tmp_path / name), *extra]))
     captured, eager = (load_arrays(tmp_path / name / "metrics.npz") for name in ("captured", "eager"))
@@ -179,8 +181,9 @@ def test_runs_with_and_without_graphs_agree(digits, tmp_path):
 def test_a_captured_ensemble_equals_an_eager_one(data):
     ensembles = []
     for mode in ([], ["--no-graph"]):
-        args = train_synthetic.parse_args(["--data", data, "--learn", "bao", "--samples", "2", "--seeds", "3", "--batch", "50", "--hidden", "8",
-                                           "--inner-steps", "2", "--bilevel-steps", "1", "--device", "cuda", *mode])
+        args = train_synthetic.parse_args(["--data", data, "--learn", "bao", "--samples", "2", "--seeds", "3", "--batch", "50",
+                                           "--hidden", "8", "--inner-steps", "2", "--bilevel-steps", "1", "--device", "cuda",
+                                           *mode])
         ensembles.append(run(train_synthetic.EnsembleTrainer(args, torch.device("cuda"))))
     captured, eager = (ensemble.state() for ensemble in ensembles)
     assert captured.keys() == eager.keys() and torch.equal(captured["clock"], eager["clock"])

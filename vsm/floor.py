@@ -59,9 +59,11 @@ def record_layers(network, run, precision):
     layers = []
 
     def hook(module, inputs, output):
-        layers.append(layer_passes(module, *(t.bfloat16() if precision == "bf16" else t for t in (inputs[0], module.weight, output))))
+        tensors = inputs[0], module.weight, output
+        layers.append(layer_passes(module, *(t.bfloat16() if precision == "bf16" else t for t in tensors)))
 
-    handles = [m.register_forward_hook(hook) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    kinds = nn.Conv2d, nn.ConvTranspose2d, nn.Linear
+    handles = [module.register_forward_hook(hook) for module in network.modules() if isinstance(module, kinds)]
     run()
     for handle in handles:
         handle.remove()

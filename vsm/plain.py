@@ -5,7 +5,8 @@ from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 from torch.utils.data import DataLoader, TensorDataset
 
-INFERENCE = {"kld": "elbo", "fd": "posterior_fd", "fd-weighted": "posterior_fd_weighted", "fd-repar": "posterior_fd"}  # of --infer
+# the loss of each --infer
+INFERENCE = {"kld": "elbo", "fd": "posterior_fd", "fd-weighted": "posterior_fd_weighted", "fd-repar": "posterior_fd"}
 OBJECTIVES = ("elbo", "fd", "swersky", "bao", "fae", "posterior_fd", "posterior_fd_weighted")
 
 
@@ -64,7 +65,7 @@ def half_square(u):
 
 
 class Plain:
-    """Alg. 1 written down directly: a DataLoader, scores by autograd, gradients of all weights at every update, torch's default Adam."""
+    """Alg. 1 written down directly: a DataLoader, scores by autograd, gradients of all weights at every update, default Adam."""
 
     def __init__(self, vae, images, device, *, learn, infer, samples, inner_steps, noise, batch, lr):
         self.vae, self.device, self.learn, self.infer = vae, device, learn, infer

@@ -60,10 +60,10 @@ class Method(torch.nn.Module):
 
 
 def compiled(function):
-    """function(module, *tensors) -> tensors, with what it differentiates by the module's parameters, as one compiled function on a CPU.
+    """function(module, *tensors) -> tensors, with its derivatives by the module's parameters, as one compiled function on a CPU.
 
-    Traced at the first call, with the shapes of that call and with the parameters that require a gradient then; TorchInductor keeps
-    what it compiled on disk. Not for functions that change a buffer or draw random numbers.
+    It is traced at the first call, with the shapes of that call and the parameters that require a gradient then; TorchInductor
+    keeps what it compiled on disk. Not for functions that change a buffer or draw random numbers.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # slow to import, and few runs compile
 

@@ -28,8 +28,9 @@ def synchronise(device):
 
 
 def measure(makers, calls, repeats, device):
-    """Time contenders in turns: {key: (seconds per step [repeats], bytes)} for makers {(mode, precision): () -> what has run_step()}.
+    """Time contenders in turns: {key: (seconds per step [repeats], bytes)}.
 
+    makers: {key: () -> an object with run_step()}, a key being (mode, precision).
     bytes: the most that making it and its first steps held at once.
     """
     contenders, memory, times = {}, {}, {key: [] for key in makers}
@@ -54,7 +55,10 @@ def prepare(mode, precision, device):
 
 
 def peak_memory_of(function, device):
-    """Bytes by which function() raises the memory in use at its peak: reserved on a GPU, with the pools of its graphs, resident on Linux, elsewhere NaN."""
+    """Bytes by which function() raises the memory in use at its peak, NaN where the system does not tell.
+
+    On a GPU it is torch.cuda.max_memory_reserved, which counts the pools of idle graphs; on Linux the resident set.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
