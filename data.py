@@ -90,7 +90,7 @@ def load_images(name, root="data", limit=0, test_limit=0):
     require_images(name, data.test, data.test_labels, "test")
     train, train_labels = first(limit, data.train), first(limit, data.train_labels)
     test, test_labels = first(test_limit, data.test), first(test_limit, data.test_labels)
-    recipe = {**data.recipe, "counts": {"train": len(train), "test": len(test)}}
+    recipe = {"size": list(train.shape[1:]), **data.recipe, "counts": {"train": len(train), "test": len(test)}}
     return ImageData(train, test, train_labels, test_labels, recipe)
 
 
