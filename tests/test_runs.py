@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,6 +168,88 @@ def test_an_overwrite_that_was_killed_before_it_began_is_undone(tmp_path, capsys
     assert contents(tmp_path / "run").keys() == before.keys()
 
 
+def forked(action, fatal=None):
+    """action() in a child process, which SIGKILL ends at its write number `fatal`: every rename, sync and removal counts. The exit code."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        die_at_write(fatal)
+        action()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def die_at_write(fatal):
+    """In this process, which is one to lose: SIGKILL at write number `fatal`, before an even one and after an odd one."""
+    calls = []
+
+    def counted(write):
+        def call(*args, **options):
+            calls.append(1)
+            if len(calls) == fatal and fatal % 2 == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                write(*args, **options)
+            finally:
+                if len(calls) == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return call
+
+    for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def bare_run(out, value, overwrite=False):
+    """All that a run writes, without any training."""
+    with vsm.runs.Run(out, "train_synthetic", {"value": value}, torch.device("cpu"), overwrite) as run:
+        if not run.status:
+            run.load_checkpoint()
+            run.save_metrics(value=np.array(value))
+            run.save_checkpoint({"value": value})
+            run.save_metrics(value=np.array(value), status="ok")
+
+
+def values_in(folder):
+    return {int(load_arrays(place / "metrics.npz")["value"]) for place in (folder, folder / ".replaced") if (place / "metrics.npz").exists()}
+
+
+@pytest.fixture
+def no_git(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+
+def test_a_run_survives_a_kill_inside_any_write(tmp_path, no_git):
+    for fatal in range(1, 100):
+        out = tmp_path / str(fatal)
+        code = forked(lambda: bare_run(out, 1), fatal)
+        assert forked(lambda: bare_run(out, 1)) == 0 and vsm.runs.status_of(out) == "ok"
+        assert {file.name for file in out.iterdir()} == {".lock", "config.json", "metrics.npz", "checkpoint.pt"}
+        if code == 0:
+            break
+    assert code == 0 and fatal > 8
+
+
+@pytest.mark.parametrize("seconds", [[2, 12], pytest.param(range(1, 100), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_an_overwrite_survives_two_kills_inside_any_writes(tmp_path, no_git, seconds):
+    """Either the old run or the new one has its arrays at any time, and the same command succeeds in the end."""
+    bare_run(tmp_path / "old", 1)
+    for first in range(1, 100):
+        for second in seconds:
+            out, codes = shutil.copytree(tmp_path / "old", tmp_path / f"{first}-{second}"), []
+            for fatal in (first, second):
+                codes.append(forked(lambda: bare_run(out, 2, overwrite=True), fatal))
+                assert values_in(out), (first, second)
+            assert forked(lambda: bare_run(out, 2, overwrite=True)) == 0 and values_in(out) == {2}
+            assert not (out / ".replaced").exists() and not list(out.glob(".*.tmp"))
+            if codes[1] == 0:
+                break
+        if codes[0] == 0:
+            break
+    assert first > 12
+
+
 # -------------------------------------------------------------------------------------------- folders that are not this run's
 
 
@@ -268,6 +351,24 @@ def test_a_traceback_on_request(tmp_path, monkeypatch, capsys):
         command_line(lambda: train_synthetic.parse_args([*SMALL, "--out", str(tmp_path / "file" / "run")]), train_synthetic.main)
     text = capsys.readouterr().err
     assert ended.value.code == 2 and text.startswith("Traceback") and "error: cannot write" in text.splitlines()[-1]
+
+
+def test_tensorboard_gets_scalars_and_samples_or_says_how_it_is_installed(digits, tmp_path, fails, monkeypatch):
+    events = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            folder.mkdir(parents=True)
+            self.add_scalar = self.add_images = lambda name, value, *step: events.append((name, *step))
+            self.close = lambda: events.append("closed")
+
+    argv = [*IMAGES, "--data-root", str(digits), "--epochs", "2", "--tensorboard", "--out", str(tmp_path / "run")]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "pip install tensorboard" in fails(train_images, *argv) and not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    for _ in range(2):  # the second finds a finished run and writes nothing
+        train_images.main(train_images.parse_args(argv))
+    assert {("negative_elbo", 0), ("negative_elbo", 2), ("samples",)} <= {*events} and events.count("closed") == 1
 
 
 # -------------------------------------------------------------------------------------------------- processes and signals

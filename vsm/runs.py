@@ -197,7 +197,7 @@ class Run:
         self.overwrite, self.status = overwrite, None
         self.config = {"script": script, "flags": {k: v for k, v in flags.items() if k not in ("overwrite", "dry_run", "tensorboard")},
                        **environment(device), **extra}
-        self._board = tensorboard_writer(self.path) if tensorboard else None
+        self._open_board = tensorboard_writer() if tensorboard else None
 
     def __enter__(self):
         if self._finished_on_a_disk_that_refuses():
@@ -220,6 +220,8 @@ class Run:
             raise UserError(f"the file system of {self.path} has no locks ({os.strerror(error.errno)}); choose an --out on another") from error
         try:
             self._claim()
+            if self._open_board and not self.status:
+                self._board = self._open_board(self.path / "tensorboard")
         except BaseException:
             self._restore()
             self._lock.close()
@@ -235,7 +237,7 @@ class Run:
                 self._restore()
             self._lock.close()
 
-    _lock = None
+    _lock = _board = None
 
     def _files(self):
         """What is in the folder beside the lock and what a killed write left."""
@@ -288,17 +290,23 @@ class Run:
         print(f"{self.path}: finished before ({status}){more}; --overwrite redoes it")
 
     def _move_aside(self, files):
-        if self.aside.exists():  # of an --overwrite that was killed: what lies there is older still
+        """config.json goes first and comes back last, so that a kill in between leaves a folder that `_restore` completes."""
+        files = sorted(files, key=lambda file: file.name != "config.json")
+        if (self.aside / "config.json").exists() and not (self.path / "metrics.npz").exists():
+            for file in files:  # of an --overwrite that was killed before its first arrays: the run aside is worth more
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            return
+        if self.aside.exists():
             shutil.rmtree(self.aside)
         self.aside.mkdir()
-        for file in sorted(files, key=lambda file: file.name != "config.json"):  # config.json first: `_restore` goes by it
+        for file in files:
             os.replace(file, self.aside / file.name)
 
     def _restore(self):
         """Undo `_move_aside` where the new run has no config.json."""
         if (self.aside / "config.json").exists() and not (self.path / "config.json").exists():
             with contextlib.suppress(OSError):
-                for file in self.aside.iterdir():
+                for file in sorted(self.aside.iterdir(), key=lambda file: file.name == "config.json"):
                     os.replace(file, self.path / file.name)
                 self.aside.rmdir()
 
@@ -367,13 +375,13 @@ def scalar(value):
     return value[value.isfinite()].mean().item() if value.isfinite().any() else float("nan")
 
 
-def tensorboard_writer(path):
-    """Raises UserError where tensorboard is not installed."""
+def tensorboard_writer():
+    """The class that writes for TensorBoard. Raises UserError where tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    return SummaryWriter(path / "tensorboard")
+    return SummaryWriter
 
 
 def load_checkpoint(path, device="cpu"):
