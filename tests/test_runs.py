@@ -169,7 +169,7 @@ def test_an_overwrite_that_was_killed_before_it_began_is_undone(tmp_path, capsys
 
 
 def forked(action, fatal=None):
-    """action() in a child process, which SIGKILL ends at its write number `fatal`: every rename, sync and removal counts. The exit code."""
+    """The exit code of action() in a child process, which SIGKILL ends at its write number `fatal`."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 1
@@ -182,7 +182,7 @@ def forked(action, fatal=None):
 
 
 def die_at_write(fatal):
-    """In this process, which is one to lose: SIGKILL at write number `fatal`, before an even one and after an odd one."""
+    """SIGKILL to this process at its change number `fatal` of the disk, before an even one and after an odd one."""
     calls = []
 
     def counted(write):
@@ -212,7 +212,8 @@ def bare_run(out, value, overwrite=False):
 
 
 def values_in(folder):
-    return {int(load_arrays(place / "metrics.npz")["value"]) for place in (folder, folder / ".replaced") if (place / "metrics.npz").exists()}
+    files = [place / "metrics.npz" for place in (folder, folder / ".replaced")]
+    return {int(load_arrays(file)["value"]) for file in files if file.exists()}
 
 
 @pytest.fixture
