@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -441,6 +442,45 @@ def test_signals_end_a_process_with_their_code_and_it_resumes(tmp_path):
     for out in outs:
         train(out, epochs=epochs)
         assert_equal_runs(tmp_path / "whole", out)
+
+
+def test_ctrl_c_during_the_imports_is_one_sentence():
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train_images.py"), "--help"]  # which reports each import on stderr
+    with subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
+        while (line := process.stderr.readline()) and not line.endswith(" vsm.quiet\n"):
+            pass
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        text = process.stderr.read()
+    assert process.returncode == -signal.SIGINT and "Traceback" not in text and "interrupted\n" in text
+
+
+def test_a_log_gets_a_line_a_minute_with_the_time_to_go(monkeypatch, capsys):
+    monkeypatch.setattr(vsm.cli, "time", SimpleNamespace(monotonic=iter(range(10_000)).__next__))
+    with vsm.cli.progress(1000) as bar:
+        bar.mininterval = 0  # a display per update, which takes a second or more by this clock
+        for _ in range(1000):
+            bar.update()
+    text = capsys.readouterr().err
+    lines = [line for line in text.splitlines() if line]
+    assert 5 < len(lines) < 20 and "\r" not in text
+    assert all("/1000" in line and "to go" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_images", "train_synthetic"])
+def test_help_costs_little_more_than_importing_torch(script):
+    def seconds(*command):
+        times = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, env=environment())
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return sorted(times)[1]
+
+    assert seconds(str(ROOT / f"{script}.py"), "--help") < 1.3 * seconds("-c", "import torch")
 
 
 @pytest.mark.slow

@@ -32,7 +32,8 @@ NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph"
 BUDGET = "epochs"  # a run with more of them continues one with fewer
 # What a folder had that was made before a flag existed, from its other flags; a flag that is not here had no effect to differ in.
 OLD_DEFAULTS = {"infer_samples": lambda flags: flags.get("samples"), "lr_half_life": lambda flags: None,
-                "fid_every": lambda flags: 0, "objectives": lambda flags: ["fd-repar", "fd", "kld"], "spectrum": lambda flags: None}
+                "fid_every": lambda flags: 0, "spectrum": lambda flags: None,
+                "objectives": lambda flags: ["fd-repar", "fd", "kld"]}
 # [S] in 2-D runs
 OF_MEMBERS = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss", "nll_curve", "excess_curve")
 LONGEST_NAME = 100  # characters of a run's name
