@@ -424,24 +424,27 @@ def processes(redirection):
         yield run
 
 
-def test_signals_end_a_process_with_their_code_and_it_resumes(tmp_path):
+def test_signals_end_a_process_with_their_code_and_it_resumes(digits, tmp_path):
     """Also without a stderr, as after 2>&-."""
     def trains():
         begun = time.monotonic()
         while not (out / "checkpoint.pt").exists() and time.monotonic() < begun + 60:
             time.sleep(0.01)
 
-    outs = []
+    images, outs = [*IMAGES, "--data-root", str(digits)], {}
+    signals = {signal.SIGINT: (train_synthetic, SMALL), signal.SIGTERM: (train_synthetic, SMALL),
+               signal.SIGKILL: (train_images, images)}
     with processes("2>&-") as run:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            outs.append(out := tmp_path / number.name)
-            assert run("train_synthetic", [*SMALL, "--epochs", 1000, "--out", out], trains, number) == 128 + number
-    epochs = max(load_checkpoint(out / "checkpoint.pt")["trainer"]["step"] for out in outs) // 4 + 2
-    assert epochs < 1000
-    train(tmp_path / "whole", epochs=epochs)
-    for out in outs:
-        train(out, epochs=epochs)
-        assert_equal_runs(tmp_path / "whole", out)
+        for number, (script, argv) in signals.items():
+            outs[number] = out = tmp_path / number.name
+            code = run(script.__name__, [*argv, "--epochs", 1000, "--out", out], trains, number)
+            assert code == (-number if number == signal.SIGKILL else 128 + number)
+    for number, (script, argv) in signals.items():
+        last = len(load_arrays(outs[number] / "metrics.npz")["epoch"]) * 2 + 2
+        for folder in (tmp_path / f"{number.name} whole", outs[number]):
+            script.main(script.parse_args([*argv, "--epochs", str(last), "--out", str(folder)]))
+        assert last < 1000
+        assert_equal_runs(tmp_path / f"{number.name} whole", outs[number])
 
 
 def test_ctrl_c_during_the_imports_is_one_sentence():
