@@ -10,6 +10,7 @@ The audit prints what it finds, ends each finding with `ok`, `note` or `WRONG`, 
 folder under runs/audit. Exit code 1: something is wrong.
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
 
 import numpy as np

@@ -10,6 +10,7 @@ with its smallest and largest. Modes: `plain` is the step as one writes it down 
 train_images.py's, `floor` the convolutions and matrix products of that step alone.
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
 import math
 import os

@@ -13,6 +13,7 @@ not ended is evaluated at its last checkpoint and labelled unfinished@<epoch>. A
 skipped; the exit code is 2 where none could be. docs/metrics.md says what the numbers mean.
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
 import contextlib
 import hashlib

@@ -19,6 +19,7 @@ Rules, how w and phi are found (the names in the table, the arrays and the figur
                      of many bi-level steps. (For the ELBO this is JKLD.)
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
 import math
 

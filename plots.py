@@ -12,6 +12,7 @@ and the numbers behind a sweep of 2-D runs by
 Scripts call the same functions at their end, so a figure can be redrawn at any time without a model or a GPU.
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
 import fnmatch
 import importlib

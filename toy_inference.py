@@ -15,6 +15,7 @@ bias h = 2 z1 + 1, all sd 1. q factorises, with a location and a log scale per c
 The package vsm/toys has the parts: posteriors, gradients, descent, the numbers at the end.
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
 
 import plots

@@ -8,6 +8,7 @@ Seconds on a CPU, without any download once `glyphs` is drawn:
 The run is a folder under runs/images: config.json, checkpoint.pt, metrics.npz, PNGs. The same command again resumes it.
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
 
 import torch

@@ -8,6 +8,7 @@ Seconds:
 The run is a folder under runs/synthetic: config.json, checkpoint.pt, metrics.npz, PNGs. The same command again resumes it.
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
 import copy
 import math

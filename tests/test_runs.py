@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,6 +169,89 @@ def test_an_overwrite_that_was_killed_before_it_began_is_undone(tmp_path, capsys
     assert contents(tmp_path / "run").keys() == before.keys()
 
 
+def forked(action, fatal=None):
+    """The exit code of action() in a child process, which SIGKILL ends at its write number `fatal`."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        die_at_write(fatal)
+        action()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def die_at_write(fatal):
+    """SIGKILL to this process at its change number `fatal` of the disk, before an even one and after an odd one."""
+    calls = []
+
+    def counted(write):
+        def call(*args, **options):
+            calls.append(1)
+            if len(calls) == fatal and fatal % 2 == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                write(*args, **options)
+            finally:
+                if len(calls) == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return call
+
+    for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def bare_run(out, value, overwrite=False):
+    """All that a run writes, without any training."""
+    with vsm.runs.Run(out, "train_synthetic", {"value": value}, torch.device("cpu"), overwrite) as run:
+        if not run.status:
+            run.load_checkpoint()
+            run.save_metrics(value=np.array(value))
+            run.save_checkpoint({"value": value})
+            run.save_metrics(value=np.array(value), status="ok")
+
+
+def values_in(folder):
+    files = [place / "metrics.npz" for place in (folder, folder / ".replaced")]
+    return {int(load_arrays(file)["value"]) for file in files if file.exists()}
+
+
+@pytest.fixture
+def no_git(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+
+def test_a_run_survives_a_kill_inside_any_write(tmp_path, no_git):
+    for fatal in range(1, 100):
+        out = tmp_path / str(fatal)
+        code = forked(lambda: bare_run(out, 1), fatal)
+        assert forked(lambda: bare_run(out, 1)) == 0 and vsm.runs.status_of(out) == "ok"
+        assert {file.name for file in out.iterdir()} == {".lock", "config.json", "metrics.npz", "checkpoint.pt"}
+        if code == 0:
+            break
+    assert code == 0 and fatal > 8
+
+
+@pytest.mark.parametrize("seconds", [[2, 12], pytest.param(range(1, 100), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_an_overwrite_survives_two_kills_inside_any_writes(tmp_path, no_git, seconds):
+    """Either the old run or the new one has its arrays at any time, and the same command succeeds in the end."""
+    bare_run(tmp_path / "old", 1)
+    for first in range(1, 100):
+        for second in seconds:
+            out, codes = shutil.copytree(tmp_path / "old", tmp_path / f"{first}-{second}"), []
+            for fatal in (first, second):
+                codes.append(forked(lambda: bare_run(out, 2, overwrite=True), fatal))
+                assert values_in(out), (first, second)
+            assert forked(lambda: bare_run(out, 2, overwrite=True)) == 0 and values_in(out) == {2}
+            assert not (out / ".replaced").exists() and not list(out.glob(".*.tmp"))
+            if codes[1] == 0:
+                break
+        if codes[0] == 0:
+            break
+    assert first > 12
+
+
 # -------------------------------------------------------------------------------------------- folders that are not this run's
 
 
@@ -270,6 +355,24 @@ def test_a_traceback_on_request(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2 and text.startswith("Traceback") and "error: cannot write" in text.splitlines()[-1]
 
 
+def test_tensorboard_gets_scalars_and_samples_or_says_how_it_is_installed(digits, tmp_path, fails, monkeypatch):
+    events = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            folder.mkdir(parents=True)
+            self.add_scalar = self.add_images = lambda name, value, *step: events.append((name, *step))
+            self.close = lambda: events.append("closed")
+
+    argv = [*IMAGES, "--data-root", str(digits), "--epochs", "2", "--tensorboard", "--out", str(tmp_path / "run")]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "pip install tensorboard" in fails(train_images, *argv) and not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    for _ in range(2):  # the second finds a finished run and writes nothing
+        train_images.main(train_images.parse_args(argv))
+    assert {("negative_elbo", 0), ("negative_elbo", 2), ("samples",)} <= {*events} and events.count("closed") == 1
+
+
 # -------------------------------------------------------------------------------------------------- processes and signals
 
 
@@ -321,24 +424,66 @@ def processes(redirection):
         yield run
 
 
-def test_signals_end_a_process_with_their_code_and_it_resumes(tmp_path):
+def test_signals_end_a_process_with_their_code_and_it_resumes(digits, tmp_path):
     """Also without a stderr, as after 2>&-."""
     def trains():
         begun = time.monotonic()
         while not (out / "checkpoint.pt").exists() and time.monotonic() < begun + 60:
             time.sleep(0.01)
 
-    outs = []
+    images, outs = [*IMAGES, "--data-root", str(digits)], {}
+    signals = {signal.SIGINT: (train_synthetic, SMALL), signal.SIGTERM: (train_synthetic, SMALL),
+               signal.SIGKILL: (train_images, images)}
     with processes("2>&-") as run:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            outs.append(out := tmp_path / number.name)
-            assert run("train_synthetic", [*SMALL, "--epochs", 1000, "--out", out], trains, number) == 128 + number
-    epochs = max(load_checkpoint(out / "checkpoint.pt")["trainer"]["step"] for out in outs) // 4 + 2
-    assert epochs < 1000
-    train(tmp_path / "whole", epochs=epochs)
-    for out in outs:
-        train(out, epochs=epochs)
-        assert_equal_runs(tmp_path / "whole", out)
+        for number, (script, argv) in signals.items():
+            outs[number] = out = tmp_path / number.name
+            code = run(script.__name__, [*argv, "--epochs", 1000, "--out", out], trains, number)
+            assert code == (-number if number == signal.SIGKILL else 128 + number)
+    for number, (script, argv) in signals.items():
+        last = len(load_arrays(outs[number] / "metrics.npz")["epoch"]) * 2 + 2
+        for folder in (tmp_path / f"{number.name} whole", outs[number]):
+            script.main(script.parse_args([*argv, "--epochs", str(last), "--out", str(folder)]))
+        assert last < 1000
+        assert_equal_runs(tmp_path / f"{number.name} whole", outs[number])
+
+
+def test_ctrl_c_during_the_imports_is_one_sentence():
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train_images.py"), "--help"]  # which reports each import on stderr
+    with subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
+        while (line := process.stderr.readline()) and not line.endswith(" vsm.quiet\n"):
+            pass
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        text = process.stderr.read()
+    assert process.returncode == -signal.SIGINT and "Traceback" not in text and "interrupted\n" in text
+
+
+def test_a_log_gets_a_line_a_minute_with_the_time_to_go(monkeypatch, capsys):
+    monkeypatch.setattr(vsm.cli, "time", SimpleNamespace(monotonic=iter(range(10_000)).__next__))
+    with vsm.cli.progress(1000) as bar:
+        bar.mininterval = 0  # a display per update, which takes a second or more by this clock
+        for _ in range(1000):
+            bar.update()
+    text = capsys.readouterr().err
+    lines = [line for line in text.splitlines() if line]
+    assert 5 < len(lines) < 20 and "\r" not in text
+    assert all("/1000" in line and "to go" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_images", "train_synthetic"])
+def test_help_costs_little_more_than_importing_torch(script):
+    def seconds(*command):
+        times = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, env=environment())
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return sorted(times)[1]
+
+    assert seconds(str(ROOT / f"{script}.py"), "--help") < 1.3 * seconds("-c", "import torch")
 
 
 @pytest.mark.slow

@@ -3,13 +3,7 @@
 import copy
 import gc
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +21,6 @@ from vsm.laws import LAWS
 from vsm.runs import load_arrays, load_checkpoint, save_arrays
 from vsm.speed import cpp_compiler
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SMALL = ["--seeds", "2", "--batch", "20", "--hidden", "6", "--inner-steps", "2", "--epochs", "2", "--steps-per-epoch", "4", "--eval-every",
          "1", "--test-size", "50", "--importance-samples", "300", "--device", "cpu"]
@@ -219,22 +212,6 @@ def test_a_run_leaves_its_documented_files_and_arrays(tmp_path):
     assert (arrays["nll"] > arrays["data_entropy"]).all() and (arrays["fisher_divergence"] > 0).all()
     assert (arrays["negative_elbo"][-1] > arrays["nll"] - 0.5).all()
     assert {"nll_excess", "nll_excess_se", "sm_excess", "sm_excess_se"} <= train(tmp_path / "sparse", "--data", "sparse").keys()
-
-
-def test_killed_and_started_again_equals_undisturbed(tmp_path):
-    argv = ["--epochs", 60, "--learn", "bao", "--infer", "fd", "--bilevel-steps", 1]
-    command = [sys.executable, ROOT / "train_synthetic.py", *SMALL, *argv, "--out", tmp_path / "killed"]
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    process, begun = subprocess.Popen([*map(str, command)], **options), time.monotonic()
-    while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < begun + 60:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    step = load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["trainer"]["step"]
-    assert step < 240 and "2 of 2 members alive" in subprocess.run([*map(str, command)], check=True, **options).stdout
-    train(tmp_path / "whole", *argv)
-    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_resumed_in_the_middle_of_an_epoch_equals_undisturbed(tmp_path, monkeypatch):

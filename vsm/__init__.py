@@ -1,5 +1,6 @@
 """What the scripts share beside models.py, objectives.py, metrics.py, data.py and training.py.
 
+    quiet         Ctrl-C during the imports
     cli           flags, and how a user's mistake is reported
     device        the device, its precision, eval mode
     runs          run folders and the arrays in them

@@ -31,16 +31,19 @@ from vsm.cli import UserError
 NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile", "tensorboard")
 BUDGET = "epochs"  # a run with more of them continues one with fewer
 # What a folder had that was made before a flag existed, from its other flags; a flag that is not here had no effect to differ in.
-OLD_DEFAULTS = {"infer_samples": lambda flags: flags.get("samples"), "lr_half_life": lambda flags: None, "fid_every": lambda flags: 0,
-                "objectives": lambda flags: ["fd-repar", "fd", "kld"], "spectrum": lambda flags: None}
-OF_MEMBERS = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss", "nll_curve", "excess_curve")  # [S] in 2-D runs
+OLD_DEFAULTS = {"infer_samples": lambda flags: flags.get("samples"), "lr_half_life": lambda flags: None,
+                "fid_every": lambda flags: 0, "spectrum": lambda flags: None,
+                "objectives": lambda flags: ["fd-repar", "fd", "kld"]}
+# [S] in 2-D runs
+OF_MEMBERS = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss", "nll_curve", "excess_curve")
 LONGEST_NAME = 100  # characters of a run's name
 
 
 def run_name(args, axes, defaults, budget=False):
-    """The name of a run's folder: the sweep's axes, then every other flag that differs from its default, so that sweeps never collide.
+    """The name of a run's folder: the sweep's axes, then every other flag that differs from its default.
 
-    A name of more than LONGEST_NAME characters is cut, and ends in a digest of all of it. budget: with the epochs, as names once were.
+    The runs of a sweep never collide. A name of more than LONGEST_NAME characters is cut, and ends in a digest of all of it.
+    budget: with the epochs, as in the names of old folders.
     """
     def text(key, value):
         if key == "data" and isinstance(value, str):
@@ -51,7 +54,8 @@ def run_name(args, axes, defaults, budget=False):
     extra = [f"{flag_name(key)}{text(key, value)}" for key, value in vars(args).items()
              if key not in (*axes, *NOT_IDENTITY) and (key != BUDGET or budget) and value != defaults[key]]
     seed = [f"seed{args.seed}"] if "seed" in axes else []
-    name = "-".join([text(key, getattr(args, key)) for key in axes if key != "seed"] + extra + seed).replace("/", "_").replace(":", "_")
+    name = "-".join([text(key, getattr(args, key)) for key in axes if key != "seed"] + extra + seed)
+    name = name.replace("/", "_").replace(":", "_")
     if len(name) <= LONGEST_NAME or budget:
         return name
     end = "-".join([hashlib.sha256(name.removesuffix("".join(seed)).encode()).hexdigest()[:8], *seed])
@@ -117,7 +121,10 @@ def load_finished(folder):
 
 
 def load_config(folder):
-    """`config.json` of a run folder. Raises UserError for a folder that is none, or whose config.json is damaged or not of a run."""
+    """`config.json` of a run folder.
+
+    Raises UserError for a folder that is none, or whose config.json is damaged or not of a run.
+    """
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -146,7 +153,8 @@ def group_by_seed(runs, configs):
     The name is that of the objectives, with the flags in which it differs from others of the same data and network:
     "KLD-F" or "KLD-F inner-steps=1". Raises UserError for one seed twice: its copies would pass for a spread.
     """
-    identity = [{key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")} for config in configs]
+    identity = [{key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")}
+                for config in configs]
     groups = {}
     for i, flags in enumerate(identity):
         groups.setdefault(json.dumps([configs[i]["label"], flags], sort_keys=True), []).append(i)
@@ -166,7 +174,8 @@ def refuse_twins(runs):
     for run, seeds in runs:
         for seed in seeds:
             if seed in first:
-                raise UserError(f"{first[seed]} and {run} are the same experiment with the same seed {seed}; leave one of them out")
+                raise UserError(f"{first[seed]} and {run} are the same experiment with the same seed {seed}; "
+                                "leave one of them out")
             first[seed] = run
 
 
@@ -174,9 +183,10 @@ def environment(device):
     """What the numbers may depend on beside the flags."""
     git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
                          check=False, capture_output=True, text=True) if shutil.which("git") else None
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown", "device": f"{device.type} ({gpu})"}
+            "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown", "device": f"{device.type} ({name})"}
 
 
 class Run:
@@ -187,17 +197,17 @@ class Run:
                 return
             state = run.load_checkpoint(device)     # None at the first call
 
-    `epochs` among the flags is a budget: a finished run with fewer goes on. With overwrite=True the old run is moved aside and removed
-    only when the new one has written its first arrays; what fails before that is undone.
+    `epochs` among the flags is a budget: a finished run with fewer goes on. With overwrite=True the old run is moved aside and
+    removed only when the new one has written its first arrays; what fails before that is undone.
     Raises UserError: another process holds the folder, other flags or another script made it, or it cannot be written.
     """
 
     def __init__(self, path, script, flags, device, overwrite=False, tensorboard=False, **extra):
         self.path, self.aside = Path(path), Path(path) / ".replaced"
         self.overwrite, self.status = overwrite, None
-        self.config = {"script": script, "flags": {k: v for k, v in flags.items() if k not in ("overwrite", "dry_run", "tensorboard")},
-                       **environment(device), **extra}
-        self._board = tensorboard_writer(self.path) if tensorboard else None
+        kept = {key: value for key, value in flags.items() if key not in ("overwrite", "dry_run", "tensorboard")}
+        self.config = {"script": script, "flags": kept, **environment(device), **extra}
+        self._open_board = tensorboard_writer() if tensorboard else None
 
     def __enter__(self):
         if self._finished_on_a_disk_that_refuses():
@@ -217,9 +227,12 @@ class Run:
             raise UserError(f"another process is at work in {self.path}; wait for it or choose another --out") from None
         except OSError as error:
             self._lock.close()
-            raise UserError(f"the file system of {self.path} has no locks ({os.strerror(error.errno)}); choose an --out on another") from error
+            raise UserError(f"the file system of {self.path} has no locks ({os.strerror(error.errno)}); "
+                            "choose an --out on another") from error
         try:
             self._claim()
+            if self._open_board and not self.status:
+                self._board = self._open_board(self.path / "tensorboard")
         except BaseException:
             self._restore()
             self._lock.close()
@@ -235,18 +248,21 @@ class Run:
                 self._restore()
             self._lock.close()
 
-    _lock = None
+    _lock = _board = None
 
     def _files(self):
         """What is in the folder beside the lock and what a killed write left."""
+        ours = (".lock", self.aside.name)
         try:
-            return [file for file in self.path.iterdir() if file.name not in (".lock", self.aside.name) and file.suffix != ".tmp"] \
+            return [file for file in self.path.iterdir() if file.name not in ours and file.suffix != ".tmp"] \
                 if self.path.exists() else []
         except OSError as error:
             raise UserError(f"cannot read the output folder {self.path}: {os.strerror(error.errno)}") from error
 
     def _finished_on_a_disk_that_refuses(self):
-        if self.overwrite or not (self.path / "config.json").exists() or os.access(self.path, os.W_OK) and self.path.stat().st_mode & 0o222:
+        if self.overwrite or not (self.path / "config.json").exists():
+            return False
+        if os.access(self.path, os.W_OK) and self.path.stat().st_mode & 0o222:
             return False
         self._take_over(load_config(self.path))
         return self.status is not None
@@ -261,7 +277,8 @@ class Run:
             old = load_config(self.path)
             if self.overwrite:
                 if old["script"] != self.config["script"]:
-                    raise UserError(f"{self.path} is a run of {old['script']}.py, which --overwrite of {self.config['script']}.py does not remove")
+                    raise UserError(f"{self.path} is a run of {old['script']}.py, "
+                                    f"which --overwrite of {self.config['script']}.py does not remove")
                 self._move_aside(files)
             else:
                 self._take_over(old)
@@ -270,7 +287,7 @@ class Run:
         write_atomic(self.path / "config.json", json.dumps(self.config, indent=1).encode())
 
     def _take_over(self, old):
-        """A folder with a run of these flags: set the status of one that has ended, and clear the pictures of one that goes on."""
+        """Set the status of a run that has ended, and clear the pictures of a finished one that goes on."""
         self._refuse_other_flags(old)
         status = status_of(self.path)
         if status is None:
@@ -288,22 +305,29 @@ class Run:
         print(f"{self.path}: finished before ({status}){more}; --overwrite redoes it")
 
     def _move_aside(self, files):
-        if self.aside.exists():  # of an --overwrite that was killed: what lies there is older still
+        """config.json goes first and comes back last, so that a kill in between leaves a folder that `_restore` completes."""
+        files = sorted(files, key=lambda file: file.name != "config.json")
+        if (self.aside / "config.json").exists() and not (self.path / "metrics.npz").exists():
+            for file in files:  # of an --overwrite that was killed before its first arrays: the run aside is worth more
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            return
+        if self.aside.exists():
             shutil.rmtree(self.aside)
         self.aside.mkdir()
-        for file in sorted(files, key=lambda file: file.name != "config.json"):  # config.json first: `_restore` goes by it
+        for file in files:
             os.replace(file, self.aside / file.name)
 
     def _restore(self):
         """Undo `_move_aside` where the new run has no config.json."""
         if (self.aside / "config.json").exists() and not (self.path / "config.json").exists():
             with contextlib.suppress(OSError):
-                for file in self.aside.iterdir():
+                for file in sorted(self.aside.iterdir(), key=lambda file: file.name == "config.json"):
                     os.replace(file, self.path / file.name)
                 self.aside.rmdir()
 
     def _refuse_other_flags(self, old):
-        mine, theirs = ({**config["flags"], "script": config["script"], "data": config.get("data")} for config in (json.loads(json.dumps(self.config)), old))
+        mine, theirs = ({**config["flags"], "script": config["script"], "data": config.get("data")}
+                        for config in (json.loads(json.dumps(self.config)), old))
         for key in mine.keys() - theirs.keys():  # a flag that is younger than the folder
             theirs[key] = OLD_DEFAULTS.get(key, lambda flags: mine[key])(theirs)
         differ = [f"{key} was {theirs.get(key)!r}, is now {mine.get(key)!r}" for key in sorted(mine.keys() | theirs.keys())
@@ -342,9 +366,12 @@ class Run:
             shutil.rmtree(self.aside, ignore_errors=True)
 
     def log(self, history):
-        """log.csv from {name: a list of tensors, one per evaluation}: a line per evaluation, scalars as they are, of an ensemble's members
-        the mean over those that are finite; with --tensorboard the last of them as events too."""
-        columns = {name: [scalar(value) for value in values] for name, values in history.items() if values[0].dim() <= (name in OF_MEMBERS)}
+        """log.csv from {name: a list of tensors, one per evaluation}; with --tensorboard its last line as events too.
+
+        A line per evaluation: scalars as they are, of an ensemble's members the mean over those that are finite.
+        """
+        columns = {name: [scalar(value) for value in values] for name, values in history.items()
+                   if values[0].dim() <= (name in OF_MEMBERS)}
         lines = [",".join(columns), *(",".join(f"{value:.9g}" for value in row) for row in zip(*columns.values()))]
         self._write("log.csv", ("\n".join(lines) + "\n").encode())
         if self._board:
@@ -367,13 +394,13 @@ def scalar(value):
     return value[value.isfinite()].mean().item() if value.isfinite().any() else float("nan")
 
 
-def tensorboard_writer(path):
-    """Raises UserError where tensorboard is not installed."""
+def tensorboard_writer():
+    """The class that writes for TensorBoard. Raises UserError where tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    return SummaryWriter(path / "tensorboard")
+    return SummaryWriter
 
 
 def load_checkpoint(path, device="cpu"):
