@@ -95,6 +95,7 @@ def test_posterior_fisher_divergence_equals_its_closed_form(linear):
     assert_within(losses, closed_forms(linear)["posterior"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, factor", [("swersky", -1 / 2), ("bao", 1 / 2)])
 def test_plugin_bias_is_the_variance_of_the_mean(linear, name, factor):
     vae, W, _, _, _, std, gamma, x = linear
@@ -341,6 +342,7 @@ def test_batch_norm_couples_the_scores_in_training_mode():
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_released_estimator_on_images_has_the_same_mean_and_more_variance(linear):
     """On images mean_n a_n.b_n becomes abar . sum_n b_n. Images of one row, so that the closed forms hold."""
     vae, x, n = linear[0].requires_grad_(False), linear[-1], 4

@@ -96,6 +96,7 @@ BEHAVIOUR = {  # a non-default value of each flag changes the weights of a two-e
     "--precision": "bf16"}
 
 
+@pytest.mark.slow
 def test_every_flag_changes_config_and_behaviour(digits, tmp_path):
     train(digits, tmp_path / "base")
     base, base_config = (load_checkpoint(tmp_path / "base" / "checkpoint.pt")["trainer"]["tensors"],
