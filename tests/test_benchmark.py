@@ -6,14 +6,13 @@ import resource
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import benchmark
 import plots
 from benchmark import pairs
 from models import build_vae
 from training import Trainer, infer_loss, joint_loss, learn_loss
+from vsm.auditing import flops_of
 from vsm.device import keep_freed_memory
 from vsm.floor import Floor
 from vsm.plain import INFERENCE, Plain, plain_loss
@@ -43,25 +42,8 @@ def test_the_plain_step_has_the_trainers_gradients(name, norm):
         torch.testing.assert_close(q, r, rtol=1e-6, atol=1e-8 * p.abs().max().item())
 
 
-class CountFlops(TorchDispatchMode):
-    """Floating-point operations of the convolutions and matrix products that run inside, those of autograd.grad too."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if formula := flop_registry.get(function._overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def flops_of_two_steps(stepper):
-    with CountFlops() as count:
-        stepper.run_step()
-        stepper.run_step()
-    return count.flops
+    return flops_of(lambda: (stepper.run_step(), stepper.run_step()))
 
 
 @pytest.mark.parametrize("pair", pairs())

@@ -17,6 +17,7 @@ from objectives import LEARN, likelihood_score
 from training import joint_loss, learn_loss
 from vsm import linear
 from vsm.spectrum import load_pixels, one_model
+from vsm.tables import markdown_table, mean_and_error, mean_and_error_text
 
 SAMPLES, ALPHAS = (1, 2, 5, 20), (0.5, 1.0, 2.0)
 KAPPA_TOLERANCE = 0.02
@@ -265,9 +266,8 @@ def short_run(args):
         for _ in range(args.updates):
             trainer.run_step()
         test = trainer.law.sample(500, train_synthetic.evaluation_generator("cpu"))
-        excess[name] = train_synthetic.evaluate(trainer, test, 5000)["nll_excess"]
-    text = ", ".join(f"{LEARN[name].letter} {np.nanmean(values):.3f} +- {np.nanstd(values, ddof=1) / math.sqrt(len(values)):.3f}"
-                     if np.isfinite(values).any() and len(values) > 1 else f"{LEARN[name].letter} {np.nanmean(values):.3f}" for name, values in excess.items())
+        excess[name] = train_synthetic.evaluate(trainer, test, 5000)["nll_excess"]  # nan for a member that diverged
+    text = ", ".join(f"{LEARN[name].letter} {mean_and_error_text(*mean_and_error(values)[:2])}" for name, values in excess.items())
     verdict = "ok" if np.isfinite(excess[args.objective]).any() else "WRONG"
     return [Finding("2-D run", verdict, f"NLL above the truth after {args.updates} updates on {args.law}, n = {args.seeds}: {text} nats (not converged)")], \
         {f"excess_{name}": values for name, values in excess.items()}
@@ -275,6 +275,5 @@ def short_run(args):
 
 def page(name, estimator, findings):
     """The report as Markdown."""
-    from vsm.tables import markdown_table
     return f"# Audit of `{name}`, estimator {estimator}\n\n" + markdown_table(
         ["check", "verdict", "finding"], [[finding.title, finding.verdict, finding.text] for finding in findings]) + "\n"
