@@ -274,7 +274,7 @@ def evaluate(trainer, test, samples):
     nll and sm_loss are means over the test data, with _se their standard errors over the data; so are, where the law's density is known,
     fisher_divergence, and nll_excess and sm_excess: nll and sm_loss less the true law's at the same points (the error is the paired one).
     nll_posterior is the cross-check of nll by samples / 100 draws from q(z|x) a datum; ess the quantiles 0, .01, .5 of the effective sample
-    size over the data [S, 3]; model_samples [S, 1000, 2].
+    size over the data [S, 3]; model_samples [S, 1000, 2]. Theory predicts variance_ratio and second_moment (`moments`).
     """
     vae, law, S = trainer.vae, trainer.law, len(trainer.vae.log_gamma)
     x, generator = test.expand(S, -1, -1), evaluation_generator(test.device)
@@ -293,6 +293,7 @@ def evaluate(trainer, test, samples):
     with evaluating(vae):
         z, noise = (torch.randn(1000, 2, generator=generator, device=test.device) for _ in range(2))
         result["model_samples"] = vae.decode(z.expand(S, -1, -1)) + (vae.log_gamma / 2).exp()[:, None, None] * noise
+    result |= moments(vae, law, x)
     for value in result.values():  # how a diverged member looks depends on when the loop last looked at it
         value[diverged_at >= 0] = torch.nan
     result = {name: value.cpu().numpy() for name, value in result.items()} | {"diverged_at": diverged_at.cpu().numpy()}
@@ -300,6 +301,20 @@ def evaluate(trainer, test, samples):
     if law.entropy is not None:
         result["data_entropy"] = np.array(law.entropy)
     return result | density_of_members(vae, test, result["nll"], min(samples, 10_000))
+
+
+def moments(vae, law, x, samples=20_000):
+    """variance_ratio [S], the total variance of the model over the data's; second_moment [S, Dz], E z^2 of the aggregate posterior.
+
+    The data x [S, B, 2] give the latter. On linear VAEs theory has 1 / kappa and, for active latents, kappa.
+    """
+    generator = evaluation_generator("cpu")  # the same draws on every device
+    data_variance = law.sample(100_000, generator).var(0).sum()
+    with evaluating(vae):
+        g = vae.decode(torch.randn(samples, vae.dim_z, generator=generator).to(x.device).expand(len(x), -1, -1))
+        q = vae.encode(x)
+        model_variance = g.var(1).sum(-1) + x.shape[-1] * vae.log_gamma.exp()
+        return {"variance_ratio": model_variance / data_variance.to(x.device), "second_moment": (q.mean**2 + q.variance).mean(1)}
 
 
 def density_of_members(vae, test, nll, samples, side=81):

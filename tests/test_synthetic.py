@@ -207,11 +207,24 @@ def test_a_run_leaves_its_documented_files_and_arrays(tmp_path):
     history = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss", "nll_curve", "excess_curve")
     assert shapes == {**dict.fromkeys(members, (2,)), **dict.fromkeys(history, (3, 2)), "posterior_sd": (3, 2, 2), "ess": (2, 3),
                       "model_samples": (2, 1000, 2), "test_data": (50, 2), "data_entropy": (), "epoch": (3,), "seconds": (3,),
-                      "peak_memory": (3,), "status": (), "density_grid": (1, 81, 81), "density_grid_of": (1,), "density_extent": (4,)}
+                      "peak_memory": (3,), "status": (), "density_grid": (1, 81, 81), "density_grid_of": (1,), "density_extent": (4,),
+                      "variance_ratio": (2,), "second_moment": (2, 2)}
     assert arrays["config"]["label"] == "KLD-F" and arrays["epoch"].tolist() == [0, 1, 2] and arrays["status"] == "ok"
     assert (arrays["nll"] > arrays["data_entropy"]).all() and (arrays["fisher_divergence"] > 0).all()
     assert (arrays["negative_elbo"][-1] > arrays["nll"] - 0.5).all()
     assert {"nll_excess", "nll_excess_se", "sm_excess", "sm_excess_se"} <= train(tmp_path / "sparse", "--data", "sparse").keys()
+
+
+def test_the_moments_are_those_of_samples():
+    vae, law = trainer("--seeds", "2", steps=30).vae, LAWS["mixture"]
+    x = law.sample(2000, torch.Generator().manual_seed(1)).expand(2, -1, -1)
+    moments = train_synthetic.moments(vae, law, x)
+    with torch.no_grad():
+        q, z = vae.encode(x), torch.randn(2, 100_000, 2)
+        samples = vae.decode(z) + (vae.log_gamma / 2).exp()[:, None, None] * torch.randn(2, 100_000, 2)
+        latents = q.mean + q.stddev * torch.randn(50, *q.mean.shape)
+    assert torch.allclose(moments["variance_ratio"], samples.var(1).sum(-1) / 0.58, rtol=0.03)  # of each coordinate: .5^2 + .2^2
+    assert torch.allclose(moments["second_moment"], (latents**2).mean((0, 2)), rtol=0.03)
 
 
 def test_resumed_in_the_middle_of_an_epoch_equals_undisturbed(tmp_path, monkeypatch):
