@@ -24,26 +24,56 @@ toys() {  # Figures 2 and 5, basins of attraction, A.5.1, A.5.3: 10 min
     python toy_inference.py --gradients --out runs/a51_gradients
 }
 
-study2d() {  # 2-D runs to convergence, ten seeds each: 2 to 3 min a run
-    local budget="--samples 5 --infer-samples 1 --batch 100 --lr 1e-3 --lr-half-life 60 --epochs 100 --eval-every 10 --test-size 1000 --importance-samples 20000"
-    local data pair
-    for data in mixture sparse banana ring spiral; do
-        for pair in "elbo kld" "swersky kld" "bao kld" "bao kld --estimator unbiased" "fd fd-weighted" "fd fd"; do
+study2d() {  # 2-D runs to convergence, ten seeds each: 2 min a run (4 min without --compile, which needs a C++ compiler)
+    local budget="--samples 5 --infer-samples 1 --batch 100 --test-size 1000 --importance-samples 20000 --compile"
+    local data pair schedule
+    for data in mixture banana ring spiral sparse; do
+        schedule="--lr 1e-3 --lr-half-life 60 --epochs 300 --eval-every 10"
+        if [ $data = sparse ]; then schedule="--lr 1e-4 --lr-half-life 200 --epochs 800 --eval-every 20"; fi  # it collapses at 1e-3
+        for pair in "elbo kld" "swersky kld" "bao kld" "bao kld --estimator unbiased" "fd kld" "fd fd" "fd fd-weighted"; do
             set -- $pair
-            python train_synthetic.py --data $data --learn $1 --infer $2 ${3:-} ${4:-} $budget
+            python train_synthetic.py --data $data --learn $1 --infer $2 ${3:-} ${4:-} $budget $schedule
         done
     done
 }
 
-study_mnist() {  # mnist, MLP of width 128, 9600 updates: 3 min a run
-    local budget="--net mlp --width 128 --dim-z 16 --samples 5 --infer-samples 1 --inner-steps 1 --batch 50 --lr 1e-3 --lr-half-life 2 --epochs 8 --eval-every 1 --fid-every 1 --test-limit 2000"
-    local seed pair
-    for seed in 0 1 2; do
-        for pair in "elbo kld" "swersky kld" "bao kld" "bao kld --estimator unbiased" "fd kld" "bao kld --estimator released" "fd fd-weighted" "fd fd" "fd fd-repar"; do
+study2d_variants() {  # the same with other initial standard deviations of p(x|z), FD inference of S and B, and N = 1: 2 min a run
+    local budget="--infer-samples 1 --batch 100 --lr 1e-3 --lr-half-life 60 --epochs 300 --eval-every 10"
+    budget="$budget --test-size 1000 --importance-samples 20000 --compile"
+    local data learn pair sd
+    for sd in 0.05 0.2 0.4; do for learn in elbo swersky bao; do
+        python train_synthetic.py --data mixture --learn $learn --infer kld --samples 5 $budget --init-sd $sd
+    done; done
+    for data in mixture banana; do
+        for learn in swersky bao; do
+            python train_synthetic.py --data $data --learn $learn --infer fd --samples 5 $budget
+        done
+        for pair in "elbo kld" "bao kld" "bao kld --estimator released"; do
             set -- $pair
-            python train_images.py --data mnist --data-root "$DATA" --learn $1 --infer $2 ${3:-} ${4:-} $budget --seed $seed
+            python train_synthetic.py --data $data --learn $1 --infer $2 ${3:-} ${4:-} --samples 1 $budget
         done
     done
+}
+
+mnist_budget="--net mlp --width 128 --dim-z 16 --infer-samples 1 --inner-steps 1 --batch 50 --lr 1e-3 --lr-half-life 2 --epochs 8"
+mnist_budget="$mnist_budget --eval-every 1 --fid-every 1 --test-limit 2000"
+
+study_mnist() {  # mnist, MLP of width 128, 9600 updates, five seeds: 2 to 3 min a run
+    local seed pair
+    for seed in 0 1 2 3 4; do
+        for pair in "elbo kld" "swersky kld" "bao kld" "fd kld" "bao kld --estimator unbiased" "bao kld --estimator released" "fd fd-weighted" "fd fd"; do
+            set -- $pair
+            python train_images.py --data mnist --data-root "$DATA" --learn $1 --infer $2 ${3:-} ${4:-} $mnist_budget --samples 5 --seed $seed
+        done
+    done
+    python train_images.py --data mnist --data-root "$DATA" --learn fd --infer fd-repar $mnist_budget --samples 5
+}
+
+study_samples() {  # the same with N = 1 and 2, three seeds: 2 min a run
+    local seed samples learn
+    for seed in 0 1 2; do for samples in 1 2; do for learn in swersky bao; do
+        python train_images.py --data mnist --data-root "$DATA" --learn $learn --infer kld $mnist_budget --samples $samples --seed $seed
+    done; done; done
 }
 
 figure3() {  # Figure 3, transients of 10,000 updates at step 1e-4: 154 runs of 1 to 3 min
@@ -90,6 +120,6 @@ speed() {  # the performance table: 20 min, with nothing else running
 }
 
 case "${1:-}" in
-    figure1 | spectrum | toys | study2d | study_mnist | figure3 | images | figure6 | audits | speed) "$1" ;;
-    *) echo "usage: results/reproduce.sh figure1|spectrum|toys|study2d|study_mnist|figure3|images|figure6|audits|speed [-n]" >&2; exit 2 ;;
+    figure1 | spectrum | toys | study2d | study2d_variants | study_mnist | study_samples | figure3 | images | figure6 | audits | speed) "$1" ;;
+    *) echo "usage: results/reproduce.sh figure1|spectrum|toys|study2d|study2d_variants|study_mnist|study_samples|figure3|images|figure6|audits|speed [-n]" >&2; exit 2 ;;
 esac
