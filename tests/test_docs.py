@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def commands(shell):
         return []
     lines = [line for line in shell.replace("\\\n", " ").splitlines()
              if not re.match(r"\s*(?:[A-Z_]+=\S+ )*(git|pip|pytest|python3? -m|\.|source|export|sbatch|scontrol|parallel|xargs|apt|ssh|tail|VSM_\w+=\S+ pytest)\b", line)]
-    done = subprocess.run(["bash", "-c", PRELUDE + "\n".join(lines)], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory() as folder:  # for files that the commands write
+        done = subprocess.run(["bash", "-c", PRELUDE + "\n".join(lines)], cwd=folder, capture_output=True, text=True, timeout=60,
+                              stdin=subprocess.DEVNULL)
     return [line.split("\x1f")[1:] for line in done.stdout.splitlines() if line.startswith("COMMAND\x1f")]
 
 
