@@ -11,6 +11,7 @@ import torch
 
 from objectives import ESTIMATORS, LEARN, dot
 from training import EVALUATION, joint_loss, learn_loss, seed_of
+from vsm.tables import with_error
 
 SAMPLES = (1, 2, 5, 10)
 MODES = ("eval", "train")
@@ -57,7 +58,8 @@ def gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda line: None)
                           moments.signal[0].sqrt())
                 for key, value in zip(keys, values):
                     result[key][row, column] = value
-                tell(f"{names[row]}, N = {samples}: signal to noise {snr[0].item():.3g} ± {moments.snr_se[0].item():.1g}")
+                ratio = with_error(snr[0].item(), moments.snr_se[0].item(), ".3g", ".1g")
+                tell(f"{names[row]}, N = {samples}: the signal-to-noise ratio is {ratio}")
     return {"objectives": np.array(names), "samples": np.array(SAMPLES), **result}
 
 

@@ -36,7 +36,7 @@ def spectrum(args, device):
     bar = tqdm(models, desc="models", disable=None)
     values, vectors = torch.linalg.eigh(C)
     start = vectors[:, -args.latents:] * (values[-args.latents:] - gamma).clamp(min=0).sqrt()
-    rows = [one_model(pixels, C, start, args, *model) for model in bar]
+    rows = [train_one_model(pixels, C, start, args, *model) for model in bar]
     ends = {round(kappa(*model), 9): model for model in models}  # the expected update depends on the model through kappa alone
     ends = {key: expected_end(C, args, *model) for key, model in ends.items()}
     objective, estimator, samples = (np.array(column) for column in zip(*models))
@@ -55,7 +55,7 @@ def load_pixels(args):
     return pixels - pixels.mean(0)
 
 
-def one_model(pixels, C, start, args, objective, estimator, N):
+def train_one_model(pixels, C, start, args, objective, estimator, N):
     gamma = args.gamma
     W = train(pixels, start, args, objective, estimator, N)
     if not W.isfinite().all():

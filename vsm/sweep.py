@@ -10,7 +10,7 @@ from vsm.figures.style import pair_order
 from vsm.laws import LAWS
 from vsm.packs import open_runs
 from vsm.runs import NOT_IDENTITY, refuse_twins
-from vsm.tables import markdown_table, mean_and_error
+from vsm.tables import markdown_table, mean_and_error, number_text, with_error
 
 SWEEP_AXES = (
     "data",
@@ -131,6 +131,7 @@ def sweep_table(runs):
 def sweep_cell(point, metric):
     if point is None:
         return ""
+    """Mean ± standard error / median of a point's members, and how many of them did not end well."""
     mean, error, median = point[metric]
     ends = [f"{sum(point[fate])} {fate[0]}" for fate in ("diverged", "collapsed", "half_collapsed") if any(point[fate])]
-    return f"{mean:.4g} ± {error:.2g} / {median:.4g}" + (f" ({', '.join(ends)})" if ends else "")
+    return f"{with_error(mean, error, '.4g', '.2g')} / {number_text(median, '.4g')}" + (f" ({', '.join(ends)})" if ends else "")

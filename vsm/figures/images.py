@@ -215,6 +215,7 @@ def draw_lines(ax, groups, x, y, start=0):
         for row, arrays in zip(values, members):
             row[: len(arrays[y])] = arrays[y]
         mean, error, _ = mean_and_error(values[:, start:])
+        error = np.nan_to_num(error)  # no band where one seed is left
         style, marker = line_style(members[0]["config"]["flags"]), MARKERS[labels[:k].count(labels[k]) % 5]
         ax.plot(longest[start:], mean, marker=marker, markersize=4, label=f"{name}, {seeds_of(members)}", **style)
         if len(members) > 1:

@@ -111,7 +111,7 @@ def draw_strip(ax, points, metric):
             color=color,
             mfc="white" if dash_of(point["flags"]) != "-" else None,
         )
-        mean, error, _ = point[metric]
+        mean, error = point[metric][0], np.nan_to_num(point[metric][1])  # no box around a single member
         if len(finite):
             ax.hlines(mean - origin, x - 0.35, x + 0.35, color=color, lw=1.6)
             ax.fill_between(
@@ -160,6 +160,7 @@ def draw_sweep(ax, points, metric, origin, inner):
     for k, (name, first) in enumerate(names.items()):
         line = sorted((inner.index(point["K"]), *point[metric][:2]) for point in points if point["name"] == name)
         x, mean, error = np.array(line).T
+        error = np.nan_to_num(error)  # no bar at a single member
         style = {"color": color_of(first["flags"]), "linestyle": dash_of(first["flags"]), "marker": kind_of(name)[0]}
         ax.errorbar(
             x + 0.84 * ((k + 0.5) / len(names) - 0.5), mean - origin, error, capsize=1.5, ms=4, lw=0.9, elinewidth=0.8, **style
