@@ -35,7 +35,7 @@ from vsm.device import pick_device
 from vsm.figures import recovery
 from vsm.linear import kappa
 from vsm.runs import Run, run_name
-from vsm.spectrum import report_spectrum, spectrum
+from vsm.spectrum import learn_spectra, report_spectrum
 
 GRID, CELLS, ZOOMS = 2001, 3, 12  # points over w, local minima refined, refinements of each by a factor 10
 SWEEP = 2.0 ** np.linspace(-3, 3, 241)  # alphas of the comparison of all rules
@@ -213,7 +213,8 @@ def stochastic(args, device):
     return {"sampled_w": np.abs(w).reshape(shape), "sampled_phi": (phi * np.sign(w)).reshape(shape)}
 
 
-def report(arrays):
+def report_recovery(arrays):
+    """Print a line for every rule and alpha: the recovered w for each CHECKED w*; and how far sampled minima are from these."""
     print("w recovered from w* =", *(f"{w:7.3f}" for w in CHECKED))
     for r, rule in enumerate(RULES):
         for a, alpha in enumerate(arrays["alpha"]):
@@ -307,12 +308,12 @@ def main(args):
         return
     with Run(args.out, "param_recovery", vars(args), device, args.overwrite) as run:
         if not run.status:
-            arrays = spectrum(args, device) if args.spectrum else closed_forms(args)
+            arrays = learn_spectra(args, device) if args.spectrum else closed_forms(args)
             if args.stochastic:
                 arrays.update(stochastic(args, device))
             finite = all(np.isfinite(arrays[name]).all() for name in arrays.keys() & {"sampled_w", "sampled_phi", "learnt"})
             run.save_metrics(**arrays, status="ok" if finite else f"diverged@{args.iterations}")
-            (report_spectrum if args.spectrum else report)(arrays)
+            (report_spectrum if args.spectrum else report_recovery)(arrays)
         for figure in (recovery.spectrum,) if args.spectrum else (recovery.param_recovery, recovery.recovery_rules):
             figure([run.path], run.path / f"{figure.__name__}.png")
 

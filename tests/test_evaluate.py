@@ -218,7 +218,7 @@ def test_lenet_is_the_same_each_time_and_its_features_are_of_order_one(digits, m
     second = features.features_of("mnist", str(digits), CPU)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    assert first.about == second.about
+    assert first.settings == second.settings
     images = load_images("mnist", digits).train
     assert first(images).shape == (300, 84) and first(images).square().mean().item() == pytest.approx(1, rel=1e-4)
     assert torch.allclose(first(images), first(images, block=7), atol=1e-5)

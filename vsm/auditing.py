@@ -20,7 +20,7 @@ from objectives import LEARN, likelihood_score
 from training import joint_loss, learn_loss
 from vsm import linear
 from vsm.spectrum import load_pixels, train_one_model
-from vsm.tables import markdown_table, mean_and_error, mean_and_error_text, number_text
+from vsm.tables import markdown_table, mean_and_error, mean_and_error_text
 
 SAMPLES, ALPHAS = (1, 2, 5, 20), (0.5, 1.0, 2.0)
 KAPPA_TOLERANCE = 0.02  # a kappa this close to 1, or a slope this close to 0, counts as exact
@@ -189,7 +189,7 @@ def check_contraction(name, options, seed):
                 measured[i, j] = linear.measured_kappa(name, samples, alpha, image=True, **options)
     limit, slope, residual = linear.split_kappa(name, 1.0, image=True, **options)
     arrays = {"alpha": ALPHAS, "samples": SAMPLES, "kappa": measured, "kappa_limit": limit, "kappa_slope": slope}
-    table = "; ".join(f"alpha {alpha:g}: " + ", ".join(number_text(value, ".3f") for value in row)
+    table = "; ".join(f"alpha {alpha:g}: " + ", ".join("-" if math.isnan(value) else f"{value:.3f}" for value in row)
                       for alpha, row in zip(ALPHAS, measured))
     findings = [Finding("kappa", "ok", f"for N = {', '.join(map(str, SAMPLES))}: {table}")]
     if not np.isfinite(limit) or limit <= 0 or not residual < 0.05:

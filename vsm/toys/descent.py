@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from training import NOISE, restore_generator, seed_of
+from vsm.timing import synchronise
 from vsm.toys.gradients import FAMILIES, gradients
 from vsm.toys.posteriors import Posterior
 
@@ -101,9 +102,3 @@ class Descent:
         """Starts, ends and the way between them, by the names of metrics.npz."""
         return {"location": self.params[0], "log_scale": self.params[1], "starts": self.starts,
                 "iteration": torch.tensor(self.frames), "trajectory": self.trajectory.half(), "rate": torch.tensor(self.rate)}
-
-
-def synchronise(device):
-    """Wait for a GPU, so that a clock measures its work and not the launches."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
