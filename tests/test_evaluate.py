@@ -70,7 +70,7 @@ def runs(digits, tmp_path_factory):
 def run_evaluate(out, *argv, figures=False):
     with pytest.MonkeyPatch.context() as patch:
         if not figures:
-            patch.setattr(evaluate, "draw", lambda measured, out: None)
+            patch.setattr(evaluate, "draw_figures", lambda measured, out: None)
         evaluate.main(evaluate.parse_args([*QUICK, *map(str, argv), "--out", str(out)]))
 
 
