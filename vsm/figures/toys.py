@@ -61,7 +61,7 @@ def check_axes(arrays, axes, **sizes):
 
 
 def descent_flags(arrays, **axes):
-    """Flags of a run from every start; the axes of its arrays are checked: L likelihoods, I objectives, P optimisers, K starts."""
+    """Flags of a run from every start, its axes checked: L likelihoods, I objectives, P optimisers, K starts."""
     flags = typed_flags(arrays, likelihoods=list, grid=int, extent=float)
     flags = {"objectives": ["fd-repar", "fd", "kld"], **flags}
     axes = {"location": "2LIPK", "caught": "LIPK", "diverged": "LIPK", "log_posterior": "LGG", "axis": "G", **axes}
@@ -204,7 +204,7 @@ def draw_mixtures(arrays):
 
 
 def draw_gradients(arrays):
-    """A.5.1: descent between two Gaussians by KLD, FD and FD with z held fixed; at the right the gradients as multiples of KLD's."""
+    """A.5.1: descent between two Gaussians by KLD, FD and FD with z held fixed; right: gradients over those of KLD."""
     target_sd = typed_flags(arrays, target_sd=float)["target_sd"]
     check_axes(arrays, {"mean": "M", "sd": "S", "gradient": "32MS"})
     mean, sd, gradient = arrays["mean"], arrays["sd"], arrays["gradient"]
