@@ -1,13 +1,13 @@
-"""Audit a learning objective: is its gradient right, where does it end, what does it cost? About a minute on a CPU.
+"""Audit a learning objective: is its gradient right, where does its training end, what does it cost? About a minute on a CPU.
 
-An objective that objectives.py has, or that you have just added to it (docs/extending.md):
+NAME is an objective that objectives.py has, or one that you have just added to it (docs/extending.md):
     python audit.py swersky
     python audit.py bao --estimator unbiased
-Without data on disk and without training, in seconds:
+Without images and without training, in seconds:
     python audit.py swersky --no-training
 
-The audit prints what it finds, ends each finding with `ok`, `note` or `WRONG`, and writes metrics.npz, audit.md and audit.png to a
-folder under runs/audit. Exit code 1: something is wrong.
+The audit prints its findings, each behind its verdict: `ok`, `note` (true of some right objectives) or `WRONG`. It writes
+metrics.npz, audit.md and audit.png to a folder under runs/audit. The exit code is 1 if a finding is WRONG.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
@@ -29,11 +29,11 @@ def parse_args(argv=None):
     parser.add_argument("objective", choices=LEARN, metavar="NAME", help=f"a name of objectives.LEARN: {', '.join(LEARN)}")
     flag = parser.add_argument_group("experiment").add_argument
     flag("--estimator", choices=ESTIMATORS, default="plugin", help="how the objective estimates squared expectations under q")
-    flag("--data", default="mnist", help="images of the linear VAE's spectrum; glyphs where they are missing")
-    flag("--data-root", default="data", help="where the images are")
-    flag("--law", default="mixture", help="2-D distribution of the short run")
+    flag("--data", default="mnist", help="images that a linear VAE learns; glyphs needs no files")
+    flag("--data-root", default="data", help="folder of the image data")
+    flag("--law", default="mixture", help="distribution of the short 2-D run")
     flag("--updates", type=positive, default=1500, help="decoder updates of the short run")
-    flag("--seeds", type=positive, default=3, help="members of the short run")
+    flag("--seeds", type=positive, default=3, help="members of the short run, each with a seed of its own")
     flag("--no-training", action="store_true", help="leave out the spectrum and the short 2-D run")
     flag("--seed", type=count, default=0, help="of the random models")
     flag = parser.add_argument_group("output").add_argument
@@ -54,28 +54,29 @@ def main(args):
         options = {"estimator": args.estimator} if LEARN[args.objective].has_estimator else {}
         findings, arrays = [], {}
         if LEARN[args.objective].joint:
-            print(f"{args.objective} trains both halves by one loss; the audit takes its decoder's part, with q held")
+            print(f"{args.objective} trains encoder and decoder by one loss; the audit is of the decoder's part, q held fixed")
         if not args.no_training:
-            report(auditing.spectrum(args.objective, options, args.data, args.data_root), findings, arrays)
-        for step in (auditing.form, auditing.gradient, auditing.coupling, auditing.composition, auditing.target, auditing.contraction,
-                     auditing.cost):
-            report(step(args.objective, options, args.seed), findings, arrays)
+            add_result(auditing.check_spectrum(args.objective, options, args.data, args.data_root), findings, arrays)
+        for check in auditing.CHECKS:
+            add_result(check(args.objective, options, args.seed), findings, arrays)
         if not args.no_training:
-            report(auditing.short_run(args), findings, arrays)
-        write_atomic(run.path / "audit.md", auditing.page(args.objective, args.estimator, findings).encode())
+            add_result(auditing.check_short_run(args), findings, arrays)
+        write_atomic(run.path / "audit.md", auditing.report_page(args.objective, args.estimator, findings).encode())
         run.save_metrics(**{name: np.asarray(value) for name, value in arrays.items()}, status="ok",
-                         verdict=np.array([finding.verdict for finding in findings]), finding=np.array([finding.text for finding in findings]))
+                         verdict=np.array([finding.verdict for finding in findings]),
+                         finding=np.array([finding.text for finding in findings]))
         plots.FIGURES["audit"]([run.path], run.path / "audit.png")
     if wrong := [finding for finding in findings if finding.verdict == "WRONG"]:
         raise SystemExit(f"{args.objective}: {len(wrong)} of {len(findings)} findings are wrong; see {args.out}/audit.md")
 
 
-def report(result, findings, arrays):
-    found, more = result
-    for finding in found:
+def add_result(result, findings, arrays):
+    """Print the findings of one check, and add them and its arrays to those of the others."""
+    new_findings, new_arrays = result
+    for finding in new_findings:
         print(f"{finding.verdict:5}  {finding.title}: {finding.text}", flush=True)
-    findings += found
-    arrays |= more
+    findings += new_findings
+    arrays |= new_arrays
 
 
 if __name__ == "__main__":

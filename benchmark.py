@@ -1,13 +1,13 @@
 """Measure the speed of training: against a plain step of the same mathematics, and against its convolutions alone.
 
-All of the performance table in docs/performance.md (a GPU; on a CPU, --net conv is the part that ends within minutes):
+The performance table in docs/performance.md, on a GPU (on a CPU, only its part with --net conv ends within minutes):
     python benchmark.py --image 1x32 3x64 --precision float32 tf32 bf16
 Ten seconds on a CPU:
     python benchmark.py --quick
 
-What is compared runs in turns, one timing of each after the other, `--repeats` times over: a ratio is the median over the turns,
-with its smallest and largest. Modes: `plain` is the step as one writes it down (class Plain), `eager` and `captured` (GPU) are
-train_images.py's, `floor` the convolutions and matrix products of that step alone.
+The modes that are compared run in turns: in each of `--repeats` turns every mode is timed once. A ratio is the median over the
+turns, with the smallest and the largest. The mode `plain` is the step as one writes it down (vsm/plain.py). `eager` is the step
+of train_images.py, `captured` the same as a CUDA graph, and `floor` the convolutions and matrix products of that step alone.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
@@ -32,11 +32,12 @@ from vsm.cli import Formatter, command_line, positive
 from vsm.device import pick_device, set_precision
 from vsm.runs import Run, flag_name
 from vsm.speed import cpp_compiler
-from vsm.timing import matrix_rate, measure
+from vsm.tables import markdown_table, number_text
+from vsm.timing import matrix_rate, time_in_turns
 
 
 def pairs():
-    """{label: (learn, infer)} of every pair that trains, with the entries that somebody has added."""
+    """{label: (learn, infer)} of every pair of --learn and --infer that can train, added entries included."""
     return {label(learn, infer): (learn, infer) for infer in INFER for learn in LEARN
             if INFER[infer].joint == LEARN[learn].joint and (learn == infer or not LEARN[learn].joint)}
 
@@ -49,42 +50,43 @@ TABLE1_RUNS = {"1x32": 2, "3x64": 1}  # data sets of this shape
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def model(args, device, image, net, precision="float32"):
+def build_model(args, device, image, net, precision="float32"):
     channels, side = map(int, image.split("x"))
     torch.manual_seed(0)
     return build_vae(net, (channels, side, side), args.dim_z, args.width, bf16=precision == "bf16").to(device)
 
 
-def recipe(args, pair, batch):
-    """What the plain step and the Trainer's are given alike."""
+def training_options(args, pair, batch):
+    """The options that the plain step and the Trainer share."""
     learn, infer = pairs()[pair]
     return {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1,
             "batch": batch, "lr": 1e-4}
 
 
 def training_rows(args, device, part, image, net, pair, batch):
-    """One pair in every mode and precision: a row each."""
+    """Yields the rows of one pair, one for each mode and precision."""
     channels, side = map(int, image.split("x"))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (args.inner_steps * batch, channels, side, side), dtype=torch.uint8, generator=generator)
-    resident_images, common, vae = images.to(device), recipe(args, pair, batch), partial(model, args, device, image, net)
+    resident_images, options = images.to(device), training_options(args, pair, batch)
+    vae = partial(build_model, args, device, image, net)
 
     def trainer(precision, graph):
-        return Trainer(vae(precision), resident_images, estimator="plugin", seed=0, graph=graph, **common)
+        return Trainer(vae(precision), resident_images, estimator="plugin", seed=0, graph=graph, **options)
 
-    has_floor = floor.is_known(*pairs()[pair])
+    has_floor = floor.has_floor(*pairs()[pair])
     flops = floor.Floor(trainer("float32", graph=False), "float32").flops if has_floor else math.nan
     cycles = 20 if device.type == "cuda" else 1
-    for precision in args.precision:  # one after the other, so that the graphs of one are gone when the next is made
+    for precision in args.precision:  # one at a time, so that the CUDA graphs of one are freed before the next makes its own
         makers = {}
-        if precision == args.precision[0] and plain.is_known(*pairs()[pair]):
-            makers["plain", "float32"] = lambda: plain.Plain(vae(), images, device, **common)
+        if precision == args.precision[0] and plain.has_plain_form(*pairs()[pair]):
+            makers["plain", "float32"] = lambda: plain.Plain(vae(), images, device, **options)
         makers["eager", precision] = partial(trainer, precision, graph=False)
         if device.type == "cuda":
             makers["captured", precision] = partial(trainer, precision, graph=True)
         if has_floor:
             makers["floor", precision] = lambda precision=precision: floor.Floor(trainer(precision, graph=False), precision)
-        for (mode, arithmetic), (times, memory) in measure(makers, cycles * args.inner_steps, args.repeats, device).items():
+        for (mode, arithmetic), (times, memory) in time_in_turns(makers, cycles * args.inner_steps, args.repeats, device).items():
             yield {"part": part, "image": image, "net": net, "pair": pair, "size": batch, "mode": mode, "precision": arithmetic,
                    "seconds": times, "peak_memory": memory, "flops": flops}
 
@@ -103,25 +105,25 @@ def batch_part(args, device):
 
 
 def ensemble_part(args, device):
-    """2-D VAEs: S seeds as one ensemble, eager and compiled, against one seed after another; seconds per update of all."""
+    """2-D VAEs: S seeds as one ensemble, eager and compiled, against one seed after another; seconds of one update of all S."""
     for members in args.members:
         def trainer(seed, seeds, *more):
             flags = ["--seed", str(seed), "--seeds", str(seeds), *(["--batch", "100"] if args.quick else []), *more]
             return train_synthetic.EnsembleTrainer(train_synthetic.parse_args(flags), device)
 
-        def loop(trainer=trainer, members=members):
+        def one_after_another(trainer=trainer, members=members):
             alone = [trainer(seed, 1) for seed in range(members)]
             return SimpleNamespace(run_step=lambda: [one.run_step() for one in alone])
 
-        makers = {("loop", "float32"): loop, ("together", "float32"): partial(trainer, 0, members)}
+        makers = {("loop", "float32"): one_after_another, ("together", "float32"): partial(trainer, 0, members)}
         if device.type == "cpu" and cpp_compiler():
             makers["compiled", "float32"] = partial(trainer, 0, members, "--compile")
-        for (mode, precision), (times, memory) in measure(makers, 20, args.repeats, device).items():
+        for (mode, precision), (times, memory) in time_in_turns(makers, 20, args.repeats, device).items():
             yield small_row("ensemble", "KLD-F", members, mode, times, memory, precision)
 
 
 def toy_part(args, device):
-    """Toy inference: all fits in one tensor against run after run, seconds per iteration of all of them."""
+    """Toy inference: all runs in one tensor against one run after another; seconds of one iteration of all runs."""
     steps, grid = ("2", "2") if args.quick else ("50", "4")
     toy = toy_inference.parse_args(["--iterations", steps, "--compare-loop", steps, "--grid", grid, "--frames", "2"])
     times = {"loop": [], "together": []}
@@ -137,13 +139,13 @@ def toy_part(args, device):
 
 
 def importance_part(args, device):
-    """The importance-sampled likelihood of 500 points under ten 2-D VAEs: time and memory against the number of samples."""
+    """Time and memory of the importance-sampled likelihood of 500 points under ten 2-D VAEs, against the number of samples."""
     vae = build_ensemble(2, 2, 30, range(10)).to(device)
     x = torch.randn(10, 500, 2, generator=torch.Generator().manual_seed(0)).to(device)
     for samples in args.importance_samples:
         evaluation = SimpleNamespace(run_step=partial(iw_log_likelihood, vae, x, samples))
         makers = {("streamed", "float32"): lambda evaluation=evaluation: evaluation}
-        for (mode, precision), (times, memory) in measure(makers, 1, args.repeats, device).items():
+        for (mode, precision), (times, memory) in time_in_turns(makers, 1, args.repeats, device).items():
             yield small_row("importance", "KLD-F", samples, mode, times, memory, precision)
 
 
@@ -158,47 +160,48 @@ PARTS = {"images": images_part, "batch": batch_part, "ensemble": ensemble_part, 
 # --------------------------------------------------------------------------------------------------------------- report
 
 
-def report(rows, rates, hours):
-    """The Markdown table, and what it means for the paper's Table 1."""
+def print_report(rows, rates, hours):
+    """Print the rates of a matrix product, the table of all rows, and the time that the paper's Table 1 would take."""
     for precision, rate in rates.items():
-        print(f"matrix product, {precision}: {spread(rate / 1e12, '.3g')} TFLOP/s")
-    print("\n| part | network | pair | size | mode | precision | ms a step | size/s | times plain's (the loop's) speed | "
-          "times the floor's time | of the matrix rate | peak MiB |\n" + "|---" * 12 + "|")
-    for row in rows:
-        rival = ("plain", "float32") if row["part"] in ("images", "batch") else ("loop", row["precision"])
-        plain = partner(rows, row, *rival)
-        floor = partner(rows, row, "floor", row["precision"])
-        share = row["flops"] / row["seconds"] / np.median(rates[row["precision"]]) if row["precision"] in rates else math.nan
-        print(f"| {row['part']} | {row['net']} {row['image']} | {row['pair']} | {row['size']} | {row['mode']} | "
-              f"{row['precision']} | {1e3 * np.median(row['seconds']):.4g} | {row['size'] / np.median(row['seconds']):.4g} | "
-              f"{spread(plain / row['seconds'])} | {spread(row['seconds'] / floor)} | "
-              f"{number(np.median(share), '.2f')} | {number(row['peak_memory'] / 2**20, '.0f')} |")
+        print(f"matrix product, {precision}: {median_and_range(rate / 1e12, '.3g')} TFLOP/s")
+    header = ["part", "network", "pair", "size", "mode", "precision", "ms a step", "size/s", "times plain's (the loop's) speed",
+              "times the floor's time", "of the matrix rate", "peak MiB"]
+    print("\n" + markdown_table(header, [table_row(row, rows, rates) for row in rows]))
     for (mode, precision), duration in hours.items():
         print(f"\nTable 1, {mode}, {precision}: {duration:.1f} hours for one seed of its {len(TABLE1)} columns of ConvNets, "
               f"1000 epochs on MNIST, Fashion-MNIST and CelebA, one run after the other")
 
 
-def partner(rows, row, mode, precision):
-    """The seconds of the row that differs by mode and precision alone; NaN where none was measured."""
+def table_row(row, rows, rates):
+    """The cells of one row: its names, its time, and its time against those of the rows that it is compared with."""
+    rival = ("plain", "float32") if row["part"] in ("images", "batch") else ("loop", row["precision"])
+    plain = seconds_of_mode(rows, row, *rival)
+    floor = seconds_of_mode(rows, row, "floor", row["precision"])
+    share = row["flops"] / row["seconds"] / np.median(rates[row["precision"]]) if row["precision"] in rates else math.nan
+    step = np.median(row["seconds"])
+    return [row["part"], f"{row['net']} {row['image']}", row["pair"], row["size"], row["mode"], row["precision"],
+            f"{1e3 * step:.4g}", f"{row['size'] / step:.4g}", median_and_range(plain / row["seconds"]),
+            median_and_range(row["seconds"] / floor), number_text(np.median(share), ".2f"),
+            number_text(row["peak_memory"] / 2**20, ".0f")]
+
+
+def seconds_of_mode(rows, row, mode, precision):
+    """The seconds of the row that equals `row` but for its mode and precision; NaN where none was measured."""
     same = ("part", "image", "net", "pair", "size")
     found = [other["seconds"] for other in rows if other["mode"] == mode and other["precision"] == precision
              and all(other[key] == row[key] for key in same)]
     return found[0] if found else math.nan
 
 
-def number(value, form):
-    return f"{value:{form}}" if np.isfinite(value) else "-"
-
-
-def spread(values, form=".2f"):
-    """Median [smallest, largest]."""
+def median_and_range(values, form=".2f"):
+    """The text "median [smallest, largest]"; "-" where a value is not finite."""
     if not np.isfinite(values).all():
         return "-"
     return f"{np.median(values):{form}} [{np.min(values):{form}}, {np.max(values):{form}}]"
 
 
 def table1_hours(rows):
-    """{(mode, precision): hours} where every network, pair and image shape of Table 1 was measured at batch 100."""
+    """{(mode, precision): hours} of Table 1's runs, where each of its pairs and image shapes was measured at batch 100."""
     rates = {}
     for row in rows:
         if (row["part"], row["net"], row["size"]) == ("images", "conv", 100) and row["pair"] in TABLE1 and row["mode"] != "floor":
@@ -214,19 +217,21 @@ def recipe_of_the_paper(args):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--part", choices=(*PARTS, "all"), default="images", help="images: every pair; batch: KLD-F against the size of the "
-         "minibatch; ensemble: 2-D VAEs against a loop over seeds; toy: toy inference against a loop over runs; "
-         "importance: time and memory against samples")
+    flag("--part", choices=(*PARTS, "all"), default="images", help="what is timed: images: every pair; batch: KLD-F against "
+         "the size of the minibatch; ensemble: 2-D VAEs against a loop over seeds; toy: toy inference against a loop over runs; "
+         "importance: time and memory of importance sampling against the number of samples")
     flag("--pairs", nargs="+", choices=pairs(), default=list(pairs()), metavar="PAIR",
-         help="of --part images, named as in the paper")
-    flag("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"], help="tf32 on a GPU only")
-    flag("--repeats", type=positive, default=5, help="turns, each of one timing of everything that is compared")
+         help="pairs of objectives of --part images, named as in the paper")
+    flag("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"],
+         help="precisions of the arithmetic; tf32 needs a GPU")
+    flag("--repeats", type=positive, default=5, help="turns; each times every mode once")
     flag("--samples", type=positive, default=5, help="posterior samples per image, N")
-    flag("--batches", nargs="+", type=positive, default=[10, 30, 100, 300], help="sizes of --part batch")
-    flag("--members", nargs="+", type=positive, default=[1, 3, 10, 30], help="sizes of --part ensemble")
+    flag("--batches", nargs="+", type=positive, default=[10, 30, 100, 300], help="minibatch sizes of --part batch")
+    flag("--members", nargs="+", type=positive, default=[1, 3, 10, 30], help="ensemble sizes of --part ensemble")
     flag("--importance-samples", nargs="+", type=positive, default=[1000, 3000, 10_000, 30_000],
-         help="sizes of --part importance")
-    flag("--quick", action="store_true", help="unless given: a tiny model, three pairs and two turns; does it run, not how fast")
+         help="numbers of samples of --part importance")
+    flag("--quick", action="store_true",
+         help="other defaults: a tiny model, three pairs and two turns; it shows that the script runs, not how fast")
     flag = parser.add_argument_group("model").add_argument
     flag("--net", nargs="+", choices=("conv", "resnet"), default=["conv", "resnet"],
          help="networks; --part batch takes the first")
@@ -238,7 +243,7 @@ def parse_args(argv=None):
     flag("--batch", type=positive, default=100, help="images per minibatch of --part images")
     flag = parser.add_argument_group("output").add_argument
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
-    flag("--threads", type=positive, default=None, help="of the CPU (default: PyTorch's)")
+    flag("--threads", type=positive, default=None, help="threads of the CPU (default: PyTorch's)")
     flag("--out", default=None, help="the run's folder (default: runs/benchmark/PART)")
     flag("--overwrite", action="store_true", help="measure again what was measured")
     args = parser.parse_args(argv)
@@ -258,13 +263,13 @@ def parse_args(argv=None):
 def main(args):
     device = pick_device(args.device)
     for precision in args.precision:
-        set_precision(precision, device)  # a mistake in it should end the script now
+        set_precision(precision, device)  # here, so that a precision that the device lacks ends the script before it measures
     torch.set_num_threads(args.threads or torch.get_num_threads())
     with Run(args.out, "benchmark", vars(args), device, args.overwrite) as run:
         if not run.status:
             rates = {precision: matrix_rate(device, precision) for precision in dict.fromkeys(["float32", *args.precision])}
             rows = [row for part in (PARTS if args.part == "all" else [args.part]) for row in PARTS[part](args, device)]
-            report(rows, rates, table1_hours(rows) if recipe_of_the_paper(args) else {})
+            print_report(rows, rates, table1_hours(rows) if recipe_of_the_paper(args) else {})
             arrays = {name: np.array([row[name] for row in rows]) for name in rows[0]}
             run.save_metrics(**arrays, matrix_precision=np.array(list(rates)), matrix_rate=np.stack(list(rates.values())),
                              status="ok")

@@ -5,8 +5,9 @@
     folder:PATH                              any images, PATH a folder or a zip
     glyphs                                   digits drawn here from matplotlib's fonts; needs no file and no network
 
-DATA_SETS has one entry for each name. Pictures are converted once, to an array beside the data: in $VSM_CACHE where it is set, in
-./cache where the data are read-only. Pillow, torchvision and matplotlib are imported only where they are used: --help needs none.
+DATA_SETS has one entry for each name. Pictures are converted once, to an array that is kept beside the data, or in $VSM_CACHE if
+that is set, or in ./cache if the data are read-only. Pillow, torchvision and matplotlib are imported where they are used, so that
+--help is fast.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ from vsm.cli import UserError
 from vsm.glyphs import FONTS, draw_glyphs
 from vsm.runs import write_atomic
 
-# Name: function from the data root (a Path) to ImageData, of arrays or CPU tensors. Everything else follows from what it returns.
+# Name: a function that maps the data root (a Path) to ImageData, of arrays or CPU tensors. All else follows from what it returns.
 DATA_SETS = {
     "mnist": lambda root: load_idx("mnist", "MNIST", root),
     "fashion": lambda root: load_idx("fashion", "FashionMNIST", root),
@@ -67,15 +68,15 @@ class ImageData(NamedTuple):
 
 
 def data_names():
-    """What --data takes, for its help: "mnist | fashion | ... | folder:PATH"."""
+    """The choices of --data, for its help: "mnist | fashion | ... | folder:PATH"."""
     return " | ".join([*DATA_SETS, "folder:PATH"])
 
 
 def load_images(name, root="data", limit=0, test_limit=0):
-    """The data set `name`, a key of DATA_SETS or folder:PATH.
+    """The ImageData of the data set `name`, a key of DATA_SETS or folder:PATH.
 
-    `limit` and `test_limit` keep the first so many images of the official order; 0 keeps all.
-    Raises UserError: unknown name, data that are missing (it says which layout is wanted) or damaged (it says which file).
+    It keeps the first `limit` training images and the first `test_limit` test images of the official order; 0 keeps all.
+    Raises UserError for an unknown name, for missing data (with the layout that is wanted) and for damaged data (with the file).
     """
     if min(limit, test_limit) < 0:
         raise UserError(f"a limit of {min(limit, test_limit)} images: it must be positive, or 0 for all")
@@ -88,13 +89,13 @@ def load_images(name, root="data", limit=0, test_limit=0):
         raise UserError(f"{error.filename or root} cannot be read ({error.strerror or error})") from error
     require_images(name, data.train, data.train_labels, "training")
     require_images(name, data.test, data.test_labels, "test")
-    train, train_labels = first(limit, data.train), first(limit, data.train_labels)
-    test, test_labels = first(test_limit, data.test), first(test_limit, data.test_labels)
+    train, train_labels = first_rows(limit, data.train), first_rows(limit, data.train_labels)
+    test, test_labels = first_rows(test_limit, data.test), first_rows(test_limit, data.test_labels)
     recipe = {"size": list(train.shape[1:]), **data.recipe, "counts": {"train": len(train), "test": len(test)}}
     return ImageData(train, test, train_labels, test_labels, recipe)
 
 
-def first(count, array):
+def first_rows(count, array):
     """The first `count` rows (0: all) of an array as a tensor with memory of its own. None stays None."""
     if array is None:
         return None
@@ -114,7 +115,7 @@ def require_images(name, images, labels, part):
 def short_name(data_flag):
     """A data set's name for run folders and titles: folder:/long/path/faces becomes folder-faces-ab12cd, other names stay.
 
-    The six hexadecimal digits are those of a hash of the path as it was given, so that two folders of one name keep apart.
+    The six hexadecimal digits come from a hash of the path as it was given, so that two folders of the same name differ.
     """
     if not data_flag.startswith("folder:"):
         return data_flag
@@ -152,14 +153,14 @@ def load_idx(name, dataset, root):
 
 
 def idx_paths(folder):
-    """The four files of IDX_FILES in a folder, each plain or, where that is missing, with .gz."""
+    """The paths of the four IDX_FILES in a folder, each plain or, where that is missing, with .gz."""
     return [folder / file if (folder / file).exists() else folder / f"{file}.gz" for file in IDX_FILES]
 
 
 def read_idx(path):
     """A uint8 idx file, plain or .gz, as an array. Raises UserError for a damaged one.
 
-    No more is decompressed than the header announces, and a byte to see that the file ends there.
+    It decompresses one byte more than the header announces, to see whether the file ends there.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a regular file; take it away to download it again, or copy it anew")
@@ -167,7 +168,7 @@ def read_idx(path):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             zeros, kind, ndim = struct.unpack(">HBB", file.read(4))
             if zeros != 0 or kind != 8:
-                raise ValueError("its first three bytes are not 0, 0, 8: no idx file of bytes")
+                raise ValueError("its first three bytes are not 0, 0, 8, as in an idx file of bytes")
             shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
             size = math.prod(shape)
             if size > MAX_IDX_BYTES:
@@ -181,14 +182,14 @@ def read_idx(path):
 
 
 def download(dataset, folder):
-    """Fetch the idx files that `folder` lacks, quietly, through torchvision. Raises UserError where that fails."""
+    """Fetch the idx files that `folder` lacks through torchvision, without its output. Raises UserError where that fails."""
     from torchvision import datasets
     print(f"downloading {dataset} to {folder}", file=sys.stderr)
-    patience = socket.getdefaulttimeout()
+    usual_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
-        with tempfile.TemporaryDirectory() as there, contextlib.redirect_stderr(io.StringIO()):
-            fetched = Path(getattr(datasets, dataset)(there, download=True).raw_folder)
+        with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()):
+            fetched = Path(getattr(datasets, dataset)(temporary, download=True).raw_folder)
             folder.mkdir(parents=True, exist_ok=True)
             for file, path in zip(IDX_FILES, idx_paths(folder)):
                 if not path.exists():
@@ -198,13 +199,14 @@ def download(dataset, folder):
         raise UserError(f"{folder} lacks files and {dataset} cannot be downloaded ({last_line}); "
                         f"put {', '.join(IDX_FILES)} there, plain or .gz, or name another data root") from error
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(usual_timeout)
 
 
 # ------------------------------------------------------------------------------------------------- CelebA and any pictures
 
 
 def load_celeba(root):
+    """CelebA with its official training and test sets, from one of the places that the module's docstring names."""
     places = [root / top / name for top in ("celeba", "") for name in ("img_align_celeba", "img_align_celeba.zip")]
     if root.is_file() or next(root.glob("[0-9]" * 6 + ".*"), None):
         places.append(root)
@@ -221,6 +223,7 @@ def load_celeba(root):
 
 
 def load_folder(text):
+    """The pictures of the folder or zip `text`; every tenth is a test image. They become 64x64, or 32x32 if they are small."""
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:
@@ -235,12 +238,12 @@ def load_folder(text):
 
 
 def is_picture(name):
-    """Whether a file of this path counts as a picture: by its extension, and not hidden."""
+    """Whether a path has the extension of a picture and no leading dot in its file name."""
     return name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith(".")
 
 
 def regular_pictures(folder):
-    """{relative path: its os.stat_result} of the pictures in `folder` and below; links to folders are not followed.
+    """{relative path: its os.stat_result} of the pictures in `folder` and its subfolders; links to folders are not followed.
 
     Only regular files count: reading a FIFO named x.png would wait for ever. Raises OSError for what cannot be read.
     """
@@ -256,6 +259,7 @@ def regular_pictures(folder):
 
 
 def open_zip(path):
+    """The zip at `path`. Raises UserError where it is none, or damaged."""
     try:
         return zipfile.ZipFile(path)
     except (OSError, EOFError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile) as error:
@@ -263,11 +267,11 @@ def open_zip(path):
 
 
 class Pictures:
-    """The pictures of a folder (and of those below it) or of a zip: sorted `names`, and a `stamp` that changes when they do."""
+    """The pictures of a zip, or of a folder and its subfolders: sorted `names`, and a `stamp` that changes when they do."""
 
     def __init__(self, source):
         from PIL import Image
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # else Pillow prints it, and decodes up to twice its bound
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # otherwise only a warning, up to twice Pillow's bound
         self.source, self.archive = Path(os.path.realpath(source)), None
         try:
             status = source.stat()
@@ -286,7 +290,7 @@ class Pictures:
         self.stamp = [len(self.names), sum(status.st_size for status in statuses), newest]
 
     def read(self, name):
-        """A picture's file as bytes. Raises UserError for a file that no picture needs, and for an encrypted one."""
+        """The bytes of a picture's file. Raises UserError for a file too large for a picture, and for an encrypted one."""
         path = Path(f"{self.source}/{name}")
         member = self.archive and self.archive.getinfo(name)
         size = member.file_size if member else path.stat().st_size
@@ -299,15 +303,15 @@ class Pictures:
         content = io.BytesIO()
         try:
             with self.archive.open(member) as file:
-                shutil.copyfileobj(file, content, 4096)  # small steps, because LZMA and bzip2 expand all that one step reads
+                shutil.copyfileobj(file, content, 4096)  # small reads: LZMA and bzip2 expand all that one read takes
         except NotImplementedError as error:
             raise UserError(f"{path} cannot be unpacked by Python ({error}); unpack the zip and name the folder") from error
         return content.getvalue()
 
     def open(self, name):
-        """A picture as RGB, upright.
+        """A picture as RGB, turned upright.
 
-        Raises UserError for a damaged one, one of more than 8 bits, which Pillow would clip to white, and one of absurd size.
+        Raises UserError for one that is damaged, of an absurd size, or of more than 8 bits a channel, which Pillow would clip.
         """
         from PIL import Image, ImageOps
         file = f"{self.source}/{name}"
@@ -322,11 +326,11 @@ class Pictures:
             raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise UserError(f"{file} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller or take it away") from error
-        except Exception as error:  # by format and damage, the readers raise almost anything
+        except Exception as error:  # the readers raise almost anything, depending on the format and the damage
             raise UserError(f"{file} is damaged ({type(error).__name__})") from error
 
     def convert(self, data, train, test, size, split):
-        """The named pictures, resized and cropped: from the cache, or into it."""
+        """ImageData of the named pictures, resized and cropped; from the cache, or converted and cached."""
         names = train + test
         recipe = {"name": data, "source": self.source.name, "size": [3, size, size], "split": split, "pad": 0,
                   "crop": f"short side to {size}, centre {size}x{size}", "filter": "bilinear, antialiased (Pillow)"}
@@ -341,7 +345,7 @@ class Pictures:
 
 
 def resize_and_crop(picture, size):
-    """Short side to `size`, then the central square, to the bit as torchvision's Resize and CenterCrop: uint8 [3, size, size]."""
+    """Resize the short side to `size` and crop the central square, bit for bit as torchvision does: uint8 [3, size, size]."""
     from PIL import Image
     short = min(picture.size)
     width, height = (int(size * side / short) for side in picture.size)
@@ -354,12 +358,12 @@ def resize_and_crop(picture, size):
 
 
 def cache_folder():
-    """$VSM_CACHE, or ./cache: for what is made once and can be made again."""
+    """The folder for what is made once and can be made again: $VSM_CACHE, or ./cache."""
     return Path(os.environ.get("VSM_CACHE", "cache"))
 
 
 def cache_path(source):
-    """Where the array of `source` (None: drawn here) is kept; root, too, leaves a folder alone whose mode says read-only."""
+    """The path of the converted array of `source` (None: the glyphs). The mode is checked because root may write anywhere."""
     if source and "VSM_CACHE" not in os.environ and os.access(source.parent, os.W_OK) and source.parent.stat().st_mode & 0o222:
         return source.with_name(f"{source.name}.converted.npy")
     name = f"{source.name}-{zlib.crc32(os.fsencode(source)):08x}" if source else "glyphs"
@@ -367,9 +371,9 @@ def cache_path(source):
 
 
 def cached(path, recipe, shape, rows):
-    """The array at `path`, memory-mapped; made of the arrays that `rows()` yields where none of this recipe is there.
+    """The array of this recipe and shape at `path`, memory-mapped; where it is not there, it is made from the arrays of rows().
 
-    It is written whole or not at all; one process makes it, others wait. Raises UserError where it cannot be written.
+    The file is written whole or not at all; one process writes it, the others wait. Raises UserError where that fails.
     """
     if (images := read_cache(path, recipe, shape)) is not None:
         return images
@@ -378,7 +382,7 @@ def cached(path, recipe, shape, rows):
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if read_cache(path, recipe, shape) is None:
-                print(f"making {path}, once", file=sys.stderr)
+                print(f"making {path}; this happens once", file=sys.stderr)
                 write_cache(path, recipe, shape, rows())
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}); set VSM_CACHE to a folder with room") from error
@@ -390,17 +394,18 @@ def read_cache(path, recipe, shape):
     try:
         images = np.load(path, mmap_mode="r")
         same_recipe = json.loads(path.with_suffix(".json").read_text()) == recipe
-    except Exception:  # by how it is damaged, its readers raise almost anything; what fails here is made again
+    except Exception:  # the readers raise almost anything, depending on the damage; a damaged cache is made again
         return None
     whole = images.shape == shape and images.dtype == np.uint8 and images.flags.c_contiguous
     return images if same_recipe and whole else None
 
 
 def write_cache(path, recipe, shape, rows):
+    """Write the arrays `rows` as one uint8 array to `path`, and then the recipe beside it."""
     path.with_suffix(".json").unlink(missing_ok=True)
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:  # written, not memory-mapped: there a full disk would be a SIGBUS
+        with open(temporary, "wb") as file:  # not memory-mapped: a full disk would then be a SIGBUS
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             file.writelines(row.tobytes() for row in rows)
             file.flush()
@@ -415,7 +420,7 @@ def write_cache(path, recipe, shape, rows):
 
 
 def load_glyphs():
-    """70,000 drawn digits. Whoever changes vsm/glyphs.py raises the version in the recipe, or old caches stay in use."""
+    """70,000 drawn digits. A change of vsm/glyphs.py must raise the version in the recipe; otherwise old caches stay in use."""
     recipe = {"name": "glyphs", "source": f"digits of {len(FONTS)} fonts, affine jitter (version 2), seed 0",
               "size": [1, 32, 32], "crop": None, "filter": None, "pad": 2, "split": "60,000 + 10,000 independent draws"}
     images = cached(cache_path(None), dict(recipe, fonts=FONTS), (70_000, 1, 32, 32), lambda: draw_glyphs(70_000))

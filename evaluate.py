@@ -1,16 +1,16 @@
 """Tables and figures from image runs, beside the paper's numbers (Tables 1 and 2; Figures 4, 8-17).
 
-All of them, each against the whole test set of its run:
+Evaluate every run, each against the whole test set of its data:
     python evaluate.py runs/images/*
-Seconds on a CPU, after the quick run of train_images.py:
+The same in seconds on a CPU, after the quick run of train_images.py:
     python evaluate.py runs/images/*glyphs* --images 20 --iw-samples 10
-Signal-to-noise ratio of every objective's decoder gradient at one trained model:
+Measure the signal-to-noise ratio of every objective's decoder gradient at one trained model:
     python evaluate.py --gradient-snr runs/images/RUN
 
-A RUN is a run folder, or a pack of runs (.npz), whose table is made again from its arrays. Each folder gets an eval.npz, used
-again while its checkpoint, the test images and the settings stay the same; --out gets the table and the figures. A run that has
-not ended is evaluated at its last checkpoint and labelled unfinished@<epoch>. A run that cannot be evaluated is named and
-skipped; the exit code is 2 where none could be. docs/metrics.md says what the numbers mean.
+A RUN is a run folder, or a pack of runs (.npz), whose stored arrays give the table again. Each folder gets an eval.npz, which is
+used again while its checkpoint, the test images and the settings stay the same. The folder --out gets the table and the figures.
+A run that has not ended is evaluated at its last checkpoint and labelled unfinished@<epoch>. A run that cannot be evaluated is
+named and skipped; the exit code is 2 if no run could be evaluated. docs/metrics.md says what the numbers mean.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
@@ -38,7 +38,7 @@ from vsm.packs import StoredRun, open_runs
 from vsm.quality import fids, prior_metrics, reference_set
 from vsm.runs import group_by_seed, load_arrays, save_arrays
 
-CURVES = ("epoch", "negative_elbo", "reconstruction_mse", "latent_mmd")  # of every image run: the table cannot do without
+CURVES = ("epoch", "negative_elbo", "reconstruction_mse", "latent_mmd")  # every image run has them, and the table needs them
 NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
@@ -46,23 +46,24 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train_images.py made, or packs of them")
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--images", type=positive, default=500, help="how many test images the importance-weighted bound and denoising take")
-    flag("--iw-samples", type=positive, default=100, help="samples of the importance-weighted bound")
+    flag("--images", type=positive, default=500, help="test images for the importance-weighted bound and denoising")
+    flag("--iw-samples", type=positive, default=100, help="posterior samples of the importance-weighted bound")
     flag("--gradient-snr", action="store_true",
-         help="instead: signal-to-noise ratio of the decoder's gradient, in each run's folder")
-    flag("--snr-draws", type=positive, default=100, help="minibatches that its mean and variance are taken over")
+         help="measure only the signal-to-noise ratio of the decoder's gradient; the result goes to each run's folder")
+    flag("--snr-draws", type=positive, default=100, help="minibatches that the gradient's mean and variance are taken over")
     flag("--snr-mode", choices=gradient_snr.MODES, default="eval",
-         help="batch norm as in evaluation, where it couples no data, or as in training")
+         help="mode of batch norm: eval, in which it couples no data, or train")
     flag = parser.add_argument_group("model").add_argument
-    flag("--inception-weights", default=None, metavar="FILE", help="for colour images; without it torch-fidelity fetches them")
+    flag("--inception-weights", default=None, metavar="FILE",
+         help="file of Inception's weights, for colour images (default: torch-fidelity fetches them)")
     flag = parser.add_argument_group("output").add_argument
-    flag("--data-root", default=None, help="where the data sets are (default: where each run had them)")
+    flag("--data-root", default=None, help="folder of the data sets (default: the one that each run had)")
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
-    flag("--out", default="runs/evaluation", help="folder of the table and the figures")
-    flag("--overwrite", action="store_true", help="evaluate again what has been evaluated")
+    flag("--out", default="runs/evaluation", help="folder for the table and the figures")
+    flag("--overwrite", action="store_true", help="evaluate runs again that have been evaluated")
     args = parser.parse_args(argv)
     if args.snr_draws < 2:
-        parser.error("--snr-draws must be at least 2: a variance divides by one less")
+        parser.error("--snr-draws must be at least 2: the variance divides by the number of draws less one")
     if args.inception_weights and not Path(args.inception_weights).is_file():
         parser.error(f"--inception-weights {args.inception_weights}: there is no such file")
     return args
@@ -77,21 +78,21 @@ def main(args):
             runs += open_runs([path])
     for run in runs:
         with skipping(run):
-            measured.append(write_gradient_snr(run, args, device) if args.gradient_snr else measure(run, args, device))
+            measured.append(write_gradient_snr(run, args, device) if args.gradient_snr else measured_run(run, args, device))
     if not measured:
         raise UserError("none of these runs could be evaluated")
     if not args.gradient_snr:
         measured.sort(key=by_data_and_pair)
         write_table(measured, Path(args.out))
-        draw(measured, Path(args.out))
+        draw_figures(measured, Path(args.out))
 
 
 @contextlib.contextmanager
 def skipping(run):
-    """One run that is missing, damaged or impossible does not stop the others: stderr gets its name and one sentence."""
+    """A context in which any error ends only this run: stderr gets the run's name and one sentence, and the others go on."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 (whatever it is, the other runs are evaluated)
+    except Exception as error:  # noqa: BLE001 (whatever the error is, the other runs are evaluated)
         if os.environ.get("VSM_TRACEBACK"):
             traceback.print_exc()
         print(f"skipped {run}: {sentence(error)}", file=sys.stderr)
@@ -100,13 +101,13 @@ def skipping(run):
 # ------------------------------------------------------------------------------------------------------------ one run
 
 
-def measure(run, args, device):
-    """The Measured of a run, from its folder's model where it has a checkpoint, else from the arrays that are there.
+def measured_run(run, args, device):
+    """The Measured of a run: from its model where its folder has a checkpoint, else from its stored arrays.
 
-    A diverged run is counted in the table and measured no further. Raises UserError for a run that cannot be evaluated.
+    A diverged run is not evaluated; the table only counts it. Raises UserError for a run that cannot be evaluated.
     """
     config = checked_config(run)
-    status = status_of(run)
+    status = run_status(run)
     if not status.startswith("diverged@"):
         if (Path(run.name) / "checkpoint.pt").exists():
             evaluate_run(Path(run.name), config, status, args, device)
@@ -115,7 +116,7 @@ def measure(run, args, device):
         else:
             print(f"{run}: evaluated before" + (", and its checkpoint is gone" if Path(run.name).is_dir() else ""))
     label = config["label"] + (f" {status}" if status.startswith("unfinished@") else "")
-    run = with_config(run, flags_of(config), label)
+    run = with_flags_and_label(run, flags_of(config), label)
     curves = {key: value for key, value in run.arrays().items() if key != "config" and value.ndim == 1}
     lengths = {len(curves.get(key, ())) for key in CURVES}
     if len(lengths) > 1 or 0 in lengths:
@@ -125,7 +126,7 @@ def measure(run, args, device):
 
 
 def checked_config(run):
-    """The config of an image run. Raises UserError for another."""
+    """The config of an image run. Raises UserError for a run of another kind, or with a damaged config."""
     config = run.config
     if config["script"] != "train_images":
         raise UserError(f"it is a run of {config['script']}.py; evaluate.py reads those of train_images.py")
@@ -135,8 +136,8 @@ def checked_config(run):
     return config
 
 
-def status_of(run):
-    """ok, diverged@<step>, or unfinished@<epoch>, where the epoch is that of the last checkpoint."""
+def run_status(run):
+    """The status of a run: ok, diverged@<step>, or unfinished@<epoch>, with the epoch of the last checkpoint."""
     arrays = run.arrays()
     if "status" in arrays:
         return str(arrays["status"])
@@ -148,8 +149,8 @@ def status_of(run):
     return str(run.arrays("eval")["status"])
 
 
-def with_config(run, flags, label):
-    """A StoredRun with every flag in its config and in those of its arrays, and with this label."""
+def with_flags_and_label(run, flags, label):
+    """The same run as a StoredRun whose config, and the configs beside its arrays, have these flags and this label."""
     def amended(config):
         return {**config, "flags": flags, "label": label}
 
@@ -162,12 +163,12 @@ def with_config(run, flags, label):
 
 
 def evaluation_of(run):
-    """The arrays of eval.npz. Raises UserError where it is damaged: it can be made again from the checkpoint."""
+    """The arrays of eval.npz. Raises UserError where it is damaged; it can be made again from the checkpoint."""
     try:
         arrays = run.arrays("eval")
-        about = arrays["config"]["evaluation"]
-        whole = {"data", "test_images", "images", "iw_samples"} <= about.keys() and arrays["negative_iw_bound"].ndim == 1 \
-            and arrays["latent_mmd_null_sd"].ndim == 0 and (("fid_floor" in arrays) == ("kid_floor" in arrays))
+        settings = arrays["config"]["evaluation"]
+        whole = ({"data", "test_images", "images", "iw_samples"} <= settings.keys() and arrays["negative_iw_bound"].ndim == 1
+                 and arrays["latent_mmd_null_sd"].ndim == 0 and ("fid_floor" in arrays) == ("kid_floor" in arrays))
     except (UserError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
@@ -177,23 +178,26 @@ def evaluation_of(run):
 
 
 def evaluate_run(folder, config, status, args, device):
-    """Write eval.npz of a run folder, unless it holds this checkpoint's evaluation with these settings, or a better one."""
+    """Write eval.npz of a run folder, unless it is there for the same checkpoint and settings.
+
+    An eval.npz of the same checkpoint that has FID and KID is kept, too, where these cannot be computed now.
+    """
     flags, save, old = flags_of(config), folder / "eval.npz", None
     root = args.data_root or flags["data_root"]
     reference = reference_set(flags["data"], root, flags["test_limit"], args.inception_weights, device)
     settings = {"checkpoint": hashlib.sha256((folder / "checkpoint.pt").read_bytes()).hexdigest()[:12], "images": args.images,
-                "iw_samples": args.iw_samples, **reference.about}
+                "iw_samples": args.iw_samples, **reference.settings}
     if save.exists():
         try:
             old = evaluation_of(open_runs([folder])[0])
         except UserError:
             print(f"{folder}: its eval.npz is damaged and is made again", file=sys.stderr)
     if old:
-        about = old["config"]["evaluation"]
-        if about == settings and not args.overwrite:
+        old_settings = old["config"]["evaluation"]
+        if old_settings == settings and not args.overwrite:
             print(f"{folder}: evaluated before")
             return
-        if "fid" in old and not reference.network and about.get("checkpoint") == settings["checkpoint"]:
+        if "fid" in old and not reference.network and old_settings.get("checkpoint") == settings["checkpoint"]:
             print(f"{folder}: its eval.npz has FID and KID, which cannot be computed now, and is kept", file=sys.stderr)
             return
     print(f"{folder}: evaluating")
@@ -207,9 +211,9 @@ def evaluate_run(folder, config, status, args, device):
 
 
 def data_metrics(vae, images, noise, samples, generator, block=100):
-    """The importance-weighted bound against its number of samples, and the denoising error against the noise, each a mean.
+    """Means over images of the importance-weighted bound, by its number of samples, and the denoising error, by noise level.
 
-    images: uint8 [n, C, H, W]; the means are over them. samples: the largest number of the bound's samples.
+    images: uint8 [n, C, H, W]. samples: the largest number of samples of the bound. The bound is in nats.
     """
     counts = sorted({count for count in (1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if count < samples} | {samples})
     bounds, errors = [], []
@@ -225,15 +229,15 @@ def data_metrics(vae, images, noise, samples, generator, block=100):
 
 
 def write_gradient_snr(run, args, device):
-    """gradient_snr.npz and its figure in the run's folder (gradient_snr_train in mode train), at its last checkpoint."""
+    """Write gradient_snr.npz (gradient_snr_train.npz in mode train) of the last checkpoint and its figure to the run's folder."""
     folder, config = Path(run.name), checked_config(run)
-    status = status_of(run)
+    status = run_status(run)
     if status.startswith("diverged@"):
         raise UserError("it diverged, so there is no trained model")
     vae, flags = load_vae(folder, device), flags_of(config)
     data = load_images(flags["data"], args.data_root or flags["data_root"], flags["limit"], flags["test_limit"])
-    arrays = gradient_snr.gradient_snr(vae, data.train.to(device), flags, args.snr_draws, args.snr_mode,
-                                       tell=lambda line: print(f"{run}: {line}", flush=True))
+    arrays = gradient_snr.measure_gradient_snr(vae, data.train.to(device), flags, args.snr_draws, args.snr_mode,
+                                               tell=lambda line: print(f"{run}: {line}", flush=True))
     save = folder / ("gradient_snr.npz" if args.snr_mode == "eval" else "gradient_snr_train.npz")
     config = {**config, "evaluation": {"draws": args.snr_draws, "mode": args.snr_mode}}
     save_arrays(save, config, status=status, **arrays)
@@ -246,17 +250,20 @@ def write_gradient_snr(run, args, device):
 # --------------------------------------------------------------------------------------------------------- the figures
 
 
-def draw(measured, out):
-    """The figures over all runs, and grids of samples of the first finished seed of each group."""
+def draw_figures(measured, out):
+    """Draw the figures of all runs; the grids of samples are those of the first seed of each group that has samples."""
     alive = [each for each in measured if not each.diverged]
-    figures = {"trajectories": measured, "importance_bound": alive, "denoising": alive}
-    for figure, key in (("posterior_sd", "posterior_sd"), ("aggregate_posterior", "posterior_sd"),
-                        ("posterior_mean", "posterior_mean_histogram")):
-        figures[figure] = [each for each in alive if key in each.run.arrays() and (
-            figure != "aggregate_posterior" or "aggregate_histogram" in each.run.arrays())]
+
+    def with_arrays(*keys):
+        return [each for each in alive if {*keys} <= each.run.arrays().keys()]
+
     groups = group_by_seed([each.run for each in measured], [each.run.config for each in measured])
     firsts = [next((measured[i] for i in members if "samples" in measured[i].run.arrays()), None) for _, members in groups]
-    figures["samples"] = [first for first in firsts if first]  # published runs may come without
+    figures = {"trajectories": measured, "importance_bound": alive, "denoising": alive,
+               "posterior_sd": with_arrays("posterior_sd"),
+               "aggregate_posterior": with_arrays("posterior_sd", "aggregate_histogram"),
+               "posterior_mean": with_arrays("posterior_mean_histogram"),
+               "samples": [first for first in firsts if first]}  # published runs may have no samples
     for figure, members in figures.items():
         if not members:
             continue

@@ -1,22 +1,22 @@
 """Does a joint divergence recover the parameter that made the data, when q has the wrong variance? (Figure 1)
 
     python param_recovery.py                                               # the paper's figure, by closed forms: 4 s
-    python param_recovery.py --stochastic                                  # and the same minima from samples and Adam: 2 min
+    python param_recovery.py --stochastic                                  # the same minima also from samples, by Adam: 2 min
     python param_recovery.py --stochastic --iterations 200 --batch 100     # the same, not converged: 15 s
     python param_recovery.py --spectrum mnist                              # linear VAEs on images by minibatches: 10 min
 
 Model: p(z) = N(0, 1), p_w(x|z) = N(w z, gamma), data from p_{w*}, v = gamma + w*^2. Encoder: q(z|x) = N(phi x, s2), its variance
 alpha times the exact one, s2 = alpha gamma / (gamma + w^2). (w, phi) and (-w, -phi) are the same model: w >= 0 here.
 
-Rules, how w and phi are found (the names in the table, the arrays and the figures):
+A rule is a way to find w and phi. The rules, by their names in the table, the arrays and the figures:
 
-    JKLD, JFD        the minimum over w and phi of the joint Kullback-Leibler and Fisher divergence, s2 moving with w (Figure 1).
-                     Up to constants of the data they are E[elbo] and E[fae] of objectives.py
-    held ELBO|F|S|B  w by the objective at a fixed q (phi and s2 do not move with w), phi by inference: Algorithm 1 of the paper.
-                     The fixed point of the two. KLD and FD inference agree here: phi = w / (gamma + w^2), as exact. S and B
-                     by their exact expectations, which the unbiased estimators have; "held S, N = 5": by the plug-in estimator
-    following F|S|B  the same objective, but q(z|x; w) is that fixed point at every w and the gradient goes through it: the limit
-                     of many bi-level steps. (For the ELBO this is JKLD.)
+    JKLD, JFD        The minimum over w and phi of the joint Kullback-Leibler or Fisher divergence, where s2 moves with w
+                     (Figure 1). Up to constants of the data these are E[elbo] and E[fae] of objectives.py.
+    held ELBO|F|S|B  Algorithm 1 of the paper at its fixed point: the objective moves w while q (phi and s2) is held fixed, and
+                     inference moves phi. KLD and FD inference agree here: phi = w / (gamma + w^2), that of the exact posterior.
+                     S and B are their exact expectations, those of the unbiased estimators; "held S, N = 5" is plug-in.
+    following F|S|B  The same objective, but q(z|x; w) is that fixed point at every w, and the gradient goes through it: the
+                     limit of many bi-level steps. (For the ELBO this is JKLD.)
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
@@ -35,11 +35,11 @@ from vsm.device import pick_device
 from vsm.figures import recovery
 from vsm.linear import kappa
 from vsm.runs import Run, run_name
-from vsm.spectrum import report_spectrum, spectrum
+from vsm.spectrum import learn_spectra, report_spectrum
 
-GRID, CELLS, ZOOMS = 2001, 3, 12  # points over w, local minima refined, refinements of each by a factor 10
+GRID, CELLS, ZOOMS = 2001, 3, 12  # points over w; local minima that are refined; refinements of each, by a factor 10
 SWEEP = 2.0 ** np.linspace(-3, 3, 241)  # alphas of the comparison of all rules
-CHECKED = np.array([0.5, 1, 1.5, 2, 3])  # w* of the table and of the stochastic mode
+CHECKED = np.array([0.5, 1, 1.5, 2, 3])  # the w* of the printed table and of --stochastic
 
 
 # ---------------------------------------------------------------------------------------------------------- closed forms
@@ -63,6 +63,7 @@ def joint_fd(w, phi, alpha, gamma, w_star):
 
 
 def posterior_variance(w, alpha, gamma):
+    """The variance s2 of q(z|x)."""
     return alpha * gamma / (gamma + w**2)
 
 
@@ -95,13 +96,13 @@ def minimise(loss):
     return w[..., 0], best_phi(w)[..., 0]
 
 
-# gamma + w^2 at the minimum where q follows w: r = (1 - w phi) x and tr W S W' = w^2 s2 in the closed forms of a linear VAE
-# (fd: (r^2 + w^2 s2) / 2 gamma^2, swersky: (r^2 / 2 + w^2 s2) / gamma^2, bao: r^2 / 2 gamma^2 + w phi / gamma), less 1 / gamma.
-# Where q is held, gamma + w^2 = v / kappa (vsm/linear.py).
+# gamma + w^2 at the minimum where q follows w. It comes from the closed forms of a linear VAE with r = (1 - w phi) x and
+# tr W S W' = w^2 s2, each less 1 / gamma: fd (r^2 + w^2 s2) / 2 gamma^2, swersky (r^2 / 2 + w^2 s2) / gamma^2,
+# bao r^2 / 2 gamma^2 + w phi / gamma. Where q is held fixed, gamma + w^2 = v / kappa (vsm/linear.py).
 FOLLOWING = {"fd": lambda v, alpha: 2 * v / alpha, "swersky": lambda v, alpha: v / alpha, "bao": lambda v, alpha: v + 0 * alpha}
-SAMPLES = 1, 2, 5, 20  # N of the plug-in estimators
+SAMPLES = 1, 2, 5, 20  # the N of the plug-in estimators
 
-RULES = {  # name: how, objective, estimator (None: it has none), N (None: `--samples`)
+RULES = {  # name: how q moves, objective, estimator (None if it has none), N (None for that of `--samples`)
     "JKLD": ("joint", "elbo", None, None), "JFD": ("joint", "fae", None, None),
     "held ELBO": ("held", "elbo", None, None), "held F": ("held", "fd", None, None),
     "held S": ("held", "swersky", "unbiased", None), "held B": ("held", "bao", "unbiased", None),
@@ -112,7 +113,7 @@ RULES = {  # name: how, objective, estimator (None: it has none), N (None: `--sa
 
 
 def recover(rule, alpha, gamma, w_star):
-    """w and phi that the rule finds from data of p_{w*}, by closed forms; alpha and w_star broadcast."""
+    """w and phi that the rule finds by closed forms, for data of p_{w*}; alpha and w_star broadcast."""
     how, objective, estimator, N = RULES[rule]
     alpha, w_star = np.broadcast_arrays(np.asarray(alpha, float), np.asarray(w_star, float))
     if how == "joint":
@@ -120,7 +121,7 @@ def recover(rule, alpha, gamma, w_star):
         return minimise(lambda w, phi: divergence(w, phi, alpha[..., None], gamma, w_star[..., None]))
     v = gamma + w_star**2
     t = v / kappa(objective, estimator, N, alpha) if how == "held" else FOLLOWING[objective](v, alpha)
-    w = np.sqrt(np.maximum(t - gamma, 0))  # below gamma the loss rises with w from 0: collapse
+    w = np.sqrt(np.maximum(t - gamma, 0))  # collapse where t < gamma: the loss then rises with w from 0
     return w, w / (gamma + w**2)
 
 
@@ -141,7 +142,8 @@ class Scale(nn.Module):
 class MismatchedEncoder(nn.Module):
     """Mean and log std of q(z|x) = N(phi x, alpha gamma / (gamma + w^2)), x [S, B, 1], with the decoder's own w.
 
-    how: "joint", w carries a gradient through the variance; "held", it carries none; "following": joint, phi = w / (gamma + w^2).
+    how: the gradient with respect to w goes through the variance in "joint" but not in "held"; in "following" it goes through the
+    variance and through phi = w / (gamma + w^2).
     """
 
     def __init__(self, how, decoder, alpha, gamma):
@@ -156,8 +158,8 @@ class MismatchedEncoder(nn.Module):
         return torch.cat((phi * x, log_std.expand_as(x)), -1)
 
 
-def sampled(rule, alpha, w_star, args, device):
-    """w and phi [S] that the rule finds with objectives.py, fresh samples and Adam, for alpha and w_star [S], all at once."""
+def recover_from_samples(rule, alpha, w_star, args, device):
+    """w and phi [S] that the rule finds with objectives.py, fresh samples and Adam, for all of alpha and w_star [S] at once."""
     how, objective, estimator, N = RULES[rule]
     alpha, w_star = (torch.as_tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1) for value in (alpha, w_star))
     decoder = Scale(len(alpha)).to(device)
@@ -190,7 +192,7 @@ def sampled(rule, alpha, w_star, args, device):
 
 
 def closed_forms(args):
-    """Arrays of metrics.npz: R rules, A alphas, W values of w*."""
+    """The arrays of metrics.npz by closed forms, for R rules, A alphas and W values of w*."""
     alpha, w_star = np.array(args.alphas), np.linspace(0, args.w_star_max, args.points)
 
     def recovered(prefix, alpha, w_star, rules=RULES):
@@ -206,14 +208,15 @@ def closed_forms(args):
 
 
 def stochastic(args, device):
-    """The same as `checked_w` and `checked_phi` from samples, [R, A, 5]."""
+    """The counterparts of `checked_w` and `checked_phi` [R, A, 5] that are found from samples."""
     alpha, w_star = (values.ravel() for values in np.meshgrid(args.alphas, CHECKED, indexing="ij"))
-    w, phi = np.stack([sampled(rule, alpha, w_star, args, device) for rule in tqdm(RULES, desc="rules")], axis=1)
+    w, phi = np.stack([recover_from_samples(rule, alpha, w_star, args, device) for rule in tqdm(RULES, desc="rules")], axis=1)
     shape = len(RULES), len(args.alphas), len(CHECKED)
     return {"sampled_w": np.abs(w).reshape(shape), "sampled_phi": (phi * np.sign(w)).reshape(shape)}
 
 
-def report(arrays):
+def report_recovery(arrays):
+    """Print a line for every rule and alpha: the recovered w for each CHECKED w*; and how far sampled minima are from these."""
     print("w recovered from w* =", *(f"{w:7.3f}" for w in CHECKED))
     for r, rule in enumerate(RULES):
         for a, alpha in enumerate(arrays["alpha"]):
@@ -223,7 +226,7 @@ def report(arrays):
         print("from samples, largest |w - closed form|:", ", ".join(f"{rule} {e:.3f}" for rule, e in zip(RULES, error)))
 
 
-# Flags' defaults without and with --spectrum, and of those that have a meaning in one of the two alone
+# Defaults of flags without and with --spectrum, and of the flags that have a meaning in only one of the two cases
 DEFAULTS = {"gamma": (1.0, 0.25), "iterations": (4000, 1500), "lr": (0.2, 0.2), "batch": (500, 100), "seed": (0, 0)}
 STOCHASTIC_ONLY = "iterations", "lr", "batch", "samples", "seed"
 SPECTRUM_ONLY = {"latents": 48, "limit": 0, "data_root": "data"}
@@ -233,18 +236,18 @@ SCALAR_ONLY = {"alphas": [0.5, 1.0, 2.0], "w_star_max": 3.0, "points": 121, "alp
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--alphas", type=positive_float, nargs="+", help="variance of q over the exact one (default: 0.5 1 2)")
-    flag("--gamma", type=positive_float, help="variance of p(x|z), known (default: 1; 0.25 with --spectrum)")
-    flag("--w-star-max", type=positive_float, help="w* runs from 0 to this (default: 3)")
-    flag("--points", type=positive, help="number of w* (default: 121)")
+    flag("--alphas", type=positive_float, nargs="+", help="variances of q over that of the exact posterior (default: 0.5 1 2)")
+    flag("--gamma", type=positive_float, help="variance of p(x|z), which is not learnt (default: 1; 0.25 with --spectrum)")
+    flag("--w-star-max", type=positive_float, help="largest w* of the figure (default: 3)")
+    flag("--points", type=positive, help="number of w*, evenly spaced from 0 (default: 121)")
     flag("--alpha", type=positive_float, help="alpha of the contours (default: 0.5)")
     flag("--w-star", type=positive_float, help="w* of the contours and of the comparison of all rules (default: 1.5)")
-    flag("--seed", type=count, help="of the data and the posterior samples of --stochastic and --spectrum (default: 0)")
+    flag("--seed", type=count, help="seed of the data and the posterior samples of --stochastic and --spectrum (default: 0)")
     flag = parser.add_argument_group("linear VAEs on images, in place of the above").add_argument
-    flag("--spectrum", default=None, metavar="DATA", help="train one per objective, estimator and N on mnist, fashion, celeba, "
-         "glyphs or folder:PATH, and compare the variances that they learn with those of the data")
-    flag("--data-root", help="where the data lie (default: data)")
-    flag("--limit", type=count, help="the first so many training images; 0: all (default: 0)")
+    flag("--spectrum", default=None, metavar="DATA", help="train a model for each objective, estimator and N on mnist, fashion, "
+         "celeba, glyphs or folder:PATH, and compare the variances that they learn with those of the data")
+    flag("--data-root", help="folder of the data sets (default: data)")
+    flag("--limit", type=count, help="use the first so many training images; 0: all (default: 0)")
     flag("--latents", type=positive, help="number of latents (default: 48)")
     flag = parser.add_argument_group("optimisation, for --stochastic and --spectrum").add_argument
     flag("--stochastic", action="store_true", help="find every w also from samples, at w* = 0.5, 1, 1.5, 2, 3")
@@ -275,7 +278,7 @@ def parse_args(argv=None):
 
 
 def check_flags(parser, args):
-    """Refuse flags that would do nothing."""
+    """End with a usage error for flags that would do nothing."""
     given = [name for name in vars(args) if getattr(args, name) is not None]
     if args.spectrum:
         if args.stochastic or any(name in SCALAR_ONLY for name in given):
@@ -289,6 +292,7 @@ def check_flags(parser, args):
 
 
 def check_ranges(parser, args):
+    """End with a usage error for values that the closed forms or the search cannot take."""
     if args.samples < 2:
         parser.error("--samples must be at least 2: the unbiased estimators divide by N - 1")
     alphas = args.alpha, *args.alphas
@@ -307,12 +311,12 @@ def main(args):
         return
     with Run(args.out, "param_recovery", vars(args), device, args.overwrite) as run:
         if not run.status:
-            arrays = spectrum(args, device) if args.spectrum else closed_forms(args)
+            arrays = learn_spectra(args, device) if args.spectrum else closed_forms(args)
             if args.stochastic:
                 arrays.update(stochastic(args, device))
             finite = all(np.isfinite(arrays[name]).all() for name in arrays.keys() & {"sampled_w", "sampled_phi", "learnt"})
             run.save_metrics(**arrays, status="ok" if finite else f"diverged@{args.iterations}")
-            (report_spectrum if args.spectrum else report)(arrays)
+            (report_spectrum if args.spectrum else report_recovery)(arrays)
         for figure in (recovery.spectrum,) if args.spectrum else (recovery.param_recovery, recovery.recovery_rules):
             figure([run.path], run.path / f"{figure.__name__}.png")
 

@@ -1,15 +1,15 @@
-"""Every figure, drawn from arrays alone: python plots.py FIGURE RUN... --save out.png
+"""Draw any figure from stored arrays: python plots.py FIGURE RUN... --save out.png
 
-A RUN is a run folder or a pack of many runs, and the two may be mixed:
+A RUN is a run folder or a pack of many runs (.npz), and the two may be mixed:
     python plots.py synthetic results/figure3.npz --save figure3.png
     python plots.py training_curves runs/images/RUN
-Packs are made by
+Write many runs into a pack:
     python plots.py pack runs/synthetic/* --save results/figure3.npz --keep test_data
-and the numbers behind a sweep of 2-D runs by
+Write the numbers behind the figures of a sweep, or of the convergence study, as a table:
     python plots.py sweep_table results/figure3.npz --save figure3.md
     python plots.py study_table results/study2d.npz --save study2d.md
 
-Scripts call the same functions at their end, so a figure can be redrawn at any time without a model or a GPU.
+The training scripts call the same functions when a run ends, so a figure can be redrawn at any time without a model or a GPU.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
@@ -24,12 +24,12 @@ from vsm.runs import write_atomic
 
 
 class Figure:
-    """figure(runs, save): a list of run folders, packs or opened runs in, a PNG, PDF or SVG out.
+    """A figure by its name; figure(runs, save) draws it from run folders, packs or opened runs to a PNG, PDF or SVG.
 
-    The module that draws it is imported when it draws.
+    The module that draws the figure is imported only then.
 
     modules: {script that makes the runs: module of vsm.figures with a function of this name, or "module.function"}.
-    many: it draws several runs.
+    many: whether it draws several runs.
     """
 
     def __init__(self, name, modules, many=True):
@@ -44,21 +44,22 @@ class Figure:
         return getattr(importlib.import_module(f"vsm.figures.{module}"), function or self.name)(runs, save)
 
 
-def family(script, module, *names, many=True):
+def figures_of(script, module, *names, many=True):
+    """The Figures of these names, of the runs of one script and in one module."""
     return [Figure(name, {script: module}, many) for name in names]
 
 
 FIGURES = [
     Figure("training_curves", {"train_images": "images", "train_synthetic": "synthetic.learning_curves"}),
-    *family("train_images", "images", "trajectories", "fid_curves", "final_values", "rate_distortion"),
-    *family("train_images", "images", "importance_bound", "denoising", "gradient_snr"),
-    *family("train_images", "pictures", "samples", "reconstructions", "interpolations"),
-    *family("train_images", "latents", "posterior_sd", "posterior_mean", "aggregate_posterior"),
-    *family("train_synthetic", "synthetic", "synthetic", "study", "learning_curves", "synthetic_samples", "density"),
-    *family("param_recovery", "recovery", "param_recovery", "recovery_rules", "spectrum", many=False),
-    *family("toy_inference", "toys", "toy_trajectories", "toy_basins", "toy_mixtures", "toy_gradients", many=False),
-    *family("benchmark", "benchmark", "benchmark", many=False),
-    *family("audit", "audit", "audit", many=False),
+    *figures_of("train_images", "images", "trajectories", "fid_curves", "final_values", "rate_distortion"),
+    *figures_of("train_images", "images", "importance_bound", "denoising", "gradient_snr"),
+    *figures_of("train_images", "pictures", "samples", "reconstructions", "interpolations"),
+    *figures_of("train_images", "latents", "posterior_sd", "posterior_mean", "aggregate_posterior"),
+    *figures_of("train_synthetic", "synthetic", "synthetic", "study", "learning_curves", "synthetic_samples", "density"),
+    *figures_of("param_recovery", "recovery", "param_recovery", "recovery_rules", "spectrum", many=False),
+    *figures_of("toy_inference", "toys", "toy_trajectories", "toy_basins", "toy_mixtures", "toy_gradients", many=False),
+    *figures_of("benchmark", "benchmark", "benchmark", many=False),
+    *figures_of("audit", "audit", "audit", many=False),
 ]
 FIGURES = {figure.name: figure for figure in FIGURES}
 OTHERS = ("pack", "sweep_table", "study_table")  # commands that write no figure
@@ -72,15 +73,13 @@ def __getattr__(name):
 
 
 def draw_run(run):
-    """The PNGs of one finished image run, those that are not there yet. A diverged run has curves only."""
+    """Draw the PNGs of one finished image run that are not there yet. A diverged run has curves only."""
     (opened,) = open_runs([run])
     arrays = opened.finished()
-    pictures = (
-        ("samples", "reconstructions", "interpolations", "posterior_sd", "posterior_mean")
-        if str(arrays["status"]) == "ok"
-        else ()
-    )
-    for name in ("training_curves", *pictures):
+    names = ["training_curves"]
+    if str(arrays["status"]) == "ok":
+        names += ["samples", "reconstructions", "interpolations", "posterior_sd", "posterior_mean"]
+    for name in names:
         save = Path(run) / f"{name}.png"
         if not save.exists() and (name == "training_curves" or name in arrays):
             FIGURES[name]([opened], save)
@@ -90,26 +89,19 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=(*FIGURES, *OTHERS), metavar="FIGURE", help=" | ".join((*FIGURES, *OTHERS)))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or packs of runs (.npz)")
-    parser.add_argument(
-        "--save",
-        default=None,
-        help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder); "
-        "for pack an .npz, for sweep_table an .md",
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="GLOB", help="draw those of the runs whose names match one of these patterns"
-    )
-    parser.add_argument("--without", nargs="+", default=[], metavar="GLOB", help="leave those out whose names match one of these")
-    parser.add_argument(
-        "--keep",
-        nargs="+",
-        default=[],
-        choices=HEAVY,
-        metavar="KEY",
-        help=f"pack: large arrays to keep, of {', '.join(HEAVY)}; of model_samples and density_grid the member that figures show",
-    )
-    parser.add_argument("--keep-of", default="*", metavar="GLOB", help="pack: keep them of the runs whose names match only")
-    parser.add_argument("--drop", nargs="+", default=[], metavar="KEY", help="pack: arrays that no figure or table needs")
+    parser.add_argument("--save", default=None,
+                        help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder); "
+                             "pack writes an .npz, sweep_table and study_table an .md")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB",
+                        help="use only the runs whose names match one of these patterns")
+    parser.add_argument("--without", nargs="+", default=[], metavar="GLOB",
+                        help="leave out the runs whose names match one of these patterns")
+    parser.add_argument("--keep", nargs="+", default=[], choices=HEAVY, metavar="KEY",
+                        help=f"pack: large arrays to keep, of {', '.join(HEAVY)}; "
+                             "model_samples and density_grid are kept for the member that figures show")
+    parser.add_argument("--keep-of", default="*", metavar="GLOB",
+                        help="pack: keep the large arrays only in runs whose names match this pattern")
+    parser.add_argument("--drop", nargs="+", default=[], metavar="KEY", help="pack: arrays to leave out")
     args = parser.parse_args(argv)
     endings = ENDINGS.get(args.figure, (".png", ".pdf", ".svg"))
     if args.save and Path(args.save).suffix not in endings:
@@ -122,10 +114,10 @@ def parse_args(argv=None):
 
 
 def main(args):
-    def named(run, globs):
-        return any(fnmatch.fnmatch(short_name(run), glob) for glob in globs)
+    def matches(run, globs):
+        return any(fnmatch.fnmatch(run.short_name, glob) for glob in globs)
 
-    runs = [run for run in open_runs(args.runs) if named(run, args.only) and not named(run, args.without)]
+    runs = [run for run in open_runs(args.runs) if matches(run, args.only) and not matches(run, args.without)]
     if not runs:
         raise UserError("--only and --without leave no run")
     save = Path(args.save or default_save(args))
@@ -134,48 +126,43 @@ def main(args):
     elif args.figure == "sweep_table":
         refuse_other_scripts(args.figure, runs, ["train_synthetic"])
         from vsm.sweep import sweep_table
-
         write_atomic(save, sweep_table(runs).encode())
     elif args.figure == "study_table":
         refuse_other_scripts(args.figure, runs, ["train_synthetic", "train_images"])
         from vsm.study import study_table
         write_atomic(save, study_table(runs).encode())
     else:
-        draw(FIGURES[args.figure], runs, save)
+        draw_figure(FIGURES[args.figure], runs, save)
     print(save)
 
 
-def draw(figure, runs, save):
+def draw_figure(figure, runs, save):
+    """Draw a Figure. Raises UserError for runs that it cannot draw."""
     refuse_other_scripts(figure.name, runs, figure.modules)
     if not figure.many and len(runs) > 1:
         raise UserError(f"{figure.name} draws one run, not {len(runs)}")
     try:
         figure(runs, save)
     except KeyError as error:
-        raise UserError(
-            f"{figure.name} cannot be drawn: one of these runs has no {error}; has it ended, and is it of this kind?"
-        ) from error
+        raise UserError(f"{figure.name} cannot be drawn: one of these runs has no {error}; "
+                        "has it ended, and is it of this kind?") from error
 
 
 def refuse_other_scripts(name, runs, scripts):
     """Raises UserError for runs that another script made, or for runs of two scripts."""
     for run in runs:
         if (made_by := run.config["script"]) not in scripts:
-            raise UserError(
-                f"{run} is a run of {made_by}.py; {name} draws those of {' or '.join(f'{script}.py' for script in scripts)}"
-            )
+            names = " or ".join(f"{script}.py" for script in scripts)
+            raise UserError(f"{run} is a run of {made_by}.py; {name} draws runs of {names}")
         if made_by != runs[0].config["script"]:
-            raise UserError(f"{run} is a run of {made_by}.py and {runs[0]} one of {runs[0].config['script']}.py; draw them apart")
+            raise UserError(f"{run} is a run of {made_by}.py and {runs[0]} one of {runs[0].config['script']}.py; "
+                            "draw them separately")
 
 
 def default_save(args):
-    """FIGURE.png in the first run's folder; beside a pack, named after both."""
+    """FIGURE.png in the first run's folder, or PACK_FIGURE.png beside a pack."""
     first = Path(args.runs[0])
     return first.with_name(f"{first.stem}_{args.figure}.png") if first.suffix == ".npz" else first / f"{args.figure}.png"
-
-
-def short_name(run):
-    return run.name.rpartition(":")[2].rstrip("/").rpartition("/")[2]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Fit q(z) to the posterior of a two-dimensional toy, from many starts at once, by the KL and Fisher divergences (KLD, FD).
 
-It makes Figures 2 and 5 and the checks of appendix A.5:
+The commands of Figures 2 and 5 and of the checks of appendix A.5, with their times:
 
     python toy_inference.py                                   # the paper's Figure 2: step 1e-4, one sample, 10^6 steps; 4 min
-    python toy_inference.py --lr 1e-3 --iterations 30000      # a look, 10 s: Adam ends as above, SGD on fd-repar does not
+    python toy_inference.py --lr 1e-3 --iterations 30000      # a quick look, 10 s: Adam ends as above, SGD on fd-repar does not
     python toy_inference.py --grid 31 --iterations 100000 --frames 20       # basins of attraction: 961 starts, 2 min
-    python toy_inference.py --objectives fd fd-weighted kld   # FD weighted by q's variance beside FD and KLD, z held fixed
+    python toy_inference.py --objectives fd fd-weighted kld   # FD weighted by q's variance, beside FD and KLD
     python toy_inference.py --family mixture                  # Figure 5: ten mixtures of ten Gaussians, by FD with z held fixed
     python toy_inference.py --family laplace                  # A.5.3: the biased gradient never moves a Laplace's location
     python toy_inference.py --gradients                       # A.5.1: KLD, FD and biased FD gradients between two Gaussians
 
 p(z) = N(0, I_2), p(x|z) = N(h(z1) z2, sd^2): sym h = z1, sd 1/2; soft h = log(1 + e^{10 z1}) / 10, relu h = max(z1, 0),
-bias h = 2 z1 + 1, all sd 1. q factorises, with a location and a log scale per coordinate (log sd of a Gaussian, from 0).
-The package vsm/toys has the parts: posteriors, gradients, descent, the numbers at the end.
+bias h = 2 z1 + 1, all three sd 1. q factorises, with a location and a log scale for each coordinate; the log scale (the log sd of
+a Gaussian) starts from 0. "z held fixed" means that the gradient does not go through the samples of q. The package vsm/toys has
+the parts: posteriors, gradients, descent, and the numbers at the end.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
@@ -31,10 +32,10 @@ from vsm.toys.mixtures import Mixtures, how_well_mixtures_fit, print_mixtures
 from vsm.toys.plain import compare_with_loop
 from vsm.toys.posteriors import LIKELIHOODS, Grid
 
-OBJECTIVES = ["fd-repar", "fd", "kld"]  # of the published figures
+OBJECTIVES = ["fd-repar", "fd", "kld"]  # those of the published figures
 
 
-# ----------------------------------------------------------------------------- the experiments: flags to arrays of metrics.npz
+# ------------------------------------------ the experiments, functions from the flags to the arrays of metrics.npz
 
 
 def fit_from_every_start(args, device, run):
@@ -91,7 +92,7 @@ def main(args):
 
 
 def describe(args):
-    """Two lines: what is fitted, and how large the computation is."""
+    """Two lines of text: what is fitted, and how large the computation is."""
     if args.gradients:
         return f"gradients of KLD and FD between two univariate Gaussians\np = N(0, {args.target_sd:g}^2), 41 means x 41 sds of q"
     s = "s" * (len(args.likelihoods) > 1)
@@ -107,7 +108,7 @@ def describe(args):
 # ------------------------------------------------------------------------------------------------------------ command line
 
 FIT, START = ("gaussian", "laplace", "mixture"), ("gaussian", "laplace")
-BELONGS = {  # flags that only some experiments read
+EXPERIMENTS_OF_FLAGS = {  # flags that only some experiments read, and these experiments
     **dict.fromkeys(("grid", "extent", "frames", "objectives"), START), **dict.fromkeys(("components", "repeats"), ("mixture",)),
     "target_sd": ("gradients",), **dict.fromkeys(("family", "likelihoods", "x", "seed", "lr", "samples", "iterations"), FIT)}
 DEFAULTS = {"gaussian": {"lr": 1e-4, "samples": 1, "iterations": 1_000_000},
@@ -122,25 +123,25 @@ def experiment_of(args):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--family", choices=[*FAMILIES, "mixture"], default="gaussian", help="of q")
-    flag("--gradients", action="store_true", help="A.5.1 in place of a fit: gradients between two univariate Gaussians")
-    flag("--objectives", nargs="+", choices=GRADIENTS, default=OBJECTIVES, help="what is minimised (gaussian, laplace)")
-    flag("--likelihoods", nargs="+", choices=LIKELIHOODS, default=["sym", "soft"], help="p(x|z)")
+    flag("--family", choices=[*FAMILIES, "mixture"], default="gaussian", help="family of q")
+    flag("--gradients", action="store_true", help="A.5.1: fit nothing, compare gradients between two univariate Gaussians")
+    flag("--objectives", nargs="+", choices=GRADIENTS, default=OBJECTIVES, help="divergences to minimise (gaussian, laplace)")
+    flag("--likelihoods", nargs="+", choices=LIKELIHOODS, default=["sym", "soft"], help="likelihoods p(x|z), as above")
     flag("--x", type=float, default=2.0, help="the observed x")
-    flag("--target-sd", type=positive_float, default=0.5, help="of p in --gradients")
-    flag("--seed", type=seed_number, default=0, help="of the noise, and of a mixture's first means")
+    flag("--target-sd", type=positive_float, default=0.5, help="sd of the target p, with --gradients")
+    flag("--seed", type=seed_number, default=0, help="seed of the noise, and of a mixture's first means")
     flag = parser.add_argument_group("model").add_argument
     flag("--grid", type=positive, default=6, help="starts per coordinate (gaussian, laplace)")
     flag("--extent", type=positive_float, default=2.5, help="starts lie in [-extent, extent]^2 (gaussian, laplace)")
     flag("--components", type=positive, default=10, help="Gaussians in a mixture")
-    flag("--repeats", type=positive, default=10, help="mixtures fitted, each from its own first means")
+    flag("--repeats", type=positive, default=10, help="number of mixtures, each from its own first means")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--lr", type=positive_float, default=None, help="step size (default: 1e-4; mixture 1e-3)")
     flag("--samples", type=positive, default=None, help="samples of q per step, N (default: 1; mixture 10)")
     flag("--iterations", type=positive, default=None, help="steps (default: 1000000; laplace 300000, mixture 5000)")
     flag = parser.add_argument_group("output").add_argument
-    flag("--frames", type=positive, default=200, help="points kept of every trajectory, evenly spaced in log iterations")
-    flag("--compare-loop", type=count, default=0, help="time so many steps also as a plain loop over runs (gaussian)")
+    flag("--frames", type=positive, default=200, help="points to keep of every trajectory, evenly spaced in log iterations")
+    flag("--compare-loop", type=count, default=0, help="repeat so many steps in a plain loop over runs (gaussian)")
     flag("--device", default="cpu", help="auto | cpu | cuda | cuda:1 ... (a GPU pays for thousands of starts only)")
     flag("--out", default=None, help="the run's folder (default: runs/toy/ and the flags that matter)")
     flag("--overwrite", action="store_true", help="redo a run that is there")
@@ -163,16 +164,17 @@ def parse_args(argv=None):
 
 
 def refuse_meaningless_flags(parser, args, experiment):
+    """End with a usage error for values out of range, and for flags that the experiment does not read."""
     if not abs(args.x) <= 10:
-        parser.error(f"--x must lie between -10 and 10, where the posteriors lie on the grid of the quadratures, not at {args.x}")
+        parser.error(f"--x {args.x} must lie between -10 and 10: for other x the posterior leaves the grid of the quadrature")
     if args.compare_loop and experiment != "gaussian":
-        parser.error("--compare-loop runs the objectives of objectives.py, whose q is Gaussian: it goes with --family gaussian")
+        parser.error("--compare-loop needs --family gaussian: it runs the objectives of objectives.py, whose q is Gaussian")
     for flag in ("likelihoods", "objectives"):
         if len(set(getattr(args, flag))) < len(getattr(args, flag)):
             parser.error(f"--{flag} names one twice")
     if not 0.01 <= args.target_sd <= 100:
-        parser.error(f"--target-sd must lie between 0.01 and 100, not at {args.target_sd:g}")
-    for name, experiments in BELONGS.items():
+        parser.error(f"--target-sd {args.target_sd:g} must lie between 0.01 and 100")
+    for name, experiments in EXPERIMENTS_OF_FLAGS.items():
         if experiment not in experiments and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{flag_name(name)} has no meaning for {experiment}; it goes with {', '.join(experiments)}")
 

@@ -8,7 +8,7 @@ from objectives import LEARN, Objective, dot, likelihood_score, posterior_score
 from vsm import auditing
 from vsm.runs import load_arrays
 
-CHECKS = (auditing.form, auditing.gradient, auditing.coupling, auditing.composition, auditing.target, auditing.contraction)
+CHECKS = [check for check in auditing.CHECKS if check is not auditing.check_cost]
 
 
 def findings(name, **options):
@@ -26,8 +26,8 @@ def test_right_objectives_pass(name, options, notes):
 
 
 def test_a_composition_is_named():
-    (swersky,), _ = auditing.composition("swersky", {"estimator": "plugin"}, 0)
-    (elbo,), _ = auditing.composition("elbo", {}, 0)
+    (swersky,), _ = auditing.check_composition("swersky", {"estimator": "plugin"}, 0)
+    (elbo,), _ = auditing.check_composition("elbo", {}, 0)
     assert swersky.text == "2 E 1/2 |a|^2 -1 1/2 |E a|^2 +1 lap" and elbo.text == "1 -log p(x|z) +1 KL"
 
 
@@ -69,11 +69,11 @@ def test_wrong_objectives_are_caught(monkeypatch, wrong, titles, words):
 
 def test_a_reduced_loss_is_caught(monkeypatch):
     monkeypatch.setitem(LEARN, "wrong", Objective(reduced, "W"))
-    assert auditing.form("wrong", {}, 0)[0][0].verdict == "WRONG"
+    assert auditing.check_form("wrong", {}, 0)[0][0].verdict == "WRONG"
 
 
 def test_the_cost_of_an_update():
-    costs = {name: auditing.cost(name, {}, 0)[1] for name in ("elbo", "bao", "fae")}
+    costs = {name: auditing.check_cost(name, {}, 0)[1] for name in ("elbo", "bao", "fae")}
     assert costs["elbo"]["cost_encoder_passes"] == pytest.approx(1, abs=0.2) and costs["elbo"]["cost_decoder_passes"] == pytest.approx(3, abs=0.3)
     assert costs["bao"]["cost_encoder_passes"] == pytest.approx(6, abs=0.5)  # forward, and N input gradients
     assert costs["fae"]["cost_encoder_passes"] > 15
@@ -91,6 +91,14 @@ def test_a_wrong_objective_ends_with_exit_code_1(monkeypatch, tmp_path):
     monkeypatch.setitem(LEARN, "wrong", Objective(factor, "W"))
     with pytest.raises(SystemExit, match="findings are wrong"):
         audit.main(audit.parse_args(["wrong", "--no-training", "--out", str(tmp_path / "run")]))
+
+
+def test_diverged_members_are_counted_and_an_error_needs_two_that_are_alive():
+    text = auditing.living_members_text
+    assert text(np.array([1.0, 2, 3])) == "2.00 ± 0.58 (3 of 3 members alive)"
+    assert text(np.array([np.nan, 2, 3])) == "2.50 ± 0.50 (2 of 3 members alive)"
+    assert text(np.array([np.nan, 7.9171, np.nan])) == "7.917 (1 of 3 members alive)"
+    assert text(np.full(3, np.nan)) == "- (0 of 3 members alive)"
 
 
 @pytest.mark.slow

@@ -273,7 +273,7 @@ def test_the_data_choose_the_network_behind_fid(monkeypatch, name, channels, lab
     monkeypatch.setitem(data.DATA_SETS, name, lambda root: data.ImageData(images, images, digits, digits, {"name": name}))
     monkeypatch.setattr(features, "lenet5", lambda *_: (torch.nn.Linear(1, 1), {"name": "lenet"}))
     monkeypatch.setattr(features, "inception", lambda *_: (torch.nn.Linear(1, 1), {"name": "inception"}))
-    assert features.features_of(name, "", torch.device("cpu")).about["name"] == network
+    assert features.features_of(name, "", torch.device("cpu")).description["name"] == network
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -70,7 +70,7 @@ def runs(digits, tmp_path_factory):
 def run_evaluate(out, *argv, figures=False):
     with pytest.MonkeyPatch.context() as patch:
         if not figures:
-            patch.setattr(evaluate, "draw", lambda measured, out: None)
+            patch.setattr(evaluate, "draw_figures", lambda measured, out: None)
         evaluate.main(evaluate.parse_args([*QUICK, *map(str, argv), "--out", str(out)]))
 
 
@@ -155,7 +155,7 @@ def test_the_note_on_mmd_tells_latent_spaces_apart(runs, digits, tmp_path):
 
 
 def test_a_figure_that_cannot_be_drawn_says_why(runs, tmp_path, fails):
-    assert "synthetic draws those of train_synthetic.py" in fails(plots, "synthetic", runs.a)
+    assert "synthetic draws runs of train_synthetic.py" in fails(plots, "synthetic", runs.a)
     assert "has no 'posterior_mean_histogram'" in fails(plots, "posterior_mean", runs.a)
     assert "not a run folder" in fails(plots, "samples", runs.a / "config.json")
     assert "must end in .png" in fails(plots, "samples", runs.a, "--save", tmp_path)
@@ -218,7 +218,7 @@ def test_lenet_is_the_same_each_time_and_its_features_are_of_order_one(digits, m
     second = features.features_of("mnist", str(digits), CPU)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    assert first.about == second.about
+    assert first.description == second.description
     images = load_images("mnist", digits).train
     assert first(images).shape == (300, 84) and first(images).square().mean().item() == pytest.approx(1, rel=1e-4)
     assert torch.allclose(first(images), first(images, block=7), atol=1e-5)

@@ -112,7 +112,7 @@ def test_held_and_following_rules_are_stationary_and_increase_beyond(rule, alpha
 def test_samples_and_adam_reach_the_closed_forms(rule):
     args = param_recovery.parse_args(["--stochastic", "--iterations", "1200", "--batch", "200", "--lr", "0.1"])
     alpha, w_star = np.array([0.5, 2.0, 0.5]), np.array([1.5, 1.5, 0.5])
-    w, phi = param_recovery.sampled(rule, alpha, w_star, args, torch.device("cpu"))
+    w, phi = param_recovery.recover_from_samples(rule, alpha, w_star, args, torch.device("cpu"))
     exact_w, exact_phi = recover(rule, alpha, 1.0, w_star)
     assert np.abs(np.abs(w) - exact_w).max() < 0.06
     assert np.abs(phi * np.sign(w) - exact_phi).max() < 0.06

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Independent, Laplace, MixtureSameFa
 import toy_inference as toy
 from vsm.toys import plain
 from vsm.toys.descent import Descent
-from vsm.toys.ends import best_fits, kl_and_fd, location_gradients, quadrature
+from vsm.toys.ends import best_fits, kl_and_fd, location_gradients, noise_quadrature
 from vsm.toys.gaussians import autograd_gradients, closed_gradients
 from vsm.toys.gradients import FAMILIES, GRADIENTS, gradients
 from vsm.toys.mixtures import Mixtures, how_well_mixtures_fit, log_components, mixture_score
@@ -89,7 +89,7 @@ def test_laplace_gradients_are_those_of_autograd():
 def test_weighted_fd_is_kld_on_average_for_the_location_and_twice_it_for_the_log_scale():
     family, posterior = FAMILIES["gaussian"], Posterior(["sym", "soft"], 2.0, CPU)
     params = (randn(2, 2, 2, 1, 1, 4) / 3).expand(-1, -1, -1, 2, -1, -1)
-    e, weight = quadrature(family, CPU)
+    e, weight = noise_quadrature(family, CPU)
     mean = (weight * gradients(params, e, family.score(e), family, posterior, ["fd-weighted", "kld"])).sum(3)
     weighted, kld = mean[:, :, :, 0], mean[:, :, :, 1]
     assert torch.allclose(weighted[0], kld[0], atol=1e-6) and torch.allclose(weighted[1], 2 * kld[1], atol=1e-6)

@@ -1,4 +1,7 @@
-"""The checks of audit.py. Each takes an objective's name, its options and a seed, and returns its findings and the arrays behind them."""
+"""The checks of audit.py.
+
+Each takes the name of an objective, its options (the estimator) and a seed, and returns its findings and the arrays behind them.
+"""
 
 import math
 from types import SimpleNamespace
@@ -16,11 +19,11 @@ from models import VAE, mlp
 from objectives import LEARN, likelihood_score
 from training import joint_loss, learn_loss
 from vsm import linear
-from vsm.spectrum import load_pixels, one_model
+from vsm.spectrum import load_pixels, train_one_model
 from vsm.tables import markdown_table, mean_and_error, mean_and_error_text
 
 SAMPLES, ALPHAS = (1, 2, 5, 20), (0.5, 1.0, 2.0)
-KAPPA_TOLERANCE = 0.02
+KAPPA_TOLERANCE = 0.02  # a kappa this close to 1, or a slope this close to 0, counts as exact
 
 
 class Finding(NamedTuple):
@@ -39,28 +42,30 @@ def random_vae(seed, dim_x=3, dim_z=2, hidden=6):
         return VAE(encoder, decoder, dim_z, init_sd=0.7).double()
 
 
-def draw(vae, seed, data=5, samples=3, dim_x=3):
-    """x [B, D], q and z [N, B, Dz], of a model; x requires a gradient and z is reparametrised."""
+def random_batch(vae, seed, data=5, samples=3, dim_x=3):
+    """Random data x [B, D], their q and reparametrised samples z [N, B, Dz] of it; x requires a gradient."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(data, dim_x, generator=generator, dtype=torch.float64).requires_grad_()
     q = vae.encode(x)
     return x, q, vae.sample(q, vae.noise(q, samples, generator))
 
 
-def form(name, options, seed):
-    """One number per datum, finite."""
+def check_form(name, options, seed):
+    """Whether the loss is one finite number per datum."""
     vae = random_vae(seed)
-    x, q, z = draw(vae, seed)
+    x, q, z = random_batch(vae, seed)
     loss = LEARN[name](vae, x, q, z.detach(), **options)
-    right = loss.shape == (len(x),) and bool(loss.isfinite().all())
-    text = "one finite number per datum, [B]" if right else f"shape {list(loss.shape)} for {len(x)} data, and {'' if loss.isfinite().all() else 'not '}finite"
-    return [Finding("form", "ok" if right else "WRONG", text)], {}
+    finite = bool(loss.isfinite().all())
+    if finite and loss.shape == (len(x),):
+        return [Finding("form", "ok", "one finite number per datum, [B]")], {}
+    text = f"the loss of {len(x)} data has shape {list(loss.shape)} and is {'finite' if finite else 'not finite'}"
+    return [Finding("form", "WRONG", text)], {}
 
 
-def gradient(name, options, seed, step=1e-6):
-    """autograd's gradient of theta against central differences of the loss, q and z held."""
+def check_gradient(name, options, seed, step=1e-6):
+    """Whether autograd's gradient by theta agrees with central differences of the loss, while q and z are held fixed."""
     vae = random_vae(seed)
-    x, q, z = draw(vae, seed)
+    x, q, z = random_batch(vae, seed)
     z = z.detach()
     params = [*vae.decoder.parameters(), vae.log_gamma]
 
@@ -72,24 +77,26 @@ def gradient(name, options, seed, step=1e-6):
     for p in params:
         flat = p.data.view(-1)
         for i in range(len(flat)):
-            kept = flat[i].item()
-            sides = []
-            for sign in (1, -1):
-                flat[i] = kept + sign * step
-                sides.append(loss().item())
-            flat[i] = kept
-            measured.append((sides[0] - sides[1]) / (2 * step))
+            value = flat[i].item()
+            flat[i] = value + step
+            above = loss().item()
+            flat[i] = value - step
+            below = loss().item()
+            flat[i] = value
+            measured.append((above - below) / (2 * step))
     error = (exact - torch.tensor(measured, dtype=torch.float64)).abs().max().item() / exact.abs().max().item()
     if error < 1e-5:
-        return [Finding("gradient", "ok", f"autograd agrees with finite differences within {error:.0e} of the largest component")], {}
-    return [Finding("gradient", "WRONG", f"autograd differs from finite differences by {error:.1e} of the largest component; "
-                                         "something that depends on the decoder is detached, or is not differentiable")], {}
+        text = f"autograd agrees with finite differences within {error:.0e} of the largest component"
+        return [Finding("gradient", "ok", text)], {}
+    text = (f"autograd differs from finite differences by {error:.1e} of the largest component; "
+            "something that depends on the decoder is detached, or is not differentiable")
+    return [Finding("gradient", "WRONG", text)], {}
 
 
-def coupling(name, options, seed):
+def check_coupling(name, options, seed):
     """Whether a datum's loss depends on the other data of the minibatch."""
     vae = random_vae(seed)
-    x, q, z = draw(vae, seed)
+    x, q, z = random_batch(vae, seed)
     x2 = torch.cat([x[:1], x[1:] + 1]).detach().requires_grad_()
     z2 = torch.cat([z[:, :1], z[:, 1:] + 1], 1).detach()
     first = LEARN[name](vae, x, q, z.detach(), **options)[0]
@@ -97,21 +104,23 @@ def coupling(name, options, seed):
     change = (again - first).abs().item() / max(first.abs().item(), 1e-12)
     if change < 1e-10:
         return [Finding("coupling", "ok", "a datum's loss does not depend on the other data")], {}
-    return [Finding("coupling", "WRONG", f"a datum's loss changes by {100 * change:.2g} % when the other data change: there is a mean over the "
-                                         "minibatch where the formula has one over posterior samples")], {}
+    text = (f"a datum's loss changes by {100 * change:.2g} % when the other data change: there is a mean over the minibatch "
+            "where the formula has one over posterior samples")
+    return [Finding("coupling", "WRONG", text)], {}
 
 
-TERMS = {"reconstruction": "-log p(x|z)", "kl": "KL", "half_a2": "E 1/2 |a|^2", "half_abar2": "1/2 |E a|^2", "a_dot_b": "E a.b",
-         "half_b2": "E 1/2 |b|^2", "half_c2": "E 1/2 |c|^2", "laplacian": "lap"}
+TERMS = {  # key of metrics.objective_terms: the term in print, with a, b, c and lap as in objectives.py
+    "reconstruction": "-log p(x|z)", "kl": "KL", "half_a2": "E 1/2 |a|^2", "half_abar2": "1/2 |E a|^2", "a_dot_b": "E a.b",
+    "half_b2": "E 1/2 |b|^2", "half_c2": "E 1/2 |c|^2", "laplacian": "lap"}
 
 
-def composition(name, options, seed):
-    """The loss as a combination of the terms that objectives of this family are made of, by least squares over data and models."""
+def check_composition(name, options, seed):
+    """The weights with which the loss combines the TERMS of this family of objectives, by least squares over data and models."""
     rows, losses = [], []
     for i in range(6):
         vae = random_vae(seed + i)
         vae.log_gamma.data.fill_(0.3 * i - 1)
-        x, q, z = draw(vae, seed + i, data=8)
+        x, q, z = random_batch(vae, seed + i, data=8)
         x, q, z = x.detach().requires_grad_(), q, z.detach()
         losses.append(LEARN[name](vae, x, vae.encode(x), z, **options).detach())
         terms = objective_terms(vae, x, vae.encode(x), z)
@@ -123,16 +132,19 @@ def composition(name, options, seed):
     weights = (weights / scale).numpy()
     arrays = {"term": list(TERMS.values()), "weight": weights, "composition_residual": residual}
     if residual > 1e-6:
-        return [Finding("composition", "note", f"no combination of {', '.join(TERMS.values())} (residual {residual:.1e}); the plug-in and the "
-                                               "other estimators differ in this")], arrays
+        text = (f"no combination of {', '.join(TERMS.values())} (residual {residual:.1e}); "
+                "an estimator other than the plug-in one adds terms of its own")
+        return [Finding("composition", "note", text)], arrays
     text = " ".join(f"{weight:+.3g} {term}" for weight, term in zip(weights, TERMS.values()) if abs(weight) > 1e-6)
-    return [Finding("composition", "ok", text.removeprefix("+") + " (with N = 3)" * (options.get("estimator") == "unbiased"))], arrays
+    text = text.removeprefix("+") + (" (with N = 3)" if options.get("estimator") == "unbiased" else "")
+    return [Finding("composition", "ok", text)], arrays
 
 
-def target(name, options, seed):
-    """What the expected loss is on linear VAEs with the exact posterior: the negative log-likelihood, or the score-matching loss of p(x).
+def check_target(name, options, seed):
+    """Which function of p(x) the expected loss is where q is the exact posterior, over several one-dimensional linear VAEs.
 
-    Many posterior samples, so that an estimator's bias does not matter; models of another noise and another weight.
+    The candidates are the negative log-likelihood and the score-matching loss, that one also shifted by a multiple of half the
+    posterior variance of a. There are so many posterior samples that an estimator's bias does not matter.
     """
     samples, v, values = 256, 4.0, []
     x, noise = np.split(linear.matched_noise(4 * (1 + samples), 1 + samples, seed).numpy(), [1], axis=1)
@@ -159,13 +171,17 @@ def target(name, options, seed):
     if errors[best] < 0.02 and ("variance" not in best or abs(share) < 1.05):
         return [Finding("target", "note" if "variance" in best else "ok", f"with the exact posterior it is {best}")], arrays
     slope = np.polyfit(score_matching, loss, 1)[0]
-    return [Finding("target", "WRONG", "with the exact posterior it is neither the negative log-likelihood nor the score-matching loss of "
-                                       "p(x), nor that shifted by the posterior's variance; it changes "
-                                       f"{slope:.2f} times as much as the score-matching loss: a factor or a sign is off")], arrays
+    text = ("with the exact posterior it is neither the negative log-likelihood nor the score-matching loss of p(x), nor that "
+            f"shifted by the posterior's variance; it changes {slope:.2f} times as much as the score-matching loss: "
+            "a factor or a sign is off")
+    return [Finding("target", "WRONG", text)], arrays
 
 
-def contraction(name, options, seed):
-    """kappa on a one-dimensional linear VAE by N and alpha, and what of it is the objective's own and what its estimator's."""
+def check_contraction(name, options, seed):
+    """kappa on a one-dimensional linear VAE for each N and alpha, and its parts: the objective's own and the estimator's.
+
+    docs/theory.md defines kappa. alpha is the variance of q over that of the exact posterior.
+    """
     measured = np.full((len(ALPHAS), len(SAMPLES)), np.nan)
     for i, alpha in enumerate(ALPHAS):
         for j, samples in enumerate(SAMPLES):
@@ -173,17 +189,18 @@ def contraction(name, options, seed):
                 measured[i, j] = linear.measured_kappa(name, samples, alpha, image=True, **options)
     limit, slope, residual = linear.split_kappa(name, 1.0, image=True, **options)
     arrays = {"alpha": ALPHAS, "samples": SAMPLES, "kappa": measured, "kappa_limit": limit, "kappa_slope": slope}
-    table = "; ".join(f"alpha {alpha:g}: " + ", ".join(f"{value:.3f}" for value in row) for alpha, row in zip(ALPHAS, measured))
+    table = "; ".join(f"alpha {alpha:g}: " + ", ".join("-" if math.isnan(value) else f"{value:.3f}" for value in row)
+                      for alpha, row in zip(ALPHAS, measured))
     findings = [Finding("kappa", "ok", f"for N = {', '.join(map(str, SAMPLES))}: {table}")]
     if not np.isfinite(limit) or limit <= 0 or not residual < 0.05:
-        findings.append(Finding("bias", "WRONG", "the decoder's weight has no stable fixed point: it grows without bound or vanishes"))
-        return findings, arrays
-    unbiased = abs(limit - 1) < KAPPA_TOLERANCE
-    findings.append(Finding("bias", "ok" if unbiased else "note",
-                            f"the objective itself has kappa {limit:.3f} with the exact posterior: the model gets {100 / limit:.0f} % of the data's variance"))
-    flat = abs(slope) < KAPPA_TOLERANCE
-    findings.append(Finding("estimator", "ok" if flat else "note",
-                            "the estimator has no bias" if flat else f"the estimator adds {slope:+.3f} / N to kappa"))
+        text = "the decoder's weight has no stable fixed point: it grows without bound or vanishes"
+        return [*findings, Finding("bias", "WRONG", text)], arrays
+    unbiased, flat = abs(limit - 1) < KAPPA_TOLERANCE, abs(slope) < KAPPA_TOLERANCE
+    text = (f"the objective itself has kappa {limit:.3f} with the exact posterior: "
+            f"the model gets {100 / limit:.0f} % of the data's variance")
+    findings.append(Finding("bias", "ok" if unbiased else "note", text))
+    text = "the estimator has no bias" if flat else f"the estimator adds {slope:+.3f} / N to kappa"
+    findings.append(Finding("estimator", "ok" if flat else "note", text))
     return findings, arrays
 
 
@@ -207,10 +224,10 @@ def flops_of(function):
     return count.flops
 
 
-def cost(name, options, seed, samples=5, data=50):
-    """One decoder update in forward passes: of B data through the encoder and of N B samples through the decoder.
+def check_cost(name, options, seed, samples=5, data=50):
+    """The cost of a decoder update in forward passes: of B data through the encoder and of N B samples through the decoder.
 
-    The operations of three models, whose encoder and decoder are of different sizes, give the two numbers by least squares.
+    The two numbers come from the operations of three models of different sizes, by least squares.
     """
     passes, updates = [], []
     for encoder_width, decoder_width in ((64, 64), (128, 64), (64, 128)):
@@ -221,8 +238,10 @@ def cost(name, options, seed, samples=5, data=50):
         moving = [p for p in vae.parameters() if p.requires_grad]
 
         def update(vae=vae, x=x, noise=noise, joint=joint, moving=moving):
-            loss = joint_loss(vae, x.clone(), name, lambda q: noise) if joint else \
-                learn_loss(vae, x.clone(), name, lambda q: noise, options.get("estimator", "plugin"))
+            if joint:
+                loss = joint_loss(vae, x.clone(), name, lambda q: noise)
+            else:
+                loss = learn_loss(vae, x.clone(), name, lambda q: noise, options.get("estimator", "plugin"))
             grad(loss.mean(), moving)
 
         with torch.no_grad():
@@ -230,50 +249,67 @@ def cost(name, options, seed, samples=5, data=50):
         updates.append(flops_of(update))
     encoder, decoder = np.linalg.lstsq(np.array(passes, float), np.array(updates, float), rcond=None)[0]
     arrays = {"cost_encoder_passes": encoder, "cost_decoder_passes": decoder}
-    return [Finding("cost", "ok", f"a decoder update costs {encoder:.1f} forward passes of the minibatch through the encoder and {decoder:.1f} of its "
-                                  f"N = {samples} posterior samples through the decoder (ELBO: 0.9 and 3.0)")], arrays
+    text = (f"a decoder update costs {encoder:.1f} forward passes of the minibatch through the encoder and {decoder:.1f} of its "
+            f"N = {samples} posterior samples through the decoder (ELBO: 0.9 and 3.0)")
+    return [Finding("cost", "ok", text)], arrays
 
 
-def spectrum(name, options, data, root, samples=5, shown=10):
-    """The variances that a linear VAE learns from images, against PCA's, by gradient steps of the objective from the PCA solution."""
-    args = SimpleNamespace(spectrum=data, data_root=root, limit=20_000, latents=16, gamma=0.25, lr=0.1, iterations=300, batch=200, seed=0)
+CHECKS = (check_form, check_gradient, check_coupling, check_composition, check_target, check_contraction, check_cost)
+
+
+def check_spectrum(name, options, data, root, samples=5, shown=10):
+    """The variances that a linear VAE learns from images by steps of the objective from the PCA solution, against PCA's."""
+    args = SimpleNamespace(spectrum=data, data_root=root, limit=20_000, latents=16, gamma=0.25, lr=0.1, iterations=300, batch=200,
+                           seed=0)
     pixels = load_pixels(args)
     C = pixels.T.double() @ pixels.double() / len(pixels)
     values, vectors = torch.linalg.eigh(C)
     start = vectors[:, -args.latents:] * (values[-args.latents:] - args.gamma).clamp(min=0).sqrt()
-    row = one_model(pixels, C, start, args, name, options.get("estimator", "plugin"), samples)
+    row = train_one_model(pixels, C, start, args, name, options.get("estimator", "plugin"), samples)
     values = values.flip(0)[:args.latents].numpy()
     arrays = {"spectrum_data": values, "spectrum_learnt": row["learnt"], "spectrum_second_moment": row["second_moment"]}
     if not np.isfinite(row["learnt"]).all():
         return [Finding("spectrum", "WRONG", f"the linear VAE of {data} diverges")], arrays
     share = (row["learnt"] / values)[:shown]
     near = abs(share.mean() - 1) < 0.1
-    return [Finding("spectrum", "ok" if near else "note",
-                    f"a linear VAE of {data} (N = {samples}) gives its {shown} largest directions {100 * share.mean():.0f} % of the data's variance "
-                    f"({100 * share.min():.0f} to {100 * share.max():.0f} %); E z^2 of the aggregate posterior is {row['second_moment'][:shown].mean():.2f}")], arrays
+    text = (f"a linear VAE of {data} (N = {samples}) gives its {shown} largest directions {100 * share.mean():.0f} % of the "
+            f"data's variance ({100 * share.min():.0f} to {100 * share.max():.0f} %); "
+            f"E z^2 of the aggregate posterior is {row['second_moment'][:shown].mean():.2f}")
+    return [Finding("spectrum", "ok" if near else "note", text)], arrays
 
 
-def short_run(args):
-    """NLL of a short 2-D run above the true law's, beside the ELBO's by the same budget and seeds."""
+def check_short_run(args):
+    """NLL of a short 2-D run above that of the data's law, beside the ELBO's with the same budget and seeds."""
     import train_synthetic
     excess = {}
     for name in dict.fromkeys(("elbo", args.objective)):
-        flags = ["--data", args.law, "--learn", name, "--samples", "5", "--batch", "100", "--lr", "1e-3", "--inner-steps", "2", "--seeds",
-                 str(args.seeds), "--test-size", "500", "--importance-samples", "5000"]
+        flags = ["--data", args.law, "--learn", name, "--samples", "5", "--batch", "100", "--lr", "1e-3", "--inner-steps", "2",
+                 "--seeds", str(args.seeds), "--test-size", "500", "--importance-samples", "5000"]
         if name == args.objective and LEARN[name].has_estimator:
-            flags += ["--estimator", args.estimator] if args.estimator != "released" else ["--estimator", "released", "--samples", "1"]
+            flags += ["--estimator", args.estimator]
+            flags += ["--samples", "1"] if args.estimator == "released" else []
         trainer = train_synthetic.EnsembleTrainer(train_synthetic.parse_args(flags), torch.device("cpu"))
         for _ in range(args.updates):
             trainer.run_step()
         test = trainer.law.sample(500, train_synthetic.evaluation_generator("cpu"))
         excess[name] = train_synthetic.evaluate(trainer, test, 5000)["nll_excess"]  # nan for a member that diverged
-    text = ", ".join(f"{LEARN[name].letter} {mean_and_error_text(*mean_and_error(values)[:2])}" for name, values in excess.items())
-    verdict = "ok" if np.isfinite(excess[args.objective]).any() else "WRONG"
-    return [Finding("2-D run", verdict, f"NLL above the truth after {args.updates} updates on {args.law}, n = {args.seeds}: {text} nats (not converged)")], \
-        {f"excess_{name}": values for name, values in excess.items()}
+    text = ", ".join(f"{LEARN[name].letter} {living_members_text(values)}" for name, values in excess.items())
+    alive = np.isfinite(excess[args.objective])
+    finding = Finding("2-D run", "ok" if alive.all() else "note" if alive.any() else "WRONG",
+                      f"NLL (nats) above the truth after {args.updates} updates on {args.law}, not converged: {text}")
+    return [finding], {f"excess_{name}": values for name, values in excess.items()}
 
 
-def page(name, estimator, findings):
+def living_members_text(values):
+    """The mean of the finite values [members], its standard error where there are two or more, and how many members are alive.
+
+    A member that diverged has the value NaN.
+    """
+    mean, error, _ = mean_and_error(values)
+    return f"{mean_and_error_text(mean, error)} ({np.isfinite(values).sum()} of {len(values)} members alive)"
+
+
+def report_page(name, estimator, findings):
     """The report as Markdown."""
     return f"# Audit of `{name}`, estimator {estimator}\n\n" + markdown_table(
         ["check", "verdict", "finding"], [[finding.title, finding.verdict, finding.text] for finding in findings]) + "\n"

@@ -1,8 +1,8 @@
-"""The networks behind FID and KID: uint8 images [n, C, H, W] to features [n, d].
+"""The networks behind FID and KID, which map uint8 images [n, C, H, W] to features [n, d].
 
-Grey 32x32 images with labels: a LeNet-5 trained here on them once, from a fixed seed on one thread, and kept in the cache.
-Another network gives other numbers, so every table names this one's test accuracy and hash. Other data: Inception, through
-torch-fidelity.
+For grey 32x32 images with labels the network is a LeNet-5. It is trained here once, from a fixed seed and on one thread, and kept
+in the cache. Another network gives other numbers, so every table names this one's test accuracy and hash. For all other images it
+is Inception, through torch-fidelity.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from vsm.runs import load_arrays, save_arrays
 
 
 class Features(NamedTuple):
-    """A network from uint8 images [B, C, H, W] to features [B, d], and what stands beside its numbers: name, hash, accuracy."""
+    """A network from uint8 images [B, C, H, W] to features [B, d]; its description has its name, hash and test accuracy."""
     network: Callable
-    about: dict
+    description: dict
 
     def __call__(self, images, block=500):
         """Features [n, d] of uint8 images [n, C, H, W], float32 on the CPU."""
@@ -37,19 +37,19 @@ def features_of(name, root, device, inception_weights=None):
     """The features for the data set `name`. Raises UserError where Inception is needed and cannot be had."""
     one = load_images(name, root, limit=1, test_limit=1)
     digits = one.train_labels is not None and one.train.shape[1:] == (1, 32, 32)
-    network, about = lenet5(name, root) if digits else inception(inception_weights)
-    return Features(network.to(device), {**about, "hash": digest(*network.state_dict().values())})
+    network, description = lenet5(name, root) if digits else inception(inception_weights)
+    return Features(network.to(device), {**description, "hash": digest(*network.state_dict().values())})
 
 
-def kept(path, make):
-    """The arrays at `path` as a dict, or those of make(), which are written there; where the disk refuses, stderr says so."""
+def load_or_make(path, make):
+    """The arrays at `path` as a dict, or those that make() returns, which are written there; stderr says if writing fails."""
     with contextlib.suppress(UserError):
         return load_arrays(path)
     arrays = {key: np.asarray(value) for key, value in make().items()}
     try:
         save_arrays(path, {}, **arrays)
     except UserError as error:
-        print(f"goes on without a cache, so this is computed again next time: {error}", file=sys.stderr)
+        print(f"the result is not cached and will be computed again next time: {error}", file=sys.stderr)
     return arrays
 
 
@@ -57,7 +57,7 @@ def kept(path, make):
 
 
 class LeNet5(nn.Module):
-    """LeCun et al. 1998 with ReLU and max pooling, for 32x32 images cropped by their 2 padded pixels to 28x28; 84 features."""
+    """LeNet-5 (LeCun et al. 1998) with ReLU and max pooling: 32x32 images, whose 2 pixels of padding it crops, to 84 features."""
 
     def __init__(self):
         super().__init__()
@@ -71,9 +71,9 @@ class LeNet5(nn.Module):
 
     @torch.no_grad()
     def rescale(self, images):
-        """Divide the features by their root mean square over `images`, without a change of the class scores.
+        """Divide the features by their root mean square over `images`; the class scores do not change.
 
-        ReLU leaves their scale to chance; the kernel (u.v/d + 1)^3 is made for features of order one.
+        Training leaves the scale of the features to chance, and KID's kernel (u.v/d + 1)^3 is made for features of order one.
         """
         scale = self(images).square().mean().sqrt()
         self.body[-2].weight /= scale
@@ -82,11 +82,11 @@ class LeNet5(nn.Module):
 
 
 def lenet5(name, root):
-    """LeNet-5 for a labelled data set, from the cache or trained into it, and its test accuracy."""
+    """LeNet-5 for a labelled data set, from the cache or trained and cached, and its description."""
     data = load_images(name, root)
     low, high = torch.cat([data.train_labels, data.test_labels]).aminmax()
     if low < 0 or high > 9:
-        raise UserError(f"the labels of {name} lie in {low}..{high}; the LeNet-5 behind its FID tells ten classes, 0..9")
+        raise UserError(f"the labels of {name} lie in {low}..{high}; the LeNet-5 behind its FID has ten classes, 0..9")
 
     def make():
         network = train_lenet5(data.train, data.train_labels, name)
@@ -94,14 +94,14 @@ def lenet5(name, root):
             right = network.head(network(data.test)).argmax(1) == data.test_labels
         return {"accuracy": right.double().mean(), **network.state_dict()}
 
-    arrays = kept(cache_folder() / f"lenet5-{name}-{digest(data.train, data.train_labels)}.npz", make)
+    arrays = load_or_make(cache_folder() / f"lenet5-{name}-{digest(data.train, data.train_labels)}.npz", make)
     network = LeNet5()
     network.load_state_dict({key: torch.from_numpy(arrays[key]) for key in network.state_dict()})
     return network, {"name": f"LeNet-5 on {name}", "accuracy": float(arrays["accuracy"])}
 
 
 def train_lenet5(images, labels, name, epochs=6, batch=100, lr=2e-3, seed=0):
-    """On the CPU with one thread: the sums, and so the weights, do not depend on the number of cores."""
+    """Train a LeNet-5 on the CPU with one thread, so that its weights do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -129,7 +129,7 @@ def train_lenet5(images, labels, name, epochs=6, batch=100, lr=2e-3, seed=0):
 
 
 class Inception(nn.Module):
-    """torch-fidelity's port of the 2015 TensorFlow Inception: resized as TensorFlow 1 did, 2048 features; grey images as RGB."""
+    """torch-fidelity's port of TensorFlow's 2015 Inception: resizing as TensorFlow 1 did, grey as RGB, 2048 features."""
 
     def __init__(self, network):
         super().__init__()
@@ -140,11 +140,8 @@ class Inception(nn.Module):
 
 
 def inception(weights=None):
-    """Inception from a file of torch-fidelity's weights, or fetched by it."""
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-    except ImportError:
-        raise UserError("FID and KID of colour images need torch-fidelity: pip install torch-fidelity") from None
+    """Inception and its description, with weights from a file or, without one, fetched by torch-fidelity."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     try:
         if weights:
             torch.load(weights, weights_only=True)  # torch-fidelity itself would run a pickle's code

@@ -1,4 +1,4 @@
-"""The convolutions and matrix products that an update cannot do without: a lower bound for the time of a training step."""
+"""A lower bound for the time of a training step: the convolutions and matrix products that its updates cannot do without."""
 
 from functools import partial
 
@@ -9,13 +9,13 @@ from torch import nn
 from objectives import INFER, LEARN
 
 
-def is_known(learn, infer):
-    """Whether both objectives say what passes they need."""
+def has_floor(learn, infer):
+    """Whether the entries of both objectives list the passes that they need."""
     return LEARN[learn].passes is not None and INFER[infer].passes is not None
 
 
 class Floor:
-    """The convolutions and matrix products of the updates alone, with the shapes and memory formats that they meet there."""
+    """The convolutions and matrix products of a Trainer's updates alone, with the same shapes and memory formats."""
 
     def __init__(self, trainer, precision):
         x = trainer.images[:trainer.batch].float() / 255
@@ -25,13 +25,17 @@ class Floor:
             decoder = record_layers(trainer.vae.decoder, partial(trainer.vae.decode, z), precision)
         self.encoder, self.decoder, self.samples = encoder, decoder, trainer.samples
         self.learn, self.infer, self.inner_steps, self.step = trainer.learn, trainer.infer, trainer.inner_steps, 0
-        self.graphs = {with_decoder: captured(partial(self.update, with_decoder)) for with_decoder in (False, True)} \
-            if trainer.device.type == "cuda" else {}
+        self.graphs = {}
+        if trainer.device.type == "cuda":
+            self.graphs = {moves: captured(partial(self.update, moves)) for moves in (False, True)}
 
     def run_step(self):
         self.step += 1
         with_decoder = self.step % self.inner_steps == 0
-        self.graphs[with_decoder].replay() if self.graphs else self.update(with_decoder)
+        if self.graphs:
+            self.graphs[with_decoder].replay()
+        else:
+            self.update(with_decoder)
 
     @torch.no_grad()
     def update(self, with_decoder):
@@ -40,7 +44,7 @@ class Floor:
                 layer[name]()
 
     def passes(self, with_decoder):
-        """(layer, pass, how often) of one update."""
+        """Yields (layer, name of a pass, number of times) for every pass of one update."""
         moving = [INFER[self.infer]] + ([LEARN[self.learn]] if with_decoder and not LEARN[self.learn].joint else [])
         for entry in moving:
             for layers, (forward, inputs, weights, first) in zip((self.encoder, self.decoder), entry.passes(self.samples)):
@@ -55,7 +59,7 @@ class Floor:
 
 
 def record_layers(network, run, precision):
-    """For every convolution and linear layer, in the order of run(): closures of its forward pass and of its two gradients."""
+    """The layer_passes of every convolution and linear layer of `network`, in the order in which run() calls them."""
     layers = []
 
     def hook(module, inputs, output):
@@ -71,9 +75,10 @@ def record_layers(network, run, precision):
 
 
 def layer_passes(module, x, weight, y):
+    """Functions for the forward pass of a layer y = f(x) and its gradients by input and weight, and the operations of each."""
     transposed = isinstance(module, nn.ConvTranspose2d)
-    few = x if transposed else y  # the side on which every position meets the whole kernel
-    flops = {"flops": 2 * weight.numel() * few.numel() // few.shape[1]}  # of each of the three passes
+    positions = x if transposed else y  # the side on which every position meets the whole kernel
+    flops = {"flops": 2 * weight.numel() * positions.numel() // positions.shape[1]}  # of each of the three passes
     if isinstance(module, nn.Linear):
         return flops | {"forward": lambda: F.linear(x, weight), "input": lambda: y @ weight, "weight": lambda: y.T @ x}
     shape = (module.stride, module.padding, module.dilation, transposed, module.output_padding, module.groups)
@@ -83,7 +88,7 @@ def layer_passes(module, x, weight, y):
 
 
 def captured(function):
-    """function() as a CUDA graph; it draws nothing and changes nothing."""
+    """function(), which draws no random numbers and changes no state, as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

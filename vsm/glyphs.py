@@ -14,7 +14,7 @@ FONTS = [
 
 
 def draw_glyphs(count, seed=0, batch=500):
-    """Yields `count` digits in batches, uint8 [<= batch, 1, 32, 32]; image i shows i % 10 and does not depend on `count`."""
+    """Yields `count` digits in batches, uint8 [at most batch, 1, 32, 32]. Image i shows the digit i % 10 and ignores `count`."""
     atlas, u = glyph_atlas(), torch.rand(count, 7, generator=torch.Generator().manual_seed(seed))
     for i in tqdm(torch.arange(count).split(batch), "drawing glyphs", disable=None):
         font, digit = (u[i, 0] * len(atlas)).long(), i % 10
@@ -27,7 +27,7 @@ def draw_glyphs(count, seed=0, batch=500):
 
 
 def glyph_atlas():
-    """Every digit of every font, centred, digits about 60 of 84 pixels high: float [fonts, 10, 1, 84, 84] in [0, 1]."""
+    """Every digit of every font, centred and about 60 of 84 pixels high: float [fonts, 10, 1, 84, 84] in [0, 1]."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
     atlas = np.zeros((len(FONTS), 10, 1, 84, 84), np.float32)

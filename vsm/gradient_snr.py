@@ -11,17 +11,18 @@ import torch
 
 from objectives import ESTIMATORS, LEARN, dot
 from training import EVALUATION, joint_loss, learn_loss, seed_of
+from vsm.tables import with_error
 
 SAMPLES = (1, 2, 5, 10)
 MODES = ("eval", "train")
-BLOCKS = 10  # of draws: the jackknife leaves out one at a time
+BLOCKS = 10  # the jackknife leaves out one block of draws at a time
 
 
 class Moments(NamedTuple):
-    """E g [P] (the decoder's weights, then log_gamma), ||E g||^2 and tr Var(g) without bias, and the standard error of their
-    ratio.
+    """Moments of the decoder's gradient g [P], whose last component is that of log_gamma.
 
-    All but the first are [2]: of the decoder's weights, of log_gamma.
+    mean [P]: E g. signal: ||E g||^2. variance: tr Var(g). Both are unbiased estimates. snr_se: the standard error of their ratio.
+    These three are [2]: one number for the decoder's weights, one for log_gamma.
     """
     mean: torch.Tensor
     signal: torch.Tensor
@@ -29,16 +30,17 @@ class Moments(NamedTuple):
     snr_se: torch.Tensor
 
 
-def gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda line: None):
-    """{name: array [objectives, len(SAMPLES)]} of d loss / d theta at `vae`, beside the `objectives` and `samples`; NaN where
-    undefined.
+def measure_gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda line: None):
+    """Statistics of the decoder's gradient g = d loss / d theta at `vae`, arrays [objectives, len(SAMPLES)] by name.
+
+    The keys objectives and samples name the axes; undefined entries are NaN. snr is ||E g||^2 / tr Var(g) over minibatches with
+    fresh noise and posterior draws; snr_log_gamma is that of log gamma alone. Each has its standard error over draws, by the
+    jackknife, in a key that ends in _se. cosine_to_elbo is the cosine between E g and the negative ELBO's E g.
 
     images: uint8 training images on the model's device. flags: a run's batch, noise and seed. mode: "eval", in which batch norm
-    couples no data, or "train", as in training; the model is left as it was. snr is ||E g||^2 / tr Var(g) over minibatches with
-    fresh noise and posterior draws, snr_log_gamma that of log gamma alone, each with its standard error over draws (_se,
-    jackknife). cosine_to_elbo is that of E g with the negative ELBO's: is it variance, or the direction?
+    couples no data, or "train", as in training; the model is left as it was. tell: gets a line of text for each entry.
     """
-    objectives = compared(vae.latent)
+    objectives = compared_objectives(vae.latent)
     names = [LEARN[learn].letter + (f" {estimator}" if LEARN[learn].has_estimator else "") for learn, estimator in objectives]
     keys = ("snr", "snr_se", "snr_log_gamma", "snr_log_gamma_se", "cosine_to_elbo", "gradient_norm")
     result = {key: np.full((len(objectives), len(SAMPLES)), np.nan) for key in keys}
@@ -57,20 +59,23 @@ def gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda line: None)
                           moments.signal[0].sqrt())
                 for key, value in zip(keys, values):
                     result[key][row, column] = value
-                tell(f"{names[row]}, N = {samples}: signal to noise {snr[0].item():.3g} ± {moments.snr_se[0].item():.1g}")
+                ratio = with_error(snr[0].item(), moments.snr_se[0].item(), ".3g", ".1g")
+                tell(f"{names[row]}, N = {samples}: the signal-to-noise ratio is {ratio}")
     return {"objectives": np.array(names), "samples": np.array(SAMPLES), **result}
 
 
-def compared(latent):
-    """[(objective, estimator)], the ELBO first; without what equals another here, and without what needs gradients in z where
-    there are none."""
+def compared_objectives(latent):
+    """[(objective, estimator)] with the ELBO first, without duplicates and without those that the latents do not allow."""
     pairs = [(learn, estimator) for learn in LEARN for estimator in (ESTIMATORS if LEARN[learn].has_estimator else ("plugin",))]
-    pairs.remove(("swersky", "released"))  # on images the same as plugin
+    pairs.remove(("swersky", "released"))  # equals plugin on images
     return [pair for pair in pairs if latent == "gaussian" or not LEARN[pair[0]].joint]
 
 
 class differentiable_decoder:
-    """Within it theta alone requires gradients, in `mode`; afterwards the model is as it was, batch norm's statistics too."""
+    """A context in which only theta requires gradients, and batch norm is in `mode`.
+
+    Afterwards the model is as it was, with batch norm's statistics.
+    """
 
     def __init__(self, vae, mode):
         self.vae, self.mode = vae, mode
@@ -95,12 +100,12 @@ def gradient_moments(vae, images, flags, learn, estimator, samples, draws, gener
     total, squares = 0, 0
     left_out = [[0, 0, 0] for _ in range(blocks)]  # sum of g, of its squares, and the number of draws
     for draw in range(draws):
-        g = gradient(vae, theta, images, flags, learn, estimator, samples, generator)
+        g = minibatch_gradient(vae, theta, images, flags, learn, estimator, samples, generator)
         total, squares = total + g, squares + squared_norms(g)
         part = left_out[draw % blocks]
         part[:] = part[0] + g.float(), part[1] + squared_norms(g), part[2] + 1
     signal, variance = unbiased_moments(total, squares, draws)
-    if draws < 3:  # with one draw left there is no variance
+    if draws < 3:  # the jackknife would leave one draw, which has no variance
         return Moments(total / draws, signal, variance, torch.full_like(signal, math.nan))
     ratios = []
     for part_total, part_squares, count in left_out:
@@ -109,8 +114,8 @@ def gradient_moments(vae, images, flags, learn, estimator, samples, draws, gener
     return Moments(total / draws, signal, variance, torch.stack(ratios).std(0, correction=0) * (blocks - 1) ** 0.5)
 
 
-def gradient(vae, theta, images, flags, learn, estimator, samples, generator):
-    """d loss / d theta of one minibatch, one vector [P], float64."""
+def minibatch_gradient(vae, theta, images, flags, learn, estimator, samples, generator):
+    """The gradient d loss / d theta of one random minibatch, a float64 vector [P]."""
     rows = torch.randint(len(images), (flags["batch"],), generator=generator, device=images.device)
     x = images[rows].float() / 255
     x = x + flags["noise"] * torch.randn(x.shape, generator=generator, device=x.device)
@@ -123,12 +128,12 @@ def gradient(vae, theta, images, flags, learn, estimator, samples, generator):
 
 
 def unbiased_moments(total, squares, draws):
-    """||E g||^2 and tr Var(g) from the sums of g [P] and of its squared norms [2] over draws, each [2]."""
+    """Unbiased ||E g||^2 and tr Var(g), each [2], from the sums over draws of g [P] and of its squared norms [2]."""
     mean = total / draws
     variance = (squares - draws * squared_norms(mean)) / (draws - 1)
     return squared_norms(mean) - variance / draws, variance
 
 
 def squared_norms(g):
-    """Squared norms of the gradient of the decoder's weights and of log_gamma, [2]."""
+    """The squared norms of the two parts of g [P], the decoder's weights and log_gamma: [2]."""
     return torch.stack([dot(g[:-1], g[:-1]), g[-1] ** 2])

@@ -15,18 +15,18 @@ PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 COLUMNS = {"fid": "FID", "kid_x1000": "KID x1000", "fid_aggregate": "FID, aggregate", "fid_reconstruction": "FID, posterior",
            "negative_elbo": "-ELBO", "negative_iw_bound": "-IW bound", "reconstruction_mse": "MSE", "latent_mmd": "MMD^2",
            "posterior_fd": "posterior FD", "active_second_moment": "E z^2"}
-AXES = ("data", "net", "infer", "learn", "seed")  # named by the table's other columns
+AXES = ("data", "net", "infer", "learn", "seed")  # flags that the table's other columns show
 NOTES = """- mean ± standard error over the runs, which differ in their seed; a diverged run is in no mean
-- lower is better, but for E z^2, which is of the active latents under the aggregate posterior and 1 under the prior
+- lower is better, except for E z^2, which is that of the active latents under the aggregate posterior; it is 1 under the prior
 - FID, aggregate: z from a Gaussian with the mean and diagonal variance of the aggregate posterior in place of the prior
 - FID, posterior: one posterior sample of each test image, decoded""".splitlines()
 
 
 class Measured(NamedTuple):
-    """A run for the table: its arrays, its `status` (ok, diverged@<step>, unfinished@<epoch>), and what evaluate.py measured.
+    """A run as the table needs it.
 
-    The config of `run` has every flag; the label of an unfinished run says so. last: the last values of its curves. evaluation:
-    the arrays of eval.npz, {} of a diverged run.
+    run: its config has every flag, and the label of an unfinished run says so. status: ok, diverged@<step> or unfinished@<epoch>.
+    last: the last values of its curves. evaluation: the arrays of eval.npz, {} for a diverged run.
     """
     run: StoredRun
     status: str
@@ -38,7 +38,7 @@ class Measured(NamedTuple):
         return self.status.startswith("diverged@")
 
     def numbers(self):
-        """{column: value}, nan where it was not measured."""
+        """{column: value} with NaN for what was not measured."""
         measured = self.last | {key: value for key, value in self.evaluation.items() if key.startswith("fid")}
         measured |= {"kid_x1000": 1000 * self.evaluation.get("kid", np.nan),
                      "negative_iw_bound": self.evaluation["negative_iw_bound"][-1]}
@@ -52,7 +52,7 @@ def by_data_and_pair(measured):
 
 
 def write_table(measured, out):
-    """table.md, also printed, and table.npz in the folder `out`, from a list of Measured."""
+    """Write table.md and table.npz to the folder `out`, from a list of Measured, and print the table."""
     configs = [each.run.config for each in measured]
     groups = group_by_seed([each.run for each in measured], configs)
     rows = [row_of(name, [measured[i] for i in members]) for name, members in groups]
@@ -78,7 +78,7 @@ def row_of(name, members):
 
 
 def published(config):
-    """The paper's FID and KID x1000 for this data, network and pair, or nan."""
+    """The paper's FID and KID x1000 for this data, network and pair; NaN where it has none."""
     flags, objectives = config["flags"], PAPER["objectives"]
     table = PAPER.get(f"{flags['data']} {flags['net']}")
     known = table and config["label"] in objectives and flags["latent"] == "gaussian"
@@ -86,22 +86,23 @@ def published(config):
 
 
 def references_of(measured):
-    """For each set of test images a dict: what the numbers were made with (`about`), the floor, the MMD's null sd by latent
-    space."""
+    """A dict for each set of test images: the settings of the evaluation, the floor, and the MMD's null sd by latent space."""
     references = {}
     for each in measured:
         if each.evaluation:
-            about, flags = each.evaluation["config"]["evaluation"], each.run.config["flags"]
-            key = about["data"], about["test_images"], about.get("digest")
+            settings, flags = each.evaluation["config"]["evaluation"], each.run.config["flags"]
+            key = settings["data"], settings["test_images"], settings.get("digest")
             floor = {name: value for name, value in each.evaluation.items() if name.endswith("_floor")}
-            reference = references.setdefault(key, {"about": about, "floor": floor, "null_sd": {}})
+            reference = references.setdefault(key, {"settings": settings, "floor": floor, "null_sd": {}})
             reference["null_sd"][f"{flags['dim_z']} {flags['latent']} latents"] = each.evaluation["latent_mmd_null_sd"]
     return list(references.values())
 
 
 def table_of(rows, references):
-    """The Markdown table: a row per group of seeds, then for each set of test images the floor, which is what training images
-    get."""
+    """The Markdown table: a row per group of seeds, then the floor of each set of test images.
+
+    The floor is the FID and KID of as many training images.
+    """
     header = ["data", "net", "objectives", "runs"]
     for key, title in COLUMNS.items():
         header += [title, "paper"] if f"paper_{key}" in rows[0] else [title]
@@ -116,15 +117,15 @@ def table_of(rows, references):
         lines.append(line)
     for reference in references:
         if floor := reference["floor"]:
-            about = reference["about"]
-            line = [about["data"], "", f"floor: {about['test_images']} training images", "",
+            settings = reference["settings"]
+            line = [settings["data"], "", f"floor: {settings['test_images']} training images", "",
                     mean_and_error_text(floor["fid_floor"]), "", mean_and_error_text(1000 * floor["kid_floor"])]
             lines.append(line + [""] * (len(header) - len(line)))
     return markdown_table(header, lines, "llll" + "r" * (len(header) - 4))
 
 
 def budget_note(configs):
-    """The flags that all runs share and that are not the default."""
+    """A note with the flags that all runs share and that differ from the defaults."""
     defaults, flags = FLAGS["train_images"], [config["flags"] for config in configs]
     shared = [key for key in flags[0] if key not in (*NOT_IDENTITY, *AXES) and all(each[key] == flags[0][key] for each in flags)]
     budget = " ".join(f"--{flag_name(key)} {flags[0][key]}" for key in shared
@@ -133,15 +134,15 @@ def budget_note(configs):
 
 
 def reference_note(reference):
-    """What the numbers against one set of test images mean and were made with."""
-    about = reference["about"]
-    n, network = about["test_images"], about.get("features")
+    """A note on the numbers against one set of test images: their units, their null and the feature network."""
+    settings = reference["settings"]
+    n, network = settings["test_images"], settings.get("features")
     null = ", ".join(f"{sd:.2g} ({latents})" for latents, sd in reference["null_sd"].items())
-    note = (f"- {about['data']}: MMD^2 is 0 for equal laws, with a standard deviation of {null}; "
-            f"-IW bound: {about['iw_samples']} samples from q, first {min(n, about['images'])} test images; "
+    note = (f"- {settings['data']}: MMD^2 is 0 for equal laws, with a standard deviation of {null}; "
+            f"-IW bound: {settings['iw_samples']} samples from q, first {min(n, settings['images'])} test images; "
             "-ELBO and -IW bound in nats per noisy image, MSE per pixel of the clean one")
     if not network:
         return note
     accuracy = f", test accuracy {network['accuracy']:.4f}" if network["accuracy"] else ""
-    return (f"- {about['data']}: FID and KID of N = {n} decoder means of prior draws against the {n} clean test images; "
+    return (f"- {settings['data']}: FID and KID of N = {n} decoder means of prior draws against the {n} clean test images; "
             f"KID over 100 subsets of {min(n, 1000)}; features: {network['name']}{accuracy}, weights {network['hash']}\n{note}")

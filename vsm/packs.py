@@ -1,14 +1,14 @@
-"""Many run folders in one `.npz`, and one way to read either.
+"""A pack, which holds many run folders in one `.npz`, and one way to read packs and folders.
 
     pack(["runs/synthetic/a", "runs/synthetic/b"], "results/figure3.npz")
     for run in open_runs(["results/figure3.npz", "runs/synthetic/c"]):
         run.name, run.config, run.arrays("metrics")["nll"], run.has("eval")
 
-A pack holds plain arrays: `runs` [R] the folders' names; for each key of metrics.npz, eval.npz or gradient_snr.npz a block of
-its distinct values over the runs, as in `metrics.nll` [U, members], with a second block `metrics.nll.1` where shapes differ;
-`blocks` [K] the blocks' names; and `index` [R, K] the row of a run in a block, -1 for none. Configs are JSON strings:
-`config.json`, and `metrics.config` or `eval.config` where it differs from config.json. Values are kept to the bit. A pack has no
-checkpoints, and large arrays (HEAVY) only where they were asked for.
+A pack holds plain arrays. `runs` [R] are the folders' names. For each key of metrics.npz, eval.npz or gradient_snr.npz there is a
+block of its distinct values over the runs, such as `metrics.nll` [U, members], and a second block `metrics.nll.1` where shapes
+differ. `blocks` [K] are the blocks' names, and `index` [R, K] is the row of each run in each block, -1 for none. Configs are JSON
+strings: `config.json`, and `metrics.config` or `eval.config` where they differ from it. Values are kept to the bit. A pack has no
+checkpoints, and it has large arrays (HEAVY) only where they were asked for.
 """
 
 import fnmatch
@@ -21,12 +21,12 @@ from vsm.cli import UserError
 from vsm.runs import load_arrays, load_config, save_arrays
 
 PARTS = ("metrics", "eval", "gradient_snr", "gradient_snr_train")
-OF_MEMBERS = ("model_samples", "density_grid")  # of a 2-D run: kept for the members that figures show
-HEAVY = (*OF_MEMBERS, "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept on request alone
+OF_MEMBERS = ("model_samples", "density_grid")  # arrays of 2-D runs, kept only for the member that figures show
+HEAVY = (*OF_MEMBERS, "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept only on request
 
 
 class StoredRun:
-    """The arrays of one run, in a folder or in a pack. `name` is what messages call it."""
+    """One run, in a folder or in a pack. Messages call it by its `name`."""
 
     def __init__(self, name, read_config, read_part, parts):
         self.name, self._read_config, self._read_part, self._parts = name, read_config, read_part, parts
@@ -39,11 +39,16 @@ class StoredRun:
         """Flags, label and versions. Raises UserError where there is no config.json of a run."""
         return self._read_config()
 
+    @property
+    def short_name(self):
+        """The name of the run's folder, without the path of the folder or pack."""
+        return self.name.rpartition(":")[2].rstrip("/").rpartition("/")[2]
+
     def has(self, part):
         return part in self._parts
 
     def arrays(self, part="metrics"):
-        """The arrays of metrics, eval or gradient_snr and the parsed `config`, a dict. Raises UserError for missing ones."""
+        """The arrays of a part (metrics, eval, gradient_snr) and its `config`, a dict. Raises UserError where it is missing."""
         return self._read_part(part)
 
     def finished(self):
@@ -77,12 +82,8 @@ def _open_folder(folder):
         regular(folder / "config.json")
         return load_config(folder)
 
-    return StoredRun(
-        str(folder),
-        read_config,
-        lambda part: load_arrays(regular(folder / f"{part}.npz")),
-        [part for part in PARTS if (folder / f"{part}.npz").exists()],
-    )
+    return StoredRun(str(folder), read_config, lambda part: load_arrays(regular(folder / f"{part}.npz")),
+                     [part for part in PARTS if (folder / f"{part}.npz").exists()])
 
 
 def _open_pack(path):
@@ -94,13 +95,10 @@ def _open_pack(path):
     if not {"runs", "blocks", "index"} <= arrays.keys():
         raise UserError(f"{path} is not a pack of runs; name the folder of a run, or a pack that `python plots.py pack` made")
     names, blocks, index = list(map(str, arrays["runs"])), list(map(str, arrays["blocks"])), arrays["index"]
-    if (
-        index.shape != (len(names), len(blocks))
-        or not np.issubdtype(index.dtype, np.integer)
-        or not {*blocks} <= arrays.keys()
-        or any(index[:, k].max(initial=-1) >= len(arrays[block]) for k, block in enumerate(blocks))
-        or index.min(initial=0) < -1
-    ):
+    fits = (index.shape == (len(names), len(blocks)) and np.issubdtype(index.dtype, np.integer) and {*blocks} <= arrays.keys()
+            and all(index[:, k].max(initial=-1) < len(arrays[block]) for k, block in enumerate(blocks))
+            and index.min(initial=0) >= -1)
+    if not fits:
         raise UserError(f"{path} is damaged (its index does not fit its blocks)")
     return [_packed_run(f"{path}:{name}", dict(zip(blocks, row)), arrays) for name, row in zip(names, index)]
 
@@ -117,7 +115,7 @@ def _packed_run(name, rows, arrays):
         try:
             return json.loads(str(found["config.json"]))
         except (KeyError, ValueError) as error:
-            raise UserError(f"{name} is damaged (its config.json is missing or no JSON)") from error
+            raise UserError(f"{name} is damaged (its config.json is missing or is not JSON)") from error
 
     def read_part(part):
         if not parts[part]:
@@ -129,13 +127,13 @@ def _packed_run(name, rows, arrays):
 
 
 def shown_member(nll):
-    """The member that figures show: the one with the median of the finite NLLs; None where all diverged."""
+    """The member that figures show: the one with the median of the finite NLLs; None where all members diverged."""
     alive = np.isfinite(nll).sum()
     return int(np.argsort(nll)[(alive - 1) // 2]) if alive else None
 
 
 def of_member(arrays, key, member):
-    """An array of one member, where a pack keeps it for some members alone (`KEY_of` lists them). Raises KeyError if not kept."""
+    """The array `key` of one member; a pack may keep it for the members in `KEY_of` only. Raises KeyError if it is not kept."""
     kept = [int(i) for i in arrays.get(f"{key}_of", range(len(arrays[key])))]
     if member not in kept:
         raise KeyError(f"{key} of member {member}")
@@ -145,12 +143,11 @@ def of_member(arrays, key, member):
 def pack(paths, save, keep=(), keep_of="*", drop=()):
     """Write runs into one pack, without the arrays that `drop` lists.
 
-    Heavy arrays (HEAVY) come along where `keep` lists them and the run's name matches the glob `keep_of`.
-
-    Model samples and density grids are kept for the members that figures show. Raises UserError for two runs of one name.
+    The large arrays of HEAVY are kept where `keep` lists them and the run's name matches the glob `keep_of`. Model samples and
+    density grids are kept only for the member that figures show. Raises UserError for two runs of the same name.
     """
     runs = open_runs(paths)
-    names = [run.name.rpartition(":")[2].rstrip("/").rpartition("/")[2] for run in runs]
+    names = [run.short_name for run in runs]
     if len({*names}) < len(names):
         twin = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two of these runs are named {twin}; rename a folder, or leave one out")
@@ -164,18 +161,13 @@ def pack(paths, save, keep=(), keep_of="*", drop=()):
             values = blocks.setdefault(block, {})
             rows[-1][block] = values.setdefault(value.tobytes(), (len(values), value))[0]
     index = np.array([[row.get(block, -1) for block in blocks] for row in rows], np.int32)
-    save_arrays(
-        Path(save),
-        {"script": runs[0].config["script"]},
-        runs=np.array(names),
-        blocks=np.array(list(blocks)),
-        index=index,
-        **{block: np.stack([value for _, value in values.values()]) for block, values in blocks.items()},
-    )
+    stacked = {block: np.stack([value for _, value in values.values()]) for block, values in blocks.items()}
+    save_arrays(Path(save), {"script": runs[0].config["script"]},
+                runs=np.array(names), blocks=np.array(list(blocks)), index=index, **stacked)
 
 
 def _record(run, keep, drop):
-    """{block: array} of one run."""
+    """{block: array} for one run."""
     record = {"config.json": np.array(json.dumps(run.config))}
     for part in PARTS:
         if not run.has(part):

@@ -5,20 +5,20 @@ from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
 from torch.utils.data import DataLoader, TensorDataset
 
-# the loss of each --infer
+# the loss that each choice of --infer minimises
 INFERENCE = {"kld": "elbo", "fd": "posterior_fd", "fd-weighted": "posterior_fd_weighted", "fd-repar": "posterior_fd"}
 OBJECTIVES = ("elbo", "fd", "swersky", "bao", "fae", "posterior_fd", "posterior_fd_weighted")
 
 
-def is_known(learn, infer):
-    """Whether a pair of --learn and --infer has a plain form; an objective that somebody has added has none."""
+def has_plain_form(learn, infer):
+    """Whether this module knows a pair of --learn and --infer; it does not know objectives that somebody has added."""
     return learn in OBJECTIVES and (infer in INFERENCE or infer == learn)
 
 
 def plain_loss(vae, x, noise, objective, reparametrised):
     """The mean loss over x [B, C, H, W] by log densities and autograd alone; noise [N, B, Dz]. Every score keeps its graph.
 
-    objective: a name of OBJECTIVES, as in objectives.py. Raises ValueError for another one, of which no plain form is known.
+    objective: a name of OBJECTIVES, as in objectives.py. Raises ValueError for another name.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"the plain step knows {', '.join(OBJECTIVES)}, not {objective}")
@@ -31,41 +31,42 @@ def plain_loss(vae, x, noise, objective, reparametrised):
     q, prior = encode(x), Normal(0.0, 1.0)
     z = q.loc + q.scale * noise
     z = z if reparametrised else z.detach().requires_grad_()
-    xs = x.detach().expand(len(z), *x.shape).clone().requires_grad_()  # an x per posterior sample, for a_n
+    xs = x.detach().expand(len(z), *x.shape).clone().requires_grad_()  # an x for each posterior sample, to differentiate a_n by
     log_likelihood = Normal(vae.decoder(z.flatten(0, 1)).view_as(xs), (vae.log_gamma / 2).exp()).log_prob(xs).flatten(2).sum(-1)
     if objective == "elbo":
         return (kl_divergence(q, prior).sum(-1) - log_likelihood.mean(0)).mean()
 
-    def a():
+    def likelihood_scores():  # a_n
         return grad(log_likelihood.sum(), xs, create_graph=True)[0].flatten(2)
 
-    def b(x, q):
+    def posterior_scores(x, q):  # b_n
         return torch.stack([grad(q.log_prob(z_n).sum(), x, create_graph=True)[0] for z_n in z]).flatten(2)
 
-    def c():
+    def latent_gaps():  # c_n
         return grad((q.log_prob(z) - prior.log_prob(z)).sum() - log_likelihood.sum(), z, create_graph=True)[0]
 
     if objective == "posterior_fd":
-        return half_square(c())
+        return half_square(latent_gaps())
     if objective == "posterior_fd_weighted":
-        return half_square(q.scale.detach() * c())
-    a, lap = a(), -x[0].numel() / vae.log_gamma.exp()
+        return half_square(q.scale.detach() * latent_gaps())
+    a, lap = likelihood_scores(), -x[0].numel() / vae.log_gamma.exp()
     if objective == "fd":
         return half_square(a) + lap
     if objective == "swersky":
         return 2 * half_square(a) + lap - half_square(a.mean(0))
     if objective == "bao":
-        return half_square(a.mean(0)) + (a * b(x, q)).sum(-1).mean() + lap
-    x = x.detach().requires_grad_()  # fae: b_n holds z fixed, so the x that it differentiates by is not the one that z came from
-    return half_square(a) + half_square(b(x, encode(x))) + half_square(c()) + lap
+        return half_square(a.mean(0)) + (a * posterior_scores(x, q)).sum(-1).mean() + lap
+    x = x.detach().requires_grad_()  # fae: b_n holds z fixed, so it differentiates by another x than the one that z came from
+    return half_square(a) + half_square(posterior_scores(x, encode(x))) + half_square(latent_gaps()) + lap
 
 
 def half_square(u):
+    """1/2 |u|^2, summed over the last axis and averaged over the others."""
     return (u**2).sum(-1).mean() / 2
 
 
 class Plain:
-    """Alg. 1 written down directly: a DataLoader, scores by autograd, gradients of all weights at every update, default Adam."""
+    """Algorithm 1 written down directly: a DataLoader, scores by autograd, gradients of all weights at every update, and Adam."""
 
     def __init__(self, vae, images, device, *, learn, infer, samples, inner_steps, noise, batch, lr):
         self.vae, self.device, self.learn, self.infer = vae, device, learn, infer

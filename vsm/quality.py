@@ -1,4 +1,4 @@
-"""How good generated images are: FID and KID against test images, by a feature network and a reference that is computed once."""
+"""The quality of generated images: FID and KID against test images, whose features are computed once and kept."""
 
 import sys
 from functools import cache
@@ -19,7 +19,7 @@ from metrics import (
 )
 from vsm.cli import UserError
 from vsm.device import evaluating
-from vsm.features import Features, digest, features_of, kept
+from vsm.features import Features, digest, features_of, load_or_make
 
 FIDS = ("fid", "fid_aggregate", "fid_reconstruction")
 
@@ -27,59 +27,59 @@ FIDS = ("fid", "fid_aggregate", "fid_reconstruction")
 class Reference(NamedTuple):
     """Test images, uint8 [n, C, H, W] on the device, and their features [n, d] with mean and covariance.
 
-    floor: FID and KID of as many training images. about: what all this was made with, for the table. Without a network there are
-    no features and no floor.
+    floor: FID and KID of as many training images against the test images. settings: the data and the network, for the table.
+    Without a network there are no features and no floor.
     """
     images: torch.Tensor
     network: Features | None
     features: torch.Tensor | None
     statistics: tuple | None
     floor: dict
-    about: dict
+    settings: dict
 
 
 def reference_of(images, name, root, inception_weights=None):
-    """The reference of the test images of the data set `name`, without a floor. Raises UserError where its network cannot be
-    had."""
+    """The reference of the test images of the data set `name`, without a floor. Raises UserError without its network."""
     network = features_of(name, root, images.device, inception_weights)
     features = network(images)
-    return Reference(images, network, features, feature_statistics(features), {}, network.about)
+    return Reference(images, network, features, feature_statistics(features), {}, network.description)
 
 
 @cache
 def reference_set(name, root, test_limit, inception_weights, device):
-    """The reference of a data set's test images, from the cache or made into it.
+    """The reference of a data set's test images, with its floor, from the cache; it is computed and cached where it is not there.
 
-    Raises UserError where the data are missing. Without a feature network the reference has none, and stderr says why.
+    Raises UserError where the data are missing. Where the feature network cannot be had, stderr says why, and there is none.
     """
     data = load_images(name, root, test_limit, test_limit)
     train, test = (part[:len(data.test)].to(device) for part in (data.train, data.test))
-    about = {"data": name, "test_images": len(test), "digest": digest(test)}
+    settings = {"data": name, "test_images": len(test), "digest": digest(test)}
     try:
         network = features_of(name, root, device, inception_weights)
     except UserError as error:
         print(f"no FID and KID for {name}: {error}", file=sys.stderr)
-        return Reference(test, None, None, None, {}, about)
+        return Reference(test, None, None, None, {}, settings)
 
     def make():
         features = network(test)
         return {"features": features, **{f"{key}_floor": value for key, value in distances(network(train), features).items()}}
 
-    arrays = kept(cache_folder() / f"reference-{digest(train, test)}-{network.about['hash']}.npz", make)
+    arrays = load_or_make(cache_folder() / f"reference-{digest(train, test)}-{network.description['hash']}.npz", make)
     features = torch.from_numpy(arrays["features"])
     floor = {key: value for key, value in arrays.items() if key.endswith("_floor")}
-    return Reference(test, network, features, feature_statistics(features), floor, {**about, "features": network.about})
+    settings["features"] = network.description
+    return Reference(test, network, features, feature_statistics(features), floor, settings)
 
 
 def distances(features1, features2):
-    """Sample quality from features [n, d]: FID; KID over subsets (mean and sd) and over all pairs; not scaled by 1000."""
+    """FID and KID between two sets of features [n, d]: KID over subsets, mean and sd, and over all pairs; not scaled by 1000."""
     fid = frechet_distance(*feature_statistics(features1), *feature_statistics(features2))
     kid, sd = kernel_distance(features1, features2)
     return {"fid": fid, "kid": kid, "kid_subset_sd": sd, "kid_full": latent_mmd(features1, features2, scaled=True)}
 
 
 def prior_metrics(vae, reference, generator):
-    """FID and KID of as many samples as there are test images, the floor beside them, and the latent MMD's sd under its null."""
+    """FID and KID of n model samples against n test images, the floor, and the latent MMD's sd where both laws are the prior."""
     n = len(reference.images)
     z1, z2 = (vae.sample(vae.prior, vae.noise(vae.prior, min(n, 2000), generator), relaxed=False) for _ in range(2))
     result = {"latent_mmd_null_sd": mmd_null_sd(z1, z2, n), "latent_mmd_scaled_null_sd": mmd_null_sd(z1, z2, n, scaled=True)}
@@ -89,8 +89,10 @@ def prior_metrics(vae, reference, generator):
 
 
 def aggregate_posterior(vae, mean, second_moment):
-    """The factorised law with the first two moments [Dz] of the aggregate posterior E q(z|x): Gaussian, or Bernoulli for 0/1
-    latents."""
+    """The factorised law with the mean and second moment [Dz] of the aggregate posterior E q(z|x).
+
+    It is Gaussian, or Bernoulli for Bernoulli latents.
+    """
     if vae.latent == "bernoulli":
         return Independent(Bernoulli(probs=mean, validate_args=False), 1, validate_args=False)
     return Independent(Normal(mean, (second_moment - mean**2).clamp_min(0).sqrt(), validate_args=False), 1, validate_args=False)
@@ -99,15 +101,15 @@ def aggregate_posterior(vae, mean, second_moment):
 def fids(vae, reference, noise, generator, block=500):
     """FIDs of n = len(reference.images) decoder means against those clean test images, 0-d CPU tensors.
 
-    fid: z from the prior. fid_aggregate: z from N(mean, diagonal variance) of the aggregate posterior over the test images with
-    noise of sd `noise`. fid_reconstruction: one z from q(z|x) of each of these noisy images. A model that reconstructs well but
-    samples from the wrong prior has a low fid_reconstruction and a fid far above fid_aggregate.
+    fid: z from the prior. fid_aggregate: z from `aggregate_posterior` over the test images with noise of sd `noise`.
+    fid_reconstruction: one z from q(z|x) of each of these noisy images. A model that reconstructs well, but whose aggregate
+    posterior is far from the prior, has a low fid_reconstruction and a fid far above fid_aggregate.
     """
     def fid(z):
         images = torch.cat([quantise(vae.decode(part)) for part in z.split(block)])
         return frechet_distance(*feature_statistics(reference.network(images)), *reference.statistics)
 
-    def draw(q, n):
+    def sample_latents(q, n):
         return vae.sample(q, vae.noise(q, n, generator), relaxed=False)
 
     n, zs, means, squares = len(reference.images), [], [], []
@@ -115,8 +117,9 @@ def fids(vae, reference, noise, generator, block=500):
         for clean in reference.images.split(block):
             clean = clean.float() / 255
             q = vae.encode(clean + noise * torch.randn(clean.shape, generator=generator, device=clean.device))
-            zs.append(draw(q, 1)[0])
+            zs.append(sample_latents(q, 1)[0])
             means.append(q.mean)
             squares.append(q.mean**2 + q.variance)
         aggregate = aggregate_posterior(vae, torch.cat(means).mean(0), torch.cat(squares).mean(0))
-        return dict(zip(FIDS, (fid(draw(vae.prior, n)), fid(draw(aggregate, n)), fid(torch.cat(zs)))))
+        from_prior, from_aggregate = fid(sample_latents(vae.prior, n)), fid(sample_latents(aggregate, n))
+        return dict(zip(FIDS, (from_prior, from_aggregate, fid(torch.cat(zs)))))

@@ -1,7 +1,7 @@
 """Linear VAEs on real images: which variances does each learning objective give its model? (`param_recovery.py --spectrum mnist`)
 
-The data are the pixels less their mean, without those that never change; gamma is given and held.
-Every model starts at the PCA solution, the maximum of the likelihood. A spectrum that departs from it is the objective's doing.
+The data are the pixels less their mean, without the pixels that never change; gamma is given and stays fixed. Every model starts
+at the PCA solution, the maximum of the likelihood, so that a departure from its spectrum is due to the objective.
 """
 
 import math
@@ -22,12 +22,12 @@ DECAY = 100  # steps after which the step has halved; it falls as 1 / (1 + step 
 EXPECTED_UPDATES = 1000
 
 
-def spectrum(args, device):
-    """The arrays of metrics.npz: M models of K = `--latents` latents, D pixels. Eigenvalues are sorted, the largest first.
+def learn_spectra(args, device):
+    """The arrays of metrics.npz, for M models of K = `--latents` latents and D pixels. Eigenvalues fall.
 
-    objective, estimator, samples, kappa [M]; gamma; eigenvalues [D] of the data; learnt [M, K], the eigenvalues of gamma I + W
-    W' after training, and expected [M, K], the same after expected updates from random weights; second_moment [M, K], E z^2 of
-    the aggregate posterior, of the latent with the j-th largest weights.
+    objective, estimator, samples, kappa [M] say what a model is trained by; gamma is the decoder's variance; eigenvalues [D] are
+    the data's. learnt [M, K] are the eigenvalues of gamma I + W W' after training, expected [M, K] those after updates by the
+    expected gradient from random weights. second_moment [M, K] is E z^2 under the aggregate posterior, by falling weight.
     """
     pixels = load_pixels(args).to(device)
     gamma = args.gamma
@@ -36,13 +36,13 @@ def spectrum(args, device):
     bar = tqdm(models, desc="models", disable=None)
     values, vectors = torch.linalg.eigh(C)
     start = vectors[:, -args.latents:] * (values[-args.latents:] - gamma).clamp(min=0).sqrt()
-    rows = [one_model(pixels, C, start, args, *model) for model in bar]
-    ends = {round(kappa(*model), 9): model for model in models}  # the expected update depends on the model through kappa alone
-    ends = {key: expected_end(C, args, *model) for key, model in ends.items()}
+    rows = [train_one_model(pixels, C, start, args, *model) for model in bar]
+    by_kappa = {round(kappa(*model), 9): model for model in models}  # the expected update depends on the model by kappa alone
+    expected = {key: expected_eigenvalues(C, args, *model) for key, model in by_kappa.items()}
     objective, estimator, samples = (np.array(column) for column in zip(*models))
     return {"objective": objective, "estimator": estimator, "samples": samples, "gamma": gamma,
             "kappa": np.array([kappa(*model) for model in models]), "eigenvalues": values.flip(0).cpu().numpy(),
-            "expected": np.stack([ends[round(kappa(*model), 9)] for model in models]),
+            "expected": np.stack([expected[round(kappa(*model), 9)] for model in models]),
             **{key: np.stack([row[key] for row in rows]) for key in rows[0]}}
 
 
@@ -55,9 +55,10 @@ def load_pixels(args):
     return pixels - pixels.mean(0)
 
 
-def one_model(pixels, C, start, args, objective, estimator, N):
+def train_one_model(pixels, C, start, args, objective, estimator, N):
+    """The rows `learnt` and `second_moment` [K] of one model; NaN where it diverges."""
     gamma = args.gamma
-    W = train(pixels, start, args, objective, estimator, N)
+    W = trained_weights(pixels, start, args, objective, estimator, N)
     if not W.isfinite().all():
         return {"learnt": np.full(args.latents, math.nan), "second_moment": np.full(args.latents, math.nan)}
     W = W[:, W.square().sum(0).argsort(descending=True)]
@@ -68,8 +69,8 @@ def one_model(pixels, C, start, args, objective, estimator, N):
     return {"learnt": learnt.cpu().numpy(), "second_moment": ((phi @ C * phi).sum(1) + s2).cpu().numpy()}
 
 
-def expected_end(C, args, objective, estimator, N):
-    """The eigenvalues of gamma I + W W' [K] after expected updates from random weights."""
+def expected_eigenvalues(C, args, objective, estimator, N):
+    """The eigenvalues of gamma I + W W' [K] after updates by the expected gradient, from random weights."""
     generator = torch.Generator().manual_seed(args.seed)
     W = torch.randn(len(C), args.latents, generator=generator, dtype=torch.float64).to(C) / math.sqrt(len(C))
     for _ in range(EXPECTED_UPDATES):
@@ -77,17 +78,16 @@ def expected_end(C, args, objective, estimator, N):
     return args.gamma + torch.linalg.svdvals(W).square().cpu().numpy()
 
 
-def train(pixels, start, args, objective, estimator, N):
-    """W [D, K] (nan where it diverges) from `start`: gradient steps of the objective on minibatches, q held in each step.
+def trained_weights(pixels, start, args, objective, estimator, N):
+    """W [D, K] after gradient steps of the objective on minibatches from `start`; NaN where it diverges.
 
-    q is the exact posterior of the W before the step.
-
-    Each image is in its minibatch twice, with posterior noise of either sign: the terms of the gradient that are linear in
-    the noise cancel. The step is `--lr` times gamma^2 (gamma for the ELBO, in whose gradient gamma appears once) and falls as
-    one over the number of steps. W is the average over the last half of the steps.
+    In each step q is held fixed at the exact posterior of the W before the step. Each image is in its minibatch twice, with
+    posterior noise of either sign, so that the terms of the gradient that are linear in the noise cancel. The step is `--lr`
+    times gamma^2 (gamma for the ELBO, in whose gradient gamma appears once) and falls as one over the number of steps. The result
+    is the average of W over the last half of the steps.
     """
     gamma, device = args.gamma, pixels.device
-    vae = linear_vae(start.float(), gamma, (1, 1, len(start)))  # as an image, for the released estimator's sake
+    vae = linear_vae(start.float(), gamma, (1, 1, len(start)))  # as an image, which the released estimator needs
     vae.encoder.requires_grad_(False)
     optimiser = torch.optim.SGD(vae.decoder.parameters(), lr=args.lr * (gamma if objective == "elbo" else gamma**2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step / DECAY))
@@ -113,7 +113,7 @@ def train(pixels, start, args, objective, estimator, N):
 
 
 def report_spectrum(arrays):
-    """Print, for every model, learnt over predicted variances of the ten largest directions, E z^2, and the active latents."""
+    """Print a line for every model: learnt against predicted variances in the ten largest directions, E z^2, active latents."""
     K, gamma = arrays["learnt"].shape[1], arrays["gamma"]
     print("ten largest directions: learnt / predicted variance, means of v / learnt and of E z^2; active latents, predicted")
     print("objective estimator  N   kappa  v / learnt  learnt / predicted    E z^2   active")

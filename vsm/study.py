@@ -6,20 +6,20 @@ import numpy as np
 from scipy.stats import t as student
 
 from vsm.figures.style import pair_order
-from vsm.tables import markdown_table
+from vsm.tables import markdown_table, mean_and_error, number_text, with_error
 
 COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over the data, is not in use
 
 
 def study_table(runs):
-    """Markdown of finished runs of one script, 2-D or image. Intervals are 95 %, by Student's t over seeds."""
+    """The Markdown table of finished runs of one script, 2-D or image runs. Intervals are 95 %, by Student's t over seeds."""
     loaded = [run.arrays() for run in runs]
-    rows = two_dimensional(loaded) if loaded[0]["config"]["script"] == "train_synthetic" else images(loaded)
-    return rows + "\n"
+    table = table_of_2d_runs(loaded) if loaded[0]["config"]["script"] == "train_synthetic" else table_of_image_runs(loaded)
+    return table + "\n"
 
 
 def interval(values):
-    """Mean and half-width of the 95 % interval of `values` [n], those that are not finite left out."""
+    """Mean and half-width of the 95 % interval of the finite values among `values` [n]; NaN for what is undefined."""
     values = np.asarray(values, float)
     values = values[np.isfinite(values)]
     if len(values) < 2:
@@ -27,51 +27,64 @@ def interval(values):
     return values.mean(), student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
 
 
-def shown(values, digits=3):
-    mean, half = interval(values)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}" if math.isfinite(half) else f"{mean:.{digits}f}"
+def interval_text(values, digits=3):
+    """The mean ± half the 95 % interval, in `digits` decimals."""
+    return with_error(*interval(values), f".{digits}f")
 
 
-def name_of(arrays):
+def pair_and_samples(arrays):
+    """The name of a row: "KLD-B unbiased, N = 5"."""
     flags = arrays["config"]["flags"]
     estimator = "" if flags["estimator"] == "plugin" else f" {flags['estimator']}"
     return f"{arrays['config']['label']}{estimator}, N = {flags['samples']}"
 
 
-def two_dimensional(loaded):
-    """Negative log-likelihood above the true law's, nats; its difference from KLD-ELBO's with the same seeds; its change in the last quarter."""
+def table_of_2d_runs(loaded):
+    """A row for each data set and pair: NLL above that of the data's law in nats, and what tells whether training converged.
+
+    Differences from KLD-ELBO are between members of the same seed.
+    """
     lines = []
     for data in dict.fromkeys(arrays["config"]["flags"]["data"] for arrays in loaded):
         group = sorted((arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data),
-                       key=lambda arrays: (pair_order(arrays["config"]["flags"]), name_of(arrays)))
+                       key=lambda arrays: (pair_order(arrays["config"]["flags"]), pair_and_samples(arrays)))
         (elbo,) = [arrays for arrays in group if arrays["config"]["label"] == "KLD-ELBO"] or [None]
         for arrays in group:
             excess, curve, sd = arrays["nll_excess"], arrays["excess_curve"], arrays["posterior_sd"][-1]
             quarter = len(curve) - 1 - (len(curve) - 1) // 4
             unused = (sd > COLLAPSED).sum(-1)
-            difference = "" if elbo is None or arrays is elbo else shown(excess - elbo["nll_excess"])
-            lines.append([data, name_of(arrays), np.isfinite(excess).sum(), shown(excess), f"{np.nanmedian(excess):.3f}", difference,
-                          f"{np.nanmean(curve[-1] - curve[quarter]):+.3f}", f"{(unused == 1).sum()}, {(unused == 2).sum()}",
-                          f"{np.nanmean(arrays['fisher_divergence']):.3g}"])
-    return markdown_table(["data", "pair", "n", "NLL above the truth", "median", "less KLD-ELBO's (paired)", "change in the last quarter",
-                           "members with 1, 2 unused latents", "Fisher divergence"], lines, "llrrrrrrr")
+            lines.append([
+                data, pair_and_samples(arrays), np.isfinite(excess).sum(), interval_text(excess),
+                number_text(mean_and_error(excess)[2], ".3f"),
+                "" if elbo is None or arrays is elbo else interval_text(excess - elbo["nll_excess"]),
+                number_text(mean_and_error(curve[-1] - curve[quarter])[0], "+.3f"),
+                f"{(unused == 1).sum()}, {(unused == 2).sum()}",
+                number_text(mean_and_error(arrays["fisher_divergence"])[0], ".3g")])
+    header = ["data", "pair", "n", "NLL above the truth", "median", "less KLD-ELBO's (paired)", "change in the last quarter",
+              "members with 1, 2 unused latents", "Fisher divergence"]
+    return markdown_table(header, lines, "llrrrrrrr")
 
 
-def images(loaded):
-    """Final FIDs, E z^2 and negative ELBO over seeds; the ratio of FIDs to KLD-ELBO's of the same seed; the change in the last quarter."""
+def table_of_image_runs(loaded):
+    """A row for each pair: final metrics over seeds, FID over KLD-ELBO's of the same seed, FID's change in the last quarter."""
     groups = {}
     for arrays in sorted(loaded, key=lambda arrays: pair_order(arrays["config"]["flags"])):
-        groups.setdefault(name_of(arrays), []).append(arrays)
-    of_elbo = {arrays["config"]["flags"]["seed"]: arrays["fid"][-1] for name, members in groups.items() for arrays in members
-               if arrays["config"]["label"] == "KLD-ELBO"}
+        groups.setdefault(pair_and_samples(arrays), []).append(arrays)
+    elbo_fid = {arrays["config"]["flags"]["seed"]: arrays["fid"][-1]
+                for arrays in loaded if arrays["config"]["label"] == "KLD-ELBO"}
     lines = []
     for name, members in groups.items():
         quarter = -1 - (len(members[0]["fid"]) - 1) // 4
-        ratios = [arrays["fid"][-1] / of_elbo.get(arrays["config"]["flags"]["seed"], math.nan) for arrays in members]
-        last = {key: shown([arrays[key][-1] for arrays in members], 2) for key in ("fid", "fid_aggregate", "fid_reconstruction")}
-        lines.append([name, len(members), *last.values(), shown(ratios, 2) if name[:8] != "KLD-ELBO" else "",
-                      f"{100 * np.mean([arrays['fid'][-1] / arrays['fid'][quarter] - 1 for arrays in members]):+.0f} %",
-                      shown([arrays["second_moment"][-1].mean() for arrays in members], 2),
-                      shown([arrays["negative_elbo"][-1] for arrays in members], 1), shown([100 * arrays["reconstruction_mse"][-1] for arrays in members], 2)])
-    return markdown_table(["pair", "n", "FID", "FID, aggregate posterior", "FID, reconstructions", "FID / KLD-ELBO's", "change in the last quarter",
-                           "E z^2", "negative ELBO", "MSE x 100"], lines, "lrrrrrrrrr")
+        ratios = [arrays["fid"][-1] / elbo_fid.get(arrays["config"]["flags"]["seed"], math.nan) for arrays in members]
+        change = 100 * np.mean([arrays["fid"][-1] / arrays["fid"][quarter] - 1 for arrays in members])
+        lines.append([
+            name, len(members),
+            *(interval_text([arrays[key][-1] for arrays in members], 2)
+              for key in ("fid", "fid_aggregate", "fid_reconstruction")),
+            "" if name.startswith("KLD-ELBO") else interval_text(ratios, 2), f"{number_text(change, '+.0f')} %",
+            interval_text([arrays["second_moment"][-1].mean() for arrays in members], 2),
+            interval_text([arrays["negative_elbo"][-1] for arrays in members], 1),
+            interval_text([100 * arrays["reconstruction_mse"][-1] for arrays in members], 2)])
+    header = ["pair", "n", "FID", "FID, aggregate posterior", "FID, reconstructions", "FID / KLD-ELBO's",
+              "change in the last quarter", "E z^2", "negative ELBO", "MSE x 100"]
+    return markdown_table(header, lines, "lrrrrrrrrr")

@@ -10,53 +10,39 @@ from vsm.figures.style import pair_order
 from vsm.laws import LAWS
 from vsm.packs import open_runs
 from vsm.runs import NOT_IDENTITY, refuse_twins
-from vsm.tables import markdown_table, mean_and_error
+from vsm.tables import markdown_table, mean_and_error, number_text, with_error
 
-SWEEP_AXES = (
-    "data",
-    "learn",
-    "infer",
-    "estimator",
-    "samples",
-    "infer_samples",
-    "inner_steps",
-    "inner_lr",
-    "bilevel_steps",
-    "seed",
-    "seeds",
-    *NOT_IDENTITY,
-)
+SWEEP_AXES = ("data", "learn", "infer", "estimator", "samples", "infer_samples", "inner_steps", "inner_lr", "bilevel_steps",
+              "seed", "seeds", *NOT_IDENTITY)  # flags in which the runs of one figure may differ
 
 
 def objective_name(config):
-    """The pair as the paper names it, and what the paper does not vary: "KLD-B released, N = 5"."""
+    """The pair as the paper names it, with the estimator and N where they are not its defaults: "KLD-B released, N = 5"."""
     flags = config["flags"]
-    return (
-        config["label"]
-        + (f" {flags['estimator']}" if flags["estimator"] != "plugin" else "")
-        + (f", N = {flags['samples']}" if flags["samples"] > 1 else "")
-    )
+    estimator = f" {flags['estimator']}" if flags["estimator"] != "plugin" else ""
+    samples = f", N = {flags['samples']}" if flags["samples"] > 1 else ""
+    return config["label"] + estimator + samples
 
 
 def name_order(point):
+    """Sort key of points: in the order of their pairs, then by name."""
     return *pair_order(point["flags"]), point["name"]
 
 
 def sweep_points(runs):
-    """One dict per data, J, name and K over the members of all runs there.
+    """A list of dicts, one for each data set, J, name and K, over the members of all runs that share these.
 
-    nll and divergence: (mean, standard error, median); `members` has the values of each, `truth` those of the data's law at the
-    test points; diverged, collapsed and half_collapsed: flags of the members. Raises UserError for runs that differ in more than
-    the axes of a sweep, or that share a seed.
+    nll and divergence: (mean, standard error, median) over the members. members: the values behind them. truth: the values of the
+    data's law at the same test points. diverged, collapsed and half_collapsed: a flag for each member. Raises UserError for runs
+    that differ in more than SWEEP_AXES, or that share a seed.
     """
     opened = open_runs(runs)
     loaded = [run.finished() for run in opened]
     fixed = [{key: value for key, value in arrays["config"]["flags"].items() if key not in SWEEP_AXES} for arrays in loaded]
     differ = sorted(key for key in fixed[0] if any(flags.get(key) != fixed[0][key] for flags in fixed))
     if differ:
-        raise UserError(
-            f"the runs differ in {', '.join(differ)}; draw runs that differ in nothing but the objective, data, K, J and seeds"
-        )
+        raise UserError(f"the runs differ in {', '.join(differ)}; "
+                        "draw runs that differ in nothing but the objective, data, K, J and seeds")
     groups = {}
     for run, arrays in zip(opened, loaded):
         flags = arrays["config"]["flags"]
@@ -92,7 +78,7 @@ def sweep_point(group):
 
 
 def truth_of(arrays):
-    """NLL and score-matching loss of the data's law at the run's test points; without these the data's entropy and NaN."""
+    """NLL and score-matching loss of the data's law at the run's test points; if these are missing, its entropy and NaN."""
     if "test_data" in arrays:
         return law_at(arrays["config"]["flags"]["data"], arrays["test_data"].tobytes())
     return float(arrays.get("data_entropy", np.nan)), np.nan
@@ -100,7 +86,7 @@ def truth_of(arrays):
 
 @cache
 def law_at(name, points):
-    """Mean NLL (nats) and score-matching loss of a law over float32 points [n, 2], given as bytes; NaN where not known."""
+    """Mean NLL (nats) and score-matching loss of a law over float32 points [n, 2], given as bytes; NaN where unknown."""
     law = LAWS.get(name)
     if law is None or law.log_prob is None:
         return np.nan, np.nan
@@ -109,7 +95,7 @@ def law_at(name, points):
 
 
 def sweep_table(runs):
-    """The numbers behind `synthetic`, two Markdown tables: a row per data set, J and objective, a column per K."""
+    """The numbers behind the figure `synthetic`, two Markdown tables: a row per data set, J and objective, a column per K."""
     points = sweep_points(runs)
     inner = sorted({point["K"] for point in points})
     legend = (
@@ -131,6 +117,7 @@ def sweep_table(runs):
 def sweep_cell(point, metric):
     if point is None:
         return ""
+    """Mean ± standard error / median of a point's members, and how many of them did not end well."""
     mean, error, median = point[metric]
     ends = [f"{sum(point[fate])} {fate[0]}" for fate in ("diverged", "collapsed", "half_collapsed") if any(point[fate])]
-    return f"{mean:.4g} ± {error:.2g} / {median:.4g}" + (f" ({', '.join(ends)})" if ends else "")
+    return f"{with_error(mean, error, '.4g', '.2g')} / {number_text(median, '.4g')}" + (f" ({', '.join(ends)})" if ends else "")

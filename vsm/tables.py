@@ -1,4 +1,4 @@
-"""One way to write a table in Markdown, and a mean beside its error."""
+"""Tables in Markdown, and the text of a number, of a mean beside its error, and of an undefined value."""
 
 import math
 
@@ -15,20 +15,32 @@ def markdown_table(header, rows, align=None):
     return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
 
 
+def number_text(value, form):
+    """`value` in the format `form`; "-" where it is not finite."""
+    return f"{value:{form}}" if math.isfinite(value) else "-"
+
+
+def with_error(mean, error, form, error_form=None):
+    """mean ± error, each in its format; the mean alone where the error is not finite, "-" where the mean is not."""
+    if not (math.isfinite(mean) and math.isfinite(error)):
+        return number_text(mean, form)
+    return f"{mean:{form}} ± {error:{error_form or form}}"
+
+
 def mean_and_error_text(mean, error=math.nan):
-    """mean ± error to two digits of the error; "-" where the mean is NaN."""
-    if math.isnan(mean):
-        return "-"
+    """mean ± error to two digits of the error; the mean alone where the error is NaN, "-" where the mean is NaN."""
     if not error > 0 or abs(mean) > 1e6:
-        return f"{mean:.4g}" + ("" if math.isnan(error) else f" ± {error:.2g}")
-    decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
+        return with_error(mean, error, ".4g", ".2g")
+    return with_error(mean, error, f".{max(0, 1 - math.floor(math.log10(error)))}f")
 
 
 def mean_and_error(values):
-    """Mean, standard error (0 of a single value) and median over the first axis of the finite values; NaN where all are NaN."""
+    """Mean, standard error and median of the finite values over the first axis.
+
+    The error is NaN where fewer than two values are finite; the mean and the median are NaN where none is.
+    """
     values = np.ma.masked_invalid(np.asarray(values, float))
     count = values.count(0)
     error = values.std(0, ddof=1) / np.sqrt(np.maximum(count, 1)) if len(values) > 1 else np.ma.zeros(values.shape[1:])
-    error = np.where(count > 1, np.ma.filled(error, 0), 0)
+    error = np.where(count > 1, np.ma.filled(error, 0), np.nan)
     return np.ma.filled(values.mean(0), np.nan), error, np.ma.filled(np.ma.median(values, 0), np.nan)

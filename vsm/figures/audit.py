@@ -1,4 +1,4 @@
-"""The figure of audit.py: where one objective ends."""
+"""The figure of audit.py: the loss of one objective, and where its training ends."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from vsm.packs import open_runs
 
 
 def audit(runs, save):
-    """Composition of the loss; kappa against N by alpha; the recovered spectrum; NLL above the truth of the short 2-D run."""
+    """Four panels: terms of the loss; kappa against N by alpha; the learnt spectrum; NLL of the short 2-D run above the truth."""
     arrays = open_runs(runs)[0].arrays()
     flags = arrays["config"]["flags"]
     color = color_of({"learn": flags["objective"]})
@@ -30,16 +30,17 @@ def audit(runs, save):
     contraction.legend()
 
     if "spectrum_learnt" in arrays:
-        number = np.arange(1, len(arrays["spectrum_data"]) + 1)
-        spectrum.plot(number, arrays["spectrum_data"], color="0.8", lw=5, label="data (PCA)")
-        spectrum.plot(number, arrays["spectrum_learnt"], "o", ms=4, color=color, label="linear VAE")
+        component = np.arange(1, len(arrays["spectrum_data"]) + 1)
+        spectrum.plot(component, arrays["spectrum_data"], color="0.8", lw=5, label="data (PCA)")
+        spectrum.plot(component, arrays["spectrum_learnt"], "o", ms=4, color=color, label="linear VAE")
         spectrum.set(title=f"variance learnt from {flags['data']}", xlabel="principal component", yscale="log")
         spectrum.legend()
         names = [key.removeprefix("excess_") for key in arrays if key.startswith("excess_")]
         for i, name in enumerate(names):
             values = arrays[f"excess_{name}"]
             short.plot(np.full(len(values), i), values, "o", color=color_of({"learn": name}), alpha=0.7)
-        short.set(title=f"NLL above the truth, {flags['law']},\n{flags['updates']} updates, not converged", ylabel="nats", xlim=(-0.6, len(names) - 0.4))
+        short.set(title=f"NLL above the truth, {flags['law']},\n{flags['updates']} updates, not converged", ylabel="nats",
+                  xlim=(-0.6, len(names) - 0.4))
         short.set_xticks(range(len(names)), names)
         short.set_ylim(0, None)
     else:

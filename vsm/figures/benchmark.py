@@ -16,36 +16,28 @@ FLOOR = {"color": "black", "linestyle": ":", "label": "convolutions alone"}
 
 
 def benchmark(runs, save):
-    """Images per second of every pair with the smallest and largest of the turns, beside what its convolutions alone allow."""
+    """Images per second of every pair and mode, a bar from the slowest to the fastest turn, and the bound by the convolutions.
+
+    Panels of the other parts, where they were measured, show times against sizes.
+    """
     arrays = open_runs(runs)[0].arrays()
     images, batches = (select(arrays, part=part) for part in ("images", "batch"))
-    panels = sorted(
-        {
-            (image, net, precision)
-            for image, net, precision, mode in zip(images["image"], images["net"], images["precision"], images["mode"])
-            if mode == "eager"
-        }
-    )
+    eager = select(images, mode="eager")
+    panels = sorted(set(zip(eager["image"], eager["net"], eager["precision"])))
     of_batches = np.unique(batches["precision"][batches["mode"] == "eager"])
     others = [rows for part in ("sweep", "ensemble", "toy", "importance") if len((rows := select(arrays, part=part))["size"])]
     figure, axes = new_figure(len(panels) + len(of_batches) + len(others), 1, size=(7.2, 2.6))
     for ax, (image, net, precision) in zip(axes[:, 0], panels):
         rate_bars(ax, beside_plain(select(images, image=image, net=net), precision))
-        ax.set_title(
-            f"{net}, {image.replace('x', ' x ')} x {image.split('x')[1]} pixels, {precision}, {arrays['config']['device']}"
-        )
+        channels, side = image.split("x")
+        ax.set_title(f"{net}, {channels} x {side} x {side} pixels, {precision}, {arrays['config']['device']}")
     for ax, precision in zip(axes[len(panels) :, 0], of_batches):
         for mode, style in (MODES | {"floor": FLOOR}).items():
             rows = select(beside_plain(batches, precision), mode=mode)
             if len(rows["size"]):
                 ax.plot(rows["size"], 1e3 / np.median(rates(rows), 1), marker=".", **style)
-        ax.set(
-            xlabel="images per minibatch",
-            ylabel="ms per image",
-            xscale="log",
-            ylim=(0, None),
-            title=f"{batches['pair'][0]}, {batches['net'][0]}, {precision}",
-        )
+        ax.set(xlabel="images per minibatch", ylabel="ms per image", xscale="log", ylim=(0, None),
+               title=f"{batches['pair'][0]}, {batches['net'][0]}, {precision}")
         ax.set_xticks(sizes := np.unique(batches["size"]), sizes)
         ax.minorticks_off()
     styles = styles_of(others)
@@ -65,30 +57,23 @@ def benchmark(runs, save):
 
 
 def styles_of(tables):
-    """{mode: style}: a colour means the same mode in every panel."""
+    """{mode: style} over the modes of all tables, so that a mode has one colour in every panel."""
     names = sorted({str(mode) for rows in tables for mode in rows["mode"]} - MODES.keys())
     colors = ["tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan"]
     return MODES | {name: {"color": color, "label": name} for name, color in zip(names, cycle(colors))}
 
 
 def rate_bars(ax, rows):
-    """A group of bars per pair, a bar per mode, a line where the floor lies."""
+    """A group of bars per pair with a bar per mode, and a line at the floor."""
     pairs, modes = list(dict.fromkeys(rows["pair"])), [mode for mode in MODES if mode in rows["mode"]]
     at, width = np.arange(len(pairs)), 0.8 / len(modes)
     for i, mode in enumerate(modes):
         measured = select(rows, mode=mode)
         rate, places = rates(measured), np.array([pairs.index(pair) for pair in measured["pair"]])
-        ax.bar(
-            at[places] + (i - (len(modes) - 1) / 2) * width,
-            np.median(rate, 1),
-            width,
-            **MODES[mode],
-            ecolor="black",
-            capsize=1.5,
-            yerr=abs(np.stack([rate.min(1), rate.max(1)]) - np.median(rate, 1)),
-            error_kw={"linewidth": 0.7},
-        )
-    bounded = select(rows, mode="floor")  # an objective of one's own may have no known floor
+        median = np.median(rate, 1)
+        ax.bar(at[places] + (i - (len(modes) - 1) / 2) * width, median, width, **MODES[mode], ecolor="black", capsize=1.5,
+               yerr=abs(np.stack([rate.min(1), rate.max(1)]) - median), error_kw={"linewidth": 0.7})
+    bounded = select(rows, mode="floor")  # an objective that somebody added may have no floor
     floor, places = np.median(rates(bounded), 1), np.array([pairs.index(pair) for pair in bounded["pair"]], int)
     ax.hlines(floor, at[places] - 0.42, at[places] + 0.42, **FLOOR)
     ax.set(ylabel="images/s", ylim=(0, 1.25 * rates(rows).max()))
@@ -96,16 +81,17 @@ def rate_bars(ax, rows):
 
 
 def beside_plain(rows, precision):
-    """The rows of one precision and those of plain, which is float32 alone."""
+    """The rows of one precision and those of the mode plain, which has float32 only."""
     keep = (rows["precision"] == precision) | (rows["mode"] == "plain")
     return {name: column[keep] for name, column in rows.items()}
 
 
 def rates(rows):
+    """Images per second [rows, turns]."""
     return rows["size"][:, None] / rows["seconds"]
 
 
 def select(arrays, **values):
-    """The rows of a table (arrays of one length each, by name) where every named column has the given value."""
+    """The rows in which every named column has the given value, from a table of columns of one length."""
     keep = np.logical_and.reduce([arrays[name] == value for name, value in values.items()])
     return {name: arrays[name][keep] for name in ("part", "image", "net", "pair", "size", "mode", "precision", "seconds")}

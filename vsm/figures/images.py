@@ -4,17 +4,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from data import short_name
-from vsm.figures.style import (
-    COLORS,
-    label_ticks,
-    legend,
-    line_style,
-    linear_around_zero,
-    new_figure,
-    pair_order,
-    save_figure,
-    seeds_of,
-)
+from vsm.figures.style import (COLORS, label_ticks, legend, line_style, linear_around_zero, new_figure, pair_order, save_figure,
+                               seeds_of)
 from vsm.packs import open_runs
 from vsm.runs import group_by_seed
 from vsm.tables import mean_and_error
@@ -34,20 +25,19 @@ CURVES = {  # metric: axis title, scale
     "infer_grad_norm": ("encoder's gradient norm", "log"),
     "learn_grad_norm": ("decoder's gradient norm", "log"),
 }
-LINEAR = {"latent_mmd": 100, "infer_loss": 100, "learn_loss": 100}  # up to here a symlog axis is linear
+LINEAR = {"latent_mmd": 100, "infer_loss": 100, "learn_loss": 100}  # a symlog axis is linear up to this value
 MARKERS = ".xsv^"
-FEW_GAP = 6  # of robust_limits, for a few final values
+FEW_GAP = 6  # `gap` of robust_limits where there are few values
 
 
 def grouped(runs, part="metrics"):
-    """{data set and network: [(name, the arrays of runs that differ in their seed alone)]}, in the order of LEARN and INFER."""
+    """{data set and network: [(name, arrays of the runs that differ only in their seed)]}, in the order of LEARN and INFER."""
     opened = open_runs(runs)
     loaded, panels = [run.arrays(part) for run in opened], {}
     for name, members in group_by_seed([run.name for run in opened], [arrays["config"] for arrays in loaded]):
         panels.setdefault(title_of(loaded[members[0]]["config"]["flags"]), []).append((name, [loaded[i] for i in members]))
-    return {
-        title: sorted(groups, key=lambda group: pair_order(group[1][0]["config"]["flags"])) for title, groups in panels.items()
-    }
+    return {title: sorted(groups, key=lambda group: pair_order(group[1][0]["config"]["flags"]))
+            for title, groups in panels.items()}
 
 
 def title_of(flags):
@@ -55,10 +45,9 @@ def title_of(flags):
 
 
 def named_groups(panels):
-    """[(name, members)] over all panels; the panel's title is part of the name where there are several panels."""
-    return [
-        (f"{title}, {name}" if len(panels) > 1 else name, members) for title, groups in panels.items() for name, members in groups
-    ]
+    """[(name, members)] over all panels; where there are several panels, a name begins with its panel's title."""
+    return [(f"{title}, {name}" if len(panels) > 1 else name, members)
+            for title, groups in panels.items() for name, members in groups]
 
 
 # ------------------------------------------------------------------------------------------------- curves against epochs
@@ -71,11 +60,11 @@ def training_curves(runs, save):
     """
     groups = named_groups(grouped(runs))
     names = [name for name in CURVES if any(measured(groups, name))]
-    columns = min((4, 5), key=lambda columns: (-len(names) % columns, columns))  # fewest empty panels
+    columns = min((4, 5), key=lambda columns: (-len(names) % columns, columns))  # the fewest empty panels
     figure, axes = new_figure(-(-len(names) // columns), columns, size=(2.9, 2.3))
     for ax, name in zip(axes.flat, names):
         draw_curves(ax, groups, name)
-    for ax in axes.flat[len(names) :]:
+    for ax in axes.flat[len(names):]:
         ax.set_axis_off()
     legend(figure, axes)
     save_figure(figure, save)
@@ -112,7 +101,7 @@ def fid_curves(runs, save):
 
 
 def measured(groups, key):
-    """The groups with `epoch` and `key` at the epochs where `key` was measured, without runs that have none."""
+    """The groups, with `epoch` and `key` only at the epochs where `key` was measured; runs without any are left out."""
 
     def known(arrays):
         keep = np.isfinite(arrays[key])
@@ -127,7 +116,7 @@ def has_curve(arrays, name):
 
 
 def draw_curves(ax, groups, name):
-    """One metric against epochs; the ELBO and its two terms from the first trained epoch on."""
+    """Draw one metric against epochs. The ELBO and its two terms begin after the first epoch."""
     title, scale = CURVES[name]
     if name == "fid":  # not measured at every evaluation
         groups = measured(groups, name)
@@ -137,9 +126,8 @@ def draw_curves(ax, groups, name):
     if name == "active_units":
         ax.set_ylim(0, 1.05 * max([1, *(np.nanmax(values) for values in lines.values())]))
     else:
-        limit_robustly(
-            ax, {label: values[-max(3, len(values) // 2) :] for label, values in lines.items()}, scale, LINEAR.get(name, 1)
-        )
+        late = {label: values[-max(3, len(values) // 2):] for label, values in lines.items()}
+        limit_robustly(ax, late, scale, LINEAR.get(name, 1))
     if scale == "symlog":
         linear_around_zero(ax, LINEAR[name])
     elif scale == "log" and ax.get_ylim()[0] > 0:
@@ -149,17 +137,17 @@ def draw_curves(ax, groups, name):
 
 
 def limit_robustly(ax, late, scale, linear=1, gap=3):
-    """Set robust limits of y around {name: values}; names of what ends outside are written in the panel."""
+    """Set robust limits of y around {name: values}; the panel lists the names of those that end outside."""
     low, high = robust_limits(late, scale, linear, gap)
     ax.set_ylim(low, high)
     note_beyond(ax, [name for name, ends in late.items() if len(ends) and np.isfinite(ends[-1]) and not low <= ends[-1] <= high])
 
 
 def robust_limits(late, scale, linear=1, gap=3):
-    """Limits of {name: values} without what lies far from most values, measured on the axis' scale.
+    """Limits of an axis around {name: values} that leave out values far from most others.
 
-    Far is beyond 7 median absolute deviations from the median, on logarithmic scales beyond a factor of 3 at least, and `gap`
-    times as far from it as the farthest value that is kept.
+    Distances are from the median, on the axis' scale. A value is far if it is beyond 7 median absolute deviations (on a
+    logarithmic scale also beyond a factor of 3), and `gap` times as far as the farthest value that is kept.
     """
 
     def forward(y):
@@ -186,25 +174,15 @@ def robust_limits(late, scale, linear=1, gap=3):
 
 
 def note_beyond(ax, names):
-    """Names of what the limits leave outside, in the panel's upper right corner."""
+    """Write the names that the limits leave outside into the panel's upper right corner."""
     if names:
         text = "beyond: " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        ax.text(
-            0.98,
-            0.97,
-            text,
-            transform=ax.transAxes,
-            ha="right",
-            va="top",
-            fontsize=6.5,
-            color="0.35",
-            zorder=9,
-            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
-        )
+        ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=6.5, color="0.35", zorder=9,
+                bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1})
 
 
 def draw_lines(ax, groups, x, y, start=0):
-    """A line per group: the mean over its seeds, as far as any got, in a band of one standard error. Returns {name: means}."""
+    """Draw the mean of each group's seeds, up to the last epoch of any, in a band of a standard error. Returns {name: means}."""
     labels, lines = [members[0]["config"]["label"] for _, members in groups], {}
     for k, (name, members) in enumerate(groups):
         members = [arrays for arrays in members if y in arrays]
@@ -213,8 +191,9 @@ def draw_lines(ax, groups, x, y, start=0):
         longest = max((arrays[x] for arrays in members), key=len)
         values = np.full((len(members), len(longest)), np.nan)
         for row, arrays in zip(values, members):
-            row[: len(arrays[y])] = arrays[y]
+            row[:len(arrays[y])] = arrays[y]
         mean, error, _ = mean_and_error(values[:, start:])
+        error = np.nan_to_num(error)  # no band where one seed is left
         style, marker = line_style(members[0]["config"]["flags"]), MARKERS[labels[:k].count(labels[k]) % 5]
         ax.plot(longest[start:], mean, marker=marker, markersize=4, label=f"{name}, {seeds_of(members)}", **style)
         if len(members) > 1:
@@ -235,36 +214,27 @@ def final_values(runs, save):
     Values far beyond most runs are left outside and named in the panel.
     """
     panels = grouped(runs)
-    names = [
-        name
-        for name in FINAL
-        if any(has_curve(arrays, name) for groups in panels.values() for _, members in groups for arrays in members)
-    ]
+    runs_of_panels = [arrays for groups in panels.values() for _, members in groups for arrays in members]
+    names = [name for name in FINAL if any(has_curve(arrays, name) for arrays in runs_of_panels)]
     longest = max(len(name) for groups in panels.values() for name, _ in groups)
-    figure, axes = new_figure(
-        len(panels), len(names), size=(max(2.2, 0.2 * max(map(len, panels.values())) + 0.6), 2 + 0.08 * longest)
-    )
+    width = max(2.2, 0.2 * max(map(len, panels.values())) + 0.6)
+    figure, axes = new_figure(len(panels), len(names), size=(width, 2 + 0.08 * longest))
     for row, (title, groups) in zip(axes, panels.items()):
         for ax, metric in zip(row, names):
-            draw_finals(ax, groups, metric)
+            draw_final_values(ax, groups, metric)
         row[0].set_ylabel(title, fontweight="bold")
     save_figure(figure, save)
 
 
-def draw_finals(ax, groups, metric):
+def draw_final_values(ax, groups, metric):
+    """Draw the last value of one metric: a column per group with a dot per seed and a bar at the mean."""
     title, scale = CURVES[metric]
     finals = {name: np.array([last_finite(arrays[metric]) for arrays in members if metric in arrays]) for name, members in groups}
     for k, (name, members) in enumerate(groups):
         style = line_style(members[0]["config"]["flags"])
-        ax.plot(
-            k + np.linspace(-0.15, 0.15, len(finals[name])) if len(finals[name]) > 1 else [k] * len(finals[name]),
-            finals[name],
-            "o",
-            ms=4,
-            color=style["color"],
-            mfc="white" if style["linestyle"] != "-" else None,
-            clip_on=True,
-        )
+        seeds = len(finals[name])
+        x = k + np.linspace(-0.15, 0.15, seeds) if seeds > 1 else [k] * seeds
+        ax.plot(x, finals[name], "o", ms=4, color=style["color"], mfc="white" if style["linestyle"] != "-" else None)
         if np.isfinite(finals[name]).any():
             ax.hlines(np.nanmean(finals[name]), k - 0.3, k + 0.3, color=style["color"], lw=1.5)
     limit_robustly(ax, finals, scale, LINEAR.get(metric, 1), FEW_GAP)
@@ -274,7 +244,7 @@ def draw_finals(ax, groups, metric):
         ax.set_yscale("log")
     ax.yaxis.set_minor_formatter(NullFormatter())
     label_ticks(ax)
-    ax.set(title=title.split(",")[0] + (" (nats)" if metric in ("reconstruction",) else ""), xlim=(-0.6, len(groups) - 0.4))
+    ax.set(title=title.split(",")[0] + (" (nats)" if metric == "reconstruction" else ""), xlim=(-0.6, len(groups) - 0.4))
     ax.set_xticks(range(len(groups)), list(finals), rotation=90, fontsize=8)
 
 
@@ -303,7 +273,7 @@ def rate_distortion(runs, save):
 
 
 def draw_rates(ax, groups):
-    """The seeds' ways and ends; a marker tells groups of one colour and line apart."""
+    """Draw the ways and ends of all seeds; markers distinguish groups of the same colour and line."""
     labels, ends = [members[0]["config"]["label"] for _, members in groups], {}
     for k, (name, members) in enumerate(groups):
         style = line_style(members[0]["config"]["flags"])
@@ -312,19 +282,18 @@ def draw_rates(ax, groups):
             dot["mfc"] = "white"
         ways = [np.array([arrays["kl"], arrays["reconstruction"]]) for arrays in members]  # [2, T] each
         for way in ways:
-            ax.plot(*way[:, way.shape[1] // 2 :], lw=0.8, alpha=0.35, **style)
+            ax.plot(*way[:, way.shape[1] // 2:], lw=0.8, alpha=0.35, **style)
         ends[name] = np.array([way[:, -1] for way in ways])
         ax.plot(*ends[name].T, label=f"{name}, {seeds_of(members)}", **dot)
-    (left, right), (bottom, top) = (
-        robust_limits({name: xy[:, i] for name, xy in ends.items()}, "linear", gap=FEW_GAP) for i in range(2)
-    )
+    (left, right), (bottom, top) = (robust_limits({name: xy[:, i] for name, xy in ends.items()}, "linear", gap=FEW_GAP)
+                                    for i in range(2))
     ax.set(xlim=(left, right), ylim=(bottom, top + 0.1 * (top - bottom)))  # room for the note
     low, high = (left, bottom), (right, top)
     note_beyond(ax, [name for name, xy in ends.items() if not ((low <= xy) & (xy <= high)).all()])
 
 
 def elbo_contours(ax):
-    """Dotted lines of equal negative ELBO (rate + distortion) with their values, inside the limits of the axes."""
+    """Draw dotted lines of equal negative ELBO (rate + distortion), with their values, inside the limits of the axes."""
     x, y = (np.linspace(*limits, 50) for limits in (ax.get_xlim(), ax.get_ylim()))
     lines = ax.contour(x, y, x + y[:, None], levels=6, colors="0.75", linewidths=0.7, linestyles="dotted", zorder=0)
     ax.clabel(lines, fmt="%g", fontsize=6.5)
@@ -335,15 +304,14 @@ def elbo_contours(ax):
 
 def importance_bound(runs, save):
     """The importance-weighted bound on the negative log-likelihood against its number of samples from q(z|x)."""
-    figure, axes = curves(
-        runs, "iw_samples", "negative_iw_bound", xlabel="samples $K$", ylabel="negative bound (nats)", xscale="log"
-    )
+    figure, axes = curves(runs, "iw_samples", "negative_iw_bound", xlabel="samples $K$", ylabel="negative bound (nats)",
+                          xscale="log")
     legend(figure, axes)
     save_figure(figure, save)
 
 
 def denoising(runs, save):
-    """Error of the reconstruction of a noisy image against the clean one, by the noise's standard deviation."""
+    """Error between the reconstruction of a noisy image and the clean image, against the noise's standard deviation."""
     figure, axes = curves(runs, "noise_levels", "denoising_mse", xlabel="noise SD", ylabel="MSE to the clean image", yscale="log")
     for ax in axes.flat:
         sd = np.linspace(1e-3, ax.get_xlim()[1], 200)
@@ -375,9 +343,9 @@ ESTIMATOR_DASHES = {"plugin": "-", "unbiased": "--", "released": ":"}
 
 
 def gradient_snr(runs, save):
-    """Signal-to-noise ratio of the decoder's gradient by learning objective and estimator against N, a row per group of seeds.
+    """Signal-to-noise ratio of the decoder's gradient against N by learning objective and estimator, a row per group of seeds.
 
-    Bars go from the least to the largest of several seeds; of one seed they are one standard error over draws, where stored.
+    Bars go from the smallest to the largest of several seeds; for one seed they are one standard error over draws, if stored.
     """
     groups = named_groups(grouped(runs, "gradient_snr"))
     figure, axes = new_figure(len(groups), len(SNR_PANELS), size=(3, 2.6))
@@ -396,7 +364,7 @@ def gradient_snr(runs, save):
 
 
 def draw_snr(ax, members, key, k, name, count):
-    """One objective's values at evenly spaced N, moved sideways so that bars do not overlap."""
+    """Draw one objective's values at evenly spaced N, moved sideways so that bars do not overlap."""
     letter, estimator = (*name.split(), "plugin")[:2]
     values = np.stack([arrays[key][k] for arrays in members])
     mean = values.mean(0)
@@ -405,15 +373,5 @@ def draw_snr(ax, members, key, k, name, count):
     else:
         error = members[0][f"{key}_se"][k] if f"{key}_se" in members[0] else np.full_like(mean, np.nan)
     x = np.arange(len(mean)) + 0.5 * ((k + 0.5) / count - 0.5)
-    ax.errorbar(
-        x,
-        mean,
-        error,
-        marker=".",
-        capsize=1.5,
-        elinewidth=0.8,
-        lw=1,
-        color=COLORS.get(letter, "tab:gray"),
-        linestyle=ESTIMATOR_DASHES.get(estimator, "-"),
-        label=name,
-    )
+    ax.errorbar(x, mean, error, marker=".", capsize=1.5, elinewidth=0.8, lw=1, color=COLORS.get(letter, "tab:gray"),
+                linestyle=ESTIMATOR_DASHES.get(estimator, "-"), label=name)

@@ -13,7 +13,7 @@ LARGEST_SD = 1.2
 def posterior_sd(runs, save):
     """Histogram over the latent dimensions of the posterior's standard deviation, averaged over the test images (Figures 9, 10).
 
-    Bins cover the range of all runs; what is above 1.2 is counted in the last bin.
+    Bins cover the range of all runs; values above 1.2 are counted in the last bin.
     """
 
     def clipped(arrays):
@@ -22,30 +22,28 @@ def posterior_sd(runs, save):
     values = np.concatenate([clipped(arrays) for _, members in named_groups(grouped(runs)) for arrays in members])
     edges = np.linspace(0.9 * values.min(), min(1.05 * values.max(), LARGEST_SD), 41)
 
-    def draw(ax, arrays, **style):
+    def draw_histogram(ax, arrays, **style):
         ax.hist(clipped(arrays), bins=edges, histtype="stepfilled", alpha=0.5, **style)
 
-    figure, _ = histograms(
-        runs, draw, "posterior SD" + (" (clipped at 1.2)" if values.max() == LARGEST_SD else ""), "latent dimensions"
-    )
+    xlabel = "posterior SD" + (" (clipped at 1.2)" if values.max() == LARGEST_SD else "")
+    figure, _ = histograms(runs, draw_histogram, xlabel, "latent dimensions")
     save_figure(figure, save)
 
 
 def posterior_mean(runs, save):
-    """Histograms of the posterior's mean of Bernoulli latents, 1/2 where a latent says nothing of an image (Figure 11).
+    """Histograms of the posterior's mean of Bernoulli latents, which is 1/2 where a latent carries nothing (Figure 11).
 
-    Filled: over images and latents. Line: over latents, each averaged over the images, and a latent in use may be at 1/2 as well.
+    Filled: over images and latents. Line: over latents, each averaged over the images; a latent in use may also average to 1/2.
     """
 
-    def draw(ax, arrays, **style):
+    def draw_histograms(ax, arrays, **style):
         share, averaged = arrays["posterior_mean_histogram"][-1], arrays["posterior_mean"][-1]
         edges = np.linspace(0, 1, len(share) + 1)
         ax.stairs(share, edges, fill=True, alpha=0.4, label="each image and latent", **style)
-        ax.stairs(
-            np.histogram(averaged, edges)[0] / len(averaged), edges, linestyle=":", label="each latent, mean over images", **style
-        )
+        averaged_share = np.histogram(averaged, edges)[0] / len(averaged)
+        ax.stairs(averaged_share, edges, linestyle=":", label="each latent, mean over images", **style)
 
-    figure, axes = histograms(runs, draw, "posterior mean", "share")
+    figure, axes = histograms(runs, draw_histograms, "posterior mean", "share")
     legend(figure, axes, columns=1)
     save_figure(figure, save)
 
@@ -54,7 +52,7 @@ def aggregate_posterior(runs, save):
     """The aggregate posterior against the prior N(0, 1) at the end of training, two panels per group of seeds.
 
     Left: the histogram of posterior samples of the active latents over the test images, and the prior's density (dashed).
-    Right: E z^2 of each latent, sorted; 1 (dashed) where it agrees with the prior.
+    Right: E z^2 of each latent, sorted; it is 1 (dashed) under the prior.
     """
     groups = named_groups(grouped(runs))
     columns = min(len(groups), 3)
@@ -69,12 +67,13 @@ def aggregate_posterior(runs, save):
         left.set_title(f"{name}, {seeds_of(members)}", loc="left")
         right.axhline(1, color="black", linestyle="--", lw=1)
         right.set(xlabel="latent, sorted", ylabel="$E\\,z^2$", ylim=(0, None))
-    for ax in panels[len(groups) :].flat:
+    for ax in panels[len(groups):].flat:
         ax.set_axis_off()
     save_figure(figure, save)
 
 
 def draw_aggregate(left, right, arrays, color):
+    """Draw the two panels of one run."""
     share, moment = arrays["aggregate_histogram"][-1], arrays["second_moment"][-1]
     edges = np.linspace(-4, 4, len(share) + 1)
     left.stairs(share / np.diff(edges), edges, fill=True, alpha=0.4, color=color)
@@ -82,10 +81,13 @@ def draw_aggregate(left, right, arrays, color):
 
 
 def histograms(runs, draw, xlabel, ylabel, columns=4):
-    """A figure with a panel per group, its seeds on top of each other, and its axes; a new row for each data set and network."""
+    """A figure and its axes, with a panel per group in which draw(ax, arrays, color=...) draws each seed.
+
+    A row holds `columns` panels at most, of one data set and network.
+    """
     panels = grouped(runs)
     columns = min(columns, max(map(len, panels.values())))
-    rows = [(title, groups[i : i + columns]) for title, groups in panels.items() for i in range(0, len(groups), columns)]
+    rows = [(title, groups[i:i + columns]) for title, groups in panels.items() for i in range(0, len(groups), columns)]
     figure, axes = new_figure(len(rows), columns, size=(2.4, 2.2), sharex=True)
     for row, (title, groups) in zip(axes, rows):
         for ax, (name, members) in zip(row, groups):
@@ -94,6 +96,6 @@ def histograms(runs, draw, xlabel, ylabel, columns=4):
             ax.set_title(f"{name}, {seeds_of(members)}")
             ax.set_xlabel(xlabel)
         row[0].set_ylabel(f"{title}\n{ylabel}" if len(panels) > 1 else ylabel)
-        for ax in row[len(groups) :]:
+        for ax in row[len(groups):]:
             ax.set_axis_off()
     return figure, axes

@@ -1,4 +1,4 @@
-"""Grids of pictures of image runs."""
+"""Figures of image runs that are grids of pictures."""
 
 import numpy as np
 
@@ -12,17 +12,17 @@ def samples(runs, save):
 
 
 def reconstructions(runs, save):
-    """Noisy test inputs (rows one and three, ...) above their reconstructions, one grid per run."""
+    """Noisy test inputs (first row, third row, ...) above their reconstructions, one grid per run."""
 
     def pairs(arrays):
-        rows = [tile(arrays[name][i : i + 8], 8) for i in range(0, 32, 8) for name in ("inputs", "reconstructions")]
+        rows = [tile(arrays[name][i:i + 8], 8) for i in range(0, 32, 8) for name in ("inputs", "reconstructions")]
         return np.concatenate(rows)
 
     grids(runs, save, pairs)
 
 
 def interpolations(runs, save):
-    """Decoded points on the way between the codes of two test images, a row per pair, one grid per run."""
+    """Decoded points on the line between the codes of two test images, a row per pair of images, one grid per run."""
 
     def rows(arrays):
         pictures = arrays["interpolations"]  # [rows, steps, C, H, W]
@@ -32,15 +32,15 @@ def interpolations(runs, save):
 
 
 def grids(runs, save, make):
+    """Draw one picture for each run, that of make(arrays), under the run's name."""
     panels = grouped(runs)
-    named = [
-        ((f"{panel}\n" if len(panels) > 1 else "") + f"{name}, {seeds_of([arrays])}", arrays)
-        for panel, groups in panels.items()
-        for name, members in groups
-        for arrays in members
-    ]
+    named = []
+    for panel, groups in panels.items():
+        for name, members in groups:
+            title = (f"{panel}\n" if len(panels) > 1 else "") + name
+            named += [(f"{title}, {seeds_of([arrays])}", arrays) for arrays in members]
     pages = [make(arrays) for _, arrays in named]
-    rows, scale = -(-len(named) // 4), 1 if len(named) > 2 else 2  # dots a pixel
+    rows, scale = -(-len(named) // 4), 1 if len(named) > 2 else 2  # scale: dots per pixel
     height, width = pages[0].shape[:2]
     figure, axes = new_figure(rows, -(-len(named) // rows), size=(scale * width / 150, scale * height / 150 + 0.2))
     for ax in axes.flat:
@@ -52,7 +52,7 @@ def grids(runs, save, make):
 
 
 def tile(images, columns):
-    """uint8 [n, C, H, W] to one picture [rows H, columns W(, 3)]; rows that are not full stay black."""
+    """One picture [rows H, columns W(, 3)] of the images, uint8 [n, C, H, W]; places without an image are black."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     page = np.zeros((rows * columns, channels, height, width), np.uint8)

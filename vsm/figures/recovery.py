@@ -1,4 +1,4 @@
-"""Figures of `param_recovery.py`: the recovered w (Figure 1), the rules that find it, spectra of linear VAEs on images."""
+"""Figures of `param_recovery.py`: the recovered w (Figure 1) by every rule, and spectra of linear VAEs on images."""
 
 from itertools import cycle
 
@@ -12,7 +12,7 @@ from vsm.packs import open_runs
 
 
 def param_recovery(runs, save):
-    """Figure 1: recovered w against w*, several alpha; p and q at the minima of JKLD and JFD, ellipses at 1, 2 and 3 sd."""
+    """Figure 1: recovered w against w* for several alpha; p and q at the minima of JKLD and JFD, ellipses at 1, 2 and 3 sd."""
     arrays = open_runs(runs)[0].arrays()
     flags, rule = arrays["config"]["flags"], list(arrays["rule"])
     figure, axes = new_figure(1, 3, size=(3.2, 2.9))
@@ -44,7 +44,7 @@ def param_recovery(runs, save):
 
 
 def ellipses(ax, covariance, label, **style):
-    """A zero-mean Gaussian's contours at 1, 2 and 3 sd."""
+    """Draw the contours of a zero-mean Gaussian at 1, 2 and 3 sd."""
     angle = np.linspace(0, 2 * np.pi, 200)
     x, z = np.linalg.cholesky(covariance) @ (np.cos(angle), np.sin(angle))
     for sd in (1, 2, 3):
@@ -53,11 +53,11 @@ def ellipses(ax, covariance, label, **style):
 
 RULE_PANELS = {"held": "$q$ held fixed while $w$ moves (Algorithm 1)", "plug-in": "the same, plug-in S and B of $N$ samples",
                "following": "$q$ follows $w$ (bi-level)"}
-DASHES = {1: ":", 2: "-.", 5: "--", 20: "-"}
+DASHES_BY_SAMPLES = {1: ":", 2: "-.", 5: "--", 20: "-"}
 
 
 def recovery_rules(runs, save):
-    """Recovered w against alpha at one w*, for every learning objective: q held, by plug-in estimators too, and q following w."""
+    """Recovered w against alpha at one w* for every learning objective: q held fixed, the plug-in estimators, q following w."""
     arrays = open_runs(runs)[0].arrays()
     w_star, alpha = arrays["config"]["flags"]["w_star"], arrays["sweep_alpha"]
     recovered = dict(zip(arrays["rule"], arrays["sweep_w"]))
@@ -67,10 +67,10 @@ def recovery_rules(runs, save):
         ax.axhline(w_star, color="0.8", lw=4)
         for name in () if how == "plug-in" else ("ELBO", "F", "S", "B", "FAE"):
             key = "JFD" if name == "FAE" else "JKLD" if f"{how} {name}" not in recovered else f"{how} {name}"
-            same = (how, name) in (("held", "F"), ("following", "B"))  # the same curve as ELBO's, so dashed over it
+            same = (how, name) in (("held", "F"), ("following", "B"))  # it equals the ELBO's curve, so it is dashed over that one
             ax.plot(alpha, recovered[key], color=COLORS[name], lw=1.6, linestyle="--" if same else "-", label=name)
-        for name, N in ((name, N) for name in "SB" for N in DASHES if how == "plug-in"):
-            ax.plot(alpha, recovered[f"held {name}, N = {N}"], color=COLORS[name], lw=1.4, linestyle=DASHES[N],
+        for name, N in ((name, N) for name in "SB" for N in DASHES_BY_SAMPLES if how == "plug-in"):
+            ax.plot(alpha, recovered[f"held {name}, N = {N}"], color=COLORS[name], lw=1.4, linestyle=DASHES_BY_SAMPLES[N],
                     label=f"{name}, $N = {N}$")
         ax.set_xscale("log", base=2)
         ax.set(xlabel=r"$\alpha$: variance of $q$ / exact", title=RULE_PANELS[how], ylim=(-0.1, 3 * w_star))
@@ -84,8 +84,8 @@ def recovery_rules(runs, save):
 # -------------------------------------------------------------------------------------------- linear VAEs on images
 
 LETTERS = {"elbo": "ELBO", "fd": "F", "swersky": "S", "bao": "B"}
-TEN = 10  # directions that a mean is over
-ACTIVE = 1.05  # times gamma: a latent whose direction has more variance is active
+TEN = 10  # means are over so many of the largest directions
+ACTIVE = 1.05  # a latent is active if its direction has more than this times gamma of variance
 
 
 def spectrum(runs, save):
@@ -103,19 +103,20 @@ def spectrum(runs, save):
 
 
 def marker_style(objective, estimator):
-    """Filled for plug-in, open for unbiased."""
+    """Colour and marker of an objective; filled for plug-in, open for unbiased."""
     color = COLORS[LETTERS[objective]]
     marker = {"elbo": "s", "fd": "o", "swersky": "v", "bao": "D"}[objective]
     return {"color": color, "marker": marker, "ms": 5, "mfc": "white" if estimator == "unbiased" else color, "linestyle": "none"}
 
 
 def models_of(arrays):
-    """(row, objective, estimator, N) of every model."""
+    """A list of (row, objective, estimator, N), one for every model."""
     columns = (arrays[name].tolist() for name in ("objective", "estimator", "samples"))
     return [(m, *model) for m, model in enumerate(zip(*columns))]
 
 
 def draw_variances(ax, arrays, N=5):
+    """Draw the variances by principal component, of the data and learnt with N samples."""
     K, v, gamma = arrays["learnt"].shape[1], arrays["eigenvalues"], arrays["gamma"]
     component = np.arange(1, K + 1)
     ax.plot(component, v[:K], color="0.85", lw=6, solid_capstyle="round", label="data (PCA)")
@@ -124,7 +125,7 @@ def draw_variances(ax, arrays, N=5):
     for offset, (m, objective, estimator, samples) in enumerate(row for row in models_of(arrays) if row[3] == N):
         style = marker_style(objective, estimator)
         ax.plot(component, np.maximum(v[:K] / arrays["kappa"][m], gamma), color=style["color"], lw=1)
-        shown = slice(offset % 3, None, 3)  # every third component, so that equal spectra do not hide each other
+        shown = slice(offset % 3, None, 3)  # only every third component, so that equal spectra do not hide each other
         name = LETTERS[objective] + (f", {estimator.replace('plugin', 'plug-in')}" if objective in ("swersky", "bao") else "")
         ax.plot(component[shown], arrays["learnt"][m][shown], label=name, **{**style, "ms": 4})
     ax.set_yscale("log")
@@ -137,6 +138,7 @@ def draw_variances(ax, arrays, N=5):
 
 
 def draw_ratios(ax, arrays):
+    """Draw the learnt share of the data's variance against N."""
     samples = sorted(set(arrays["samples"].tolist()))
     ratio = (arrays["learnt"] / arrays["eigenvalues"][:arrays["learnt"].shape[1]])[:, :TEN].mean(1)
     for objective, estimator in dict.fromkeys((row[1], row[2]) for row in models_of(arrays)):
@@ -159,6 +161,7 @@ def draw_ratios(ax, arrays):
 
 
 def draw_second_moments(ax, arrays):
+    """Draw E z^2 of the aggregate posterior against kappa."""
     v, gamma = arrays["eigenvalues"][:TEN], arrays["gamma"]
     k = np.linspace(0.95, 2.05, 100)
     ax.axhline(1, color="0.85", lw=4)
@@ -173,6 +176,7 @@ def draw_second_moments(ax, arrays):
 
 
 def draw_active(ax, arrays):
+    """Draw the number of active latents against kappa."""
     v, gamma, K = arrays["eigenvalues"], arrays["gamma"], arrays["learnt"].shape[1]
     k = np.linspace(0.95, 2.05, 1000)
     ax.plot(k, np.minimum((v > ACTIVE * gamma * k[:, None]).sum(1), K), color="0.3", lw=1, label="predicted")

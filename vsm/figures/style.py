@@ -1,4 +1,4 @@
-"""What all figures share: the canvas, colours and dashes, axes, legends, and saving."""
+"""The parts that all figures share: the canvas, colours and dashes, axes, legends, and saving."""
 
 import io
 import math
@@ -12,14 +12,14 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from objectives import INFER, LEARN
 from vsm.runs import write_atomic
 
-DASHES = {"kld": "-", "fd": "--", "fd-weighted": ":", "fd-repar": "-."}  # by the inference objective; others are solid
+DASHES = {"kld": "-", "fd": "--", "fd-weighted": ":", "fd-repar": "-."}  # of lines, by the inference objective; others are solid
 COLORS = {entry.letter: entry.color for entry in LEARN.values()}
 
 matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
 
 
 def letter_of(flags):
-    """The letter of a run's learning objective by its flags: F for S where S equals F. An unknown name is its own letter."""
+    """The letter of a run's learning objective: F for an S that equals F. An unknown name stands for itself."""
     entry = LEARN.get(flags["learn"])
     if entry is None:
         return flags["learn"]
@@ -27,16 +27,16 @@ def letter_of(flags):
 
 
 def pair_order(flags):
-    """Learning objectives in the order of objectives.LEARN, then inference in that of INFER; unknown ones last."""
+    """Sort key of flags: learning objectives in the order of LEARN, then inference in that of INFER, unknown ones last."""
 
-    def place(name, names):
+    def position(name, names):
         return names.index(name) if name in names else len(names)
 
-    return place(letter_of(flags), list(COLORS)), place(flags["infer"], list(INFER))
+    return position(letter_of(flags), list(COLORS)), position(flags["infer"], list(INFER))
 
 
 def color_of(flags):
-    """The colour of the learning objective in every figure; grey where it is unknown."""
+    """The colour that the learning objective has in every figure; grey for an unknown one."""
     return COLORS.get(letter_of(flags), "tab:gray")
 
 
@@ -65,7 +65,7 @@ def save_figure(figure, save):
 
 
 def label_ticks(ax):
-    """A logarithmic y axis with fewer than two powers of ten in its limits is ticked as a linear one."""
+    """Tick a logarithmic y axis as a linear one where fewer than two powers of ten lie in its limits."""
     low, high = ax.get_ylim()
     if sum(low <= tick <= high for tick in ax.get_yticks()) < 2:
         ax.yaxis.set_major_locator(MaxNLocator(4))
@@ -73,7 +73,7 @@ def label_ticks(ax):
 
 
 def linear_around_zero(ax, linear):
-    """A symlog y axis with few ticks where the limits go beyond ten times `linear`, else a linear one. Log far from zero."""
+    """Scale the y axis by its limits: log if all lie above `linear`, symlog if one is beyond ten times it, otherwise linear."""
     low, high = ax.get_ylim()
     if low > linear:
         ax.set_yscale("log")
@@ -89,20 +89,21 @@ def linear_around_zero(ax, linear):
 
 
 def legend(figure, axes, columns=5):
-    """One legend below all axes, each name once; the figure grows by its height."""
+    """Add one legend below all axes, with each name once; the figure grows by its height."""
     named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
     legend_below(figure, list(named.values()), list(named), columns)
 
 
 def legend_below(figure, handles, labels, columns=5):
-    fit = figure.get_size_inches()[0] / (0.08 * max(map(len, labels), default=1) + 0.5)  # inches of a letter, of a handle
-    columns = max(1, min(len(labels), columns, int(fit)))
+    """Add a legend below all axes, in as many columns as fit; the figure grows by its height."""
+    entry = 0.08 * max(map(len, labels), default=1) + 0.5  # inches: the letters, and the handle
+    columns = max(1, min(len(labels), columns, int(figure.get_size_inches()[0] / entry)))
     figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def seeds_of(members):
-    """ "seed 0", or "3 seeds", and how many diverged; `members` are the arrays of runs that differ in their seed alone."""
+    """The text "seed 0" or "3 seeds (1 diverged)" for the arrays of runs that differ only in their seed."""
     statuses = [str(arrays.get("status", "unfinished")) for arrays in members]
     if len(members) == 1:
         return f"seed {members[0]['config']['flags']['seed']}" + "".join(f" ({status})" for status in statuses if status != "ok")

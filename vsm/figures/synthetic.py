@@ -9,39 +9,24 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from objectives import LEARN
 from vsm.figures.images import limit_robustly
-from vsm.figures.style import (
-    COLORS,
-    color_of,
-    dash_of,
-    label_ticks,
-    legend_below,
-    letter_of,
-    line_style,
-    linear_around_zero,
-    new_figure,
-    pair_order,
-    save_figure,
-)
+from vsm.figures.style import (COLORS, color_of, dash_of, label_ticks, legend_below, letter_of, line_style, linear_around_zero,
+                               new_figure, pair_order, save_figure)
 from vsm.laws import LAWS
 from vsm.packs import of_member, open_runs, shown_member
 from vsm.sweep import name_order, objective_name, sweep_points
 
-KINDS = {
-    "step": ("D", "another encoder step"),
-    "released": ("X", "released estimator"),
-    "unbiased": ("v", "unbiased estimator"),
-    "N = ": ("o", "N = 5"),
-    "": ("^", "N = 1"),
-}  # by what a name holds, the first that fits: marker, legend
+MARKERS = {  # part of an objective's name: marker, legend; the first part that the name contains counts
+    "step": ("D", "another encoder step"), "released": ("X", "released estimator"), "unbiased": ("v", "unbiased estimator"),
+    "N = ": ("o", "N = 5"), "": ("^", "N = 1")}
 METRICS = ("nll", "divergence")
 
 
 def synthetic(runs, save):
-    """NLL and Fisher divergence of a sweep: against K, or, where all runs have one K, by objective (Figures 3, 6, 7).
+    """NLL and Fisher divergence of a sweep: against K, or by objective where all runs have the same K (Figures 3, 6, 7).
 
-    Against K: mean +- standard error over the members that did not diverge; a panel per J, two rows per data set. By objective:
-    the members (dots), their mean (bar) and two standard errors to either side; red: how many diverged. NLL is shown above that
-    of the data's law, and so is the score-matching loss where a run has no Fisher divergence. Axes are linear near zero.
+    Against K: mean ± standard error over the members that did not diverge; a panel per J, two rows per data set. By objective:
+    the members (dots), their mean (bar), two standard errors to either side (box), and the number that diverged (red). NLL is
+    drawn less that of the data's law, as is the score-matching loss where a run has no Fisher divergence. Axes are linear near 0.
     """
     points = sweep_points(runs)
     if len({point["K"] for point in points}) > 1:
@@ -51,12 +36,12 @@ def synthetic(runs, save):
 
 
 def study(runs, save):
-    """NLL above that of the data's law by objective, a panel per data set: seeds (dots), mean (bar), 2 standard errors (box)."""
+    """NLL less that of the data's law, by objective, a panel per data set: seeds (dots), mean (bar), 2 standard errors (box)."""
     points = sweep_points(runs)
     panels = panels_of(points)
-    figure, axes = new_figure(1, len(panels), size=(max(2.2, 0.22 * most(panels) + 0.8), 3.2))
-    for ax, (title, here) in zip(axes.flat, panels.items()):
-        draw_strip(ax, here, "nll")
+    figure, axes = new_figure(1, len(panels), size=(max(2.2, 0.22 * largest_panel(panels) + 0.8), 3.2))
+    for ax, (title, panel) in zip(axes.flat, panels.items()):
+        draw_strip(ax, panel, "nll")
         ax.set_title(title)
     axes[0, 0].set_ylabel(axis_title(points[0], "nll"))
     save_figure(figure, save)
@@ -72,7 +57,8 @@ def panels_of(points):
     return panels
 
 
-def most(panels):
+def largest_panel(panels):
+    """The number of points in the panel with the most."""
     return max(map(len, panels.values()))
 
 
@@ -80,15 +66,16 @@ def most(panels):
 
 
 def strip_figure(points, save):
+    """A column of two panels, NLL and divergence, per data set; a y title is not repeated."""
     panels = panels_of(points)
-    figure, axes = new_figure(2, len(panels), size=(max(1.9, 0.2 * most(panels) + 0.7), 2.5), sharex="col")
+    figure, axes = new_figure(2, len(panels), size=(max(1.9, 0.2 * largest_panel(panels) + 0.7), 2.5), sharex="col")
     before = [None, None]
-    for column, (title, here) in zip(axes.T, panels.items()):
+    for column, (title, panel) in zip(axes.T, panels.items()):
         column[0].set_title(title)
         for ax, metric in zip(column, METRICS):
-            draw_strip(ax, here, metric)
+            draw_strip(ax, panel, metric)
         column[0].tick_params(axis="x", labelbottom=False)
-        titles = [axis_title(here[0], metric) for metric in METRICS]
+        titles = [axis_title(panel[0], metric) for metric in METRICS]
         for ax, ylabel, last in zip(column, titles, before):
             if ylabel != last:
                 ax.set_ylabel(ylabel)
@@ -97,37 +84,20 @@ def strip_figure(points, save):
 
 
 def draw_strip(ax, points, metric):
-    """A column per objective: members, mean and two standard errors, and the number of members that diverged."""
-    origin, width, values = shifted(points, metric)
+    """Draw a column per objective: members, mean, two standard errors, and the number of members that diverged."""
+    origin, width, values = values_above_origin(points, metric)
     for x, (point, members) in enumerate(zip(points, values)):
         color, finite = color_of(point["flags"]), members[np.isfinite(members)]
-        ax.plot(
-            x + np.linspace(-0.25, 0.25, len(members)),
-            np.sort(members),
-            "o",
-            ms=2.5,
-            alpha=0.7,
-            mew=0.6,
-            color=color,
-            mfc="white" if dash_of(point["flags"]) != "-" else None,
-        )
-        mean, error, _ = point[metric]
+        ax.plot(x + np.linspace(-0.25, 0.25, len(members)), np.sort(members), "o", ms=2.5, alpha=0.7, mew=0.6, color=color,
+                mfc="white" if dash_of(point["flags"]) != "-" else None)
+        mean, error = point[metric][0], np.nan_to_num(point[metric][1])  # no box around a single member
         if len(finite):
-            ax.hlines(mean - origin, x - 0.35, x + 0.35, color=color, lw=1.6)
-            ax.fill_between(
-                [x - 0.35, x + 0.35], mean - origin - 2 * error, mean - origin + 2 * error, color=color, alpha=0.2, lw=0
-            )
+            left, right = x - 0.35, x + 0.35
+            ax.hlines(mean - origin, left, right, color=color, lw=1.6)
+            ax.fill_between([left, right], mean - origin - 2 * error, mean - origin + 2 * error, color=color, alpha=0.2, lw=0)
         if point["diverged"].any():
-            ax.text(
-                x,
-                0.99,
-                f"{point['diverged'].sum()}",
-                transform=ax.get_xaxis_transform(),
-                ha="center",
-                va="top",
-                fontsize=6.5,
-                color="tab:red",
-            )
+            ax.text(x, 0.99, f"{point['diverged'].sum()}", transform=ax.get_xaxis_transform(), ha="center", va="top",
+                    fontsize=6.5, color="tab:red")
     excess_axis(ax, values, width)
     ax.set_xticks(range(len(points)), [point["name"] for point in points], rotation=90, fontsize=7.5)
     ax.set_xlim(-0.7, len(points) - 0.3)
@@ -137,81 +107,78 @@ def draw_strip(ax, points, metric):
 
 
 def sweep_figure(points, save):
+    """A column of panels per J, and two rows, NLL and divergence, per data set."""
     datas, steps, inner = (sorted({point[key] for point in points}) for key in ("data", "J", "K"))
     figure, axes = new_figure(2 * len(datas), len(steps), size=(4.8, 2.3), sharex=True, sharey="row")
     for i, data in enumerate(datas):
-        for row, metric in zip(axes[2 * i : 2 * i + 2], METRICS):
-            here = [point for point in points if point["data"] == data]
-            origin, width, values = shifted(here, metric, means=True)
+        for row, metric in zip(axes[2 * i:2 * i + 2], METRICS):
+            of_data = [point for point in points if point["data"] == data]
+            origin, width, values = values_above_origin(of_data, metric, means=True)
             for ax, J in zip(row, steps):
-                draw_sweep(ax, [point for point in here if point["J"] == J], metric, origin, inner)
+                draw_sweep(ax, [point for point in of_data if point["J"] == J], metric, origin, inner)
                 excess_axis(ax, values, width)
                 ax.set_title(f"{data}, J = {J}" if metric == "nll" else "")
-            row[0].set_ylabel(axis_title(here[0], metric))
+            row[0].set_ylabel(axis_title(of_data[0], metric))
     for ax in axes[-1]:
         ax.set_xlabel("encoder updates per decoder update, K")
-    key_of_sweep(figure, points)
+    add_legends(figure, points)
     save_figure(figure, save)
 
 
 def draw_sweep(ax, points, metric, origin, inner):
-    """A line per objective over evenly spaced K, each moved sideways so that no points lie on top of each other."""
+    """Draw a line per objective over evenly spaced K, each moved sideways so that no points lie on top of each other."""
     names = {point["name"]: point for point in sorted(points, key=name_order)}
     for k, (name, first) in enumerate(names.items()):
         line = sorted((inner.index(point["K"]), *point[metric][:2]) for point in points if point["name"] == name)
         x, mean, error = np.array(line).T
-        style = {"color": color_of(first["flags"]), "linestyle": dash_of(first["flags"]), "marker": kind_of(name)[0]}
-        ax.errorbar(
-            x + 0.84 * ((k + 0.5) / len(names) - 0.5), mean - origin, error, capsize=1.5, ms=4, lw=0.9, elinewidth=0.8, **style
-        )
+        error = np.nan_to_num(error)  # no bar at a single member
+        style = {"color": color_of(first["flags"]), "linestyle": dash_of(first["flags"]), "marker": marker_of(name)}
+        ax.errorbar(x + 0.84 * ((k + 0.5) / len(names) - 0.5), mean - origin, error, capsize=1.5, ms=4, lw=0.9, elinewidth=0.8,
+                    **style)
     for edge in range(len(inner) - 1):
         ax.axvline(edge + 0.5, color="0.92", lw=0.8, zorder=0)
     ax.set_xticks(range(len(inner)), inner)
     ax.set_xlim(-0.55, len(inner) - 0.45)
 
 
-def kind_of(name):
-    return next(style for part, style in KINDS.items() if part in name)
+def marker_of(name):
+    return next(marker for part, (marker, _) in MARKERS.items() if part in name)
 
 
-def key_of_sweep(figure, points):
-    """Three legends below the axes, one each for colour, line and marker."""
+def add_legends(figure, points):
+    """Add three legends below the axes, one each for colour, line and marker."""
     letters = [letter for letter in COLORS if letter in {letter_of(point["flags"]) for point in points}]
-    lines = sorted(
-        {
-            (
-                dash_of(point["flags"]),
-                "FAE" if LEARN.get(point["flags"]["learn"], LEARN["fd"]).joint else point["flags"]["infer"].upper(),
-            )
-            for point in points
-        },
-        key=lambda line: (line[0] != "-", line),
-    )
+    lines = {(dash_of(point["flags"]), inference_name(point["flags"])) for point in points}
+    lines = sorted(lines, key=lambda line: (line[0] != "-", line))
     sizes = sorted({point["flags"]["samples"] for point in points if point["flags"]["samples"] > 1})
-    marks = [
-        (marker, f"N = {', '.join(map(str, sizes))}" if title == "N = 5" else title)
-        for marker, title in KINDS.values()
-        if marker in {kind_of(point["name"])[0] for point in points}
-    ]
+    drawn = {marker_of(point["name"]) for point in points}
+    markers = [(marker, f"N = {', '.join(map(str, sizes))}" if title == "N = 5" else title)
+               for marker, title in MARKERS.values() if marker in drawn]
     groups = {
         "colour: decoder's objective": [Line2D([], [], color=COLORS[letter], lw=3, label=letter) for letter in letters],
         "line: encoder's objective": [Line2D([], [], color="0.3", linestyle=dash, label=name) for dash, name in lines],
-        "marker: samples, estimator": [
-            Line2D([], [], color="0.3", linestyle="", marker=marker, label=title) for marker, title in marks
-        ],
+        "marker: samples, estimator": [Line2D([], [], color="0.3", linestyle="", marker=marker, label=title)
+                                       for marker, title in markers],
     }
     figure.set_figheight(figure.get_figheight() + 0.6)
     for where, (title, handles) in zip(("left", "center", "right"), groups.items()):
-        figure.legend(
-            handles=handles, title=title, loc=f"outside lower {where}", ncols=3, fontsize=8, title_fontsize=8, columnspacing=1.2
-        )
+        figure.legend(handles=handles, title=title, loc=f"outside lower {where}", ncols=3, fontsize=8, title_fontsize=8,
+                      columnspacing=1.2)
+
+
+def inference_name(flags):
+    """The name of the encoder's objective in legends; FAE for one that trains both halves."""
+    return "FAE" if LEARN.get(flags["learn"], LEARN["fd"]).joint else flags["infer"].upper()
 
 
 # ------------------------------------------------------------------------------------------------------------- y axes
 
 
-def shifted(points, metric, means=False):
-    """What counts as zero, the width of the linear part around it, and the members' (or mean) values above it, by point."""
+def values_above_origin(points, metric, means=False):
+    """The value drawn as zero, the width of the linear part around it, and each point's members (or means) less that value.
+
+    The origin is the value of the data's law, or the lowest mean where that is unknown.
+    """
     finite = [point[metric][0] for point in points if np.isfinite(point[metric][0])] or [0.0]
     origin = points[0]["truth"][metric]
     if not np.isfinite(origin):
@@ -222,7 +189,7 @@ def shifted(points, metric, means=False):
 
 
 def excess_axis(ax, values, width):
-    """An axis that is linear within `width` of zero and logarithmic beyond, or logarithmic where no value is near zero."""
+    """Make the y axis linear within `width` of zero and logarithmic beyond, or logarithmic where no value is near zero."""
     found = np.concatenate([value[np.isfinite(value)] for value in values] or [[]])
     low, high = found.min(initial=np.inf), max(found.max(initial=width), width)
     if np.isfinite(low) and low > 0.2 * np.median(found):
@@ -246,15 +213,13 @@ def excess_axis(ax, values, width):
 
 
 def round_numbers(low, high, factors):
-    return [
-        factor * 10.0**k
-        for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for factor in factors
-        if low <= factor * 10.0**k < high
-    ]
+    """The numbers factor * 10^k in [low, high)."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [factor * 10.0**k for k in powers for factor in factors if low <= factor * 10.0**k < high]
 
 
 def axis_title(point, metric):
+    """The title of a y axis, with what was subtracted."""
     known = np.isfinite(point["truth"][metric])
     if metric == "nll":
         return f"NLL above the {'data law' if known else 'lowest mean'}'s\n(nats)".replace("mean's", "mean")
@@ -278,13 +243,13 @@ HISTORY = {  # metric: axis title, the scale's linear part (None: a linear axis)
 }
 
 
-FEW = ("excess_curve", "nll_curve", "negative_elbo", "log_gamma", "posterior_sd")  # drawn of each of several data sets
+FEW = ("excess_curve", "nll_curve", "negative_elbo", "log_gamma", "posterior_sd")  # drawn where there are several data sets
 
 
 def learning_curves(runs, save):
-    """What 2-D runs recorded while training, against decoder updates: every member (thin) and their mean (thick, markers).
+    """The quantities that 2-D runs record in training, against decoder updates: members (thin) and their mean (thick, markers).
 
-    One data set: a panel per quantity. Several: a row per data set, and fewer quantities. Runs far beyond most are left outside.
+    One data set has a panel per quantity; several have a row each, of fewer quantities. Runs far beyond most are left outside.
     """
     loaded = sorted((run.arrays() for run in open_runs(runs)), key=lambda arrays: pair_order(arrays["config"]["flags"]))
     datas = {}
@@ -300,53 +265,41 @@ def learning_curves(runs, save):
         draw_history(ax, datas[data], name)
         if len(datas) > 1 and name == names[0]:
             ax.set_ylabel(data, fontweight="bold")
-    for ax in axes.flat[len(panels) :]:
+    for ax in axes.flat[len(panels):]:
         ax.set_axis_off()
-    handles = {
-        curve_name(arrays): Line2D(
-            [], [], lw=1.8, marker=kind_of(curve_name(arrays))[0], ms=4, **line_style(arrays["config"]["flags"])
-        )
-        for arrays in loaded
-    }
+    handles = {}
+    for arrays in loaded:
+        name = curve_name(arrays)
+        handles[name] = Line2D([], [], lw=1.8, marker=marker_of(name), ms=4, **line_style(arrays["config"]["flags"]))
     legend_below(figure, list(handles.values()), list(handles), columns=4)
     save_figure(figure, save)
 
 
 def curve_name(arrays):
     flags = arrays["config"]["flags"]
-    return f"{objective_name(arrays['config'])}, K = {flags['inner_steps']}" + (
-        f", J = {flags['bilevel_steps']}" if flags["bilevel_steps"] else ""
-    )
+    bilevel = f", J = {flags['bilevel_steps']}" if flags["bilevel_steps"] else ""
+    return f"{objective_name(arrays['config'])}, K = {flags['inner_steps']}{bilevel}"
 
 
 def draw_history(ax, loaded, name):
+    """Draw one quantity of several runs; the last two thirds of training set the limits."""
     title, scale = HISTORY[name]
     late = {}
     for arrays in loaded:
         if name not in arrays:
             continue
         flags, (first, *_) = arrays["config"]["flags"], arrays[name].shape
-        updates, values = (
-            arrays["epoch"] * flags["steps_per_epoch"],
-            arrays[name].reshape(first, -1),
-        )  # [T, S], posterior_sd [T, 2 S]
+        updates = arrays["epoch"] * flags["steps_per_epoch"]
+        values = arrays[name].reshape(first, -1)  # [T, S], posterior_sd [T, 2 S]
         ax.plot(updates, values, lw=0.6, alpha=0.4, **line_style(flags))
         if name != "posterior_sd":
             every = max(1, len(updates) // 5)
-            ax.plot(
-                updates,
-                np.ma.masked_invalid(values).mean(1),
-                lw=1.8,
-                marker=kind_of(curve_name(arrays))[0],
-                ms=4,
-                markevery=every,
-                **line_style(flags),
-            )
-        late.setdefault(curve_name(arrays), []).append(values[len(values) // 3 :].ravel())
+            ax.plot(updates, np.ma.masked_invalid(values).mean(1), lw=1.8, marker=marker_of(curve_name(arrays)), ms=4,
+                    markevery=every, **line_style(flags))
+        late.setdefault(curve_name(arrays), []).append(values[len(values) // 3:].ravel())
     if name == "posterior_sd":
-        ax.set_ylim(
-            0, 1.05 * max([1, *(np.nanmax(part) for parts in late.values() for part in parts if np.isfinite(part).any())])
-        )
+        largest = [np.nanmax(part) for parts in late.values() for part in parts if np.isfinite(part).any()]
+        ax.set_ylim(0, 1.05 * max([1, *largest]))
     else:
         limit_robustly(ax, {name: np.concatenate(parts) for name, parts in late.items()}, scale, 1)
     if scale == "symlog":
@@ -363,7 +316,7 @@ def draw_history(ax, loaded, name):
 
 
 def synthetic_samples(runs, save):
-    """Samples of the member with the median NLL of every run (colour) over the test data (grey), one panel per run."""
+    """Samples of the member with the median NLL (colour) over the test data (grey), one panel per run."""
     figure, axes, loaded = panels_of_runs(runs)
     for ax, arrays in zip(axes.flat, loaded):
         data, flags = arrays["test_data"], arrays["config"]["flags"]
@@ -375,7 +328,7 @@ def synthetic_samples(runs, save):
     save_figure(figure, save)
 
 
-DEPTHS = np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])  # nats below the peak
+DEPTHS = np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])  # of contours, nats below the peak
 
 
 def density(runs, save):
@@ -401,7 +354,7 @@ def density(runs, save):
 
 
 def law_density(name, x, y):
-    """Log density of a law on the grid of x and y, [len(x), len(y)], or None where it is not known."""
+    """Log density of a law on the grid of x and y, [len(x), len(y)], or None where it is unknown."""
     law = LAWS.get(name)
     if law is None or law.log_prob is None:
         return None
@@ -410,21 +363,21 @@ def law_density(name, x, y):
 
 
 def panels_of_runs(runs):
+    """A figure with a panel per run, its axes, and the arrays of the runs."""
     loaded = [run.finished() for run in open_runs(runs)]
     columns = min(len(loaded), 5)
     figure, axes = new_figure(-(-len(loaded) // columns), columns, size=(2.3, 2.7))
-    for ax in axes.flat[len(loaded) :]:
+    for ax in axes.flat[len(loaded):]:
         ax.set_axis_off()
     return figure, axes, loaded
 
 
 def frame_data(ax, arrays):
-    """Limits around the test data, and a title: the objective, K, J and the median NLL."""
+    """Set limits around the test data, and a title with the objective, K, J and the median NLL."""
     data, nll, flags = arrays["test_data"], arrays["nll"], arrays["config"]["flags"]
     result = f"NLL {np.nanmedian(nll):.2f}" if np.isfinite(nll).any() else "diverged"
-    ax.set_title(
-        f"{objective_name(arrays['config'])}\nK = {flags['inner_steps']}, J = {flags['bilevel_steps']}: {result}", fontsize=8
-    )
+    title = f"{objective_name(arrays['config'])}\nK = {flags['inner_steps']}, J = {flags['bilevel_steps']}: {result}"
+    ax.set_title(title, fontsize=8)
     low, high = np.quantile(data, [0.002, 0.998], axis=0)
     margin = 0.3 * (high - low).max()
     ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), aspect="equal")

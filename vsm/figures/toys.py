@@ -1,4 +1,4 @@
-"""Figures of the toy posteriors (Figures 2 and 5, appendix A.5). `draw_*` make a matplotlib Figure from the arrays of a run."""
+"""Figures of the toy posteriors (Figures 2 and 5, appendix A.5). The functions draw_* make a matplotlib Figure from arrays."""
 
 from itertools import product
 
@@ -16,7 +16,7 @@ from vsm.schema import mismatch
 OBJECTIVE_TITLES = {"fd-repar": "FD, reparametrised", "fd": "FD, $z$ held fixed", "kld": "KLD, reparametrised",
                     "fd-weighted": "FD weighted, $z$ held fixed"}
 OPTIMISER_TITLES = {"sgd": "SGD", "adam": "Adam"}
-SIDES, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), "tab:orange", "0.6"  # an end by the sign of z1 + z2, in low density, nowhere
+SIDES, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), "tab:orange", "0.6"  # ends where z1 + z2 > 0, < 0; in low density; diverged
 LOW_DENSITY = "caught: 99 % of the mass is denser"
 POSTERIOR = Patch(color="0.75"), "exact posterior, down to 8 nats"
 
@@ -40,8 +40,8 @@ def toy_gradients(runs, save):
 # -------------------------------------------------------------------------------------------------- the form of the arrays
 
 
-def flags_of(arrays, **types):
-    """The flags that made the arrays. Raises UserError where one that `types` names is missing or of another type."""
+def typed_flags(arrays, **types):
+    """The flags that made the arrays. Raises UserError where a flag that `types` names is missing or of another type."""
     flags = arrays["config"].get("flags", {})
     if problem := mismatch({name: flags[name] for name in types if name in flags}, types):
         raise UserError(f"the flags of this run are not those of a toy ({problem})")
@@ -49,9 +49,9 @@ def flags_of(arrays, **types):
 
 
 def check_axes(arrays, axes, **sizes):
-    """Raises UserError unless every array named in `axes` has the axes given there by a letter (or a digit: its length) each.
+    """Raises UserError unless every array has the axes that `axes` gives it: a character each, a letter or a digit, its length.
 
-    A letter stands for one length throughout; `sizes` fixes some of them.
+    A letter stands for the same length in all arrays; `sizes` fixes some of them.
     """
     for name, letters in axes.items():
         shape = list(arrays[name].shape)
@@ -61,8 +61,8 @@ def check_axes(arrays, axes, **sizes):
 
 
 def descent_flags(arrays, **axes):
-    """Flags of a run of every start, with the axes of the arrays checked: L likelihoods, I objectives, P optimisers, K starts."""
-    flags = flags_of(arrays, likelihoods=list, grid=int, extent=float)
+    """Flags of a run from every start, its axes checked: L likelihoods, I objectives, P optimisers, K starts."""
+    flags = typed_flags(arrays, likelihoods=list, grid=int, extent=float)
     flags = {"objectives": ["fd-repar", "fd", "kld"], **flags}
     axes = {"location": "2LIPK", "caught": "LIPK", "diverged": "LIPK", "log_posterior": "LGG", "axis": "G", **axes}
     check_axes(arrays, axes, L=len(flags["likelihoods"]), I=len(flags["objectives"]), P=len(OPTIMISER_TITLES),
@@ -74,7 +74,7 @@ def descent_flags(arrays, **axes):
 
 
 def posterior_panels(flags, size=(2.2, 2.25)):
-    """A row per likelihood and optimiser, a column per objective: the figure, and its axes by (l, i, p)."""
+    """A figure with a row per likelihood and optimiser and a column per objective, and its axes {(l, i, p): ax}."""
     objectives = [OBJECTIVE_TITLES.get(name, name) for name in flags["objectives"]]
     rows = list(product(enumerate(flags["likelihoods"]), enumerate(OPTIMISER_TITLES.values())))
     figure, axes = new_figure(len(rows), len(objectives), size=size, sharex=True, sharey=True)
@@ -91,13 +91,14 @@ def posterior_panels(flags, size=(2.2, 2.25)):
 
 
 def filled_contours(ax, arrays, l):
-    """The exact posterior's log density, down to 8 nats below its mode."""
+    """Draw the exact posterior's log density, down to 8 nats below its mode."""
     log_posterior = arrays["log_posterior"][l].astype(float)
     levels = log_posterior.max() - np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])
     ax.contourf(arrays["axis"], arrays["axis"], log_posterior.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 8)
 
 
 def note_counts(ax, caught, diverged):
+    """Write above a panel how many starts were caught and how many diverged."""
     counts = f"{caught.sum()} of {len(caught)} caught" + (f", {diverged.sum()} diverged" if diverged.any() else "")
     ax.set_title(counts, loc="left", fontsize=7.5)
 
@@ -105,7 +106,7 @@ def note_counts(ax, caught, diverged):
 def draw_trajectories(arrays):
     """Figure 2: the way of q's location from every start over the exact posterior, coloured by the direction of the start.
 
-    Of a dense grid of starts every m-th is drawn, at most 10 by 10; the counts are of all.
+    At most 10 by 10 starts are drawn, every m-th of a denser grid; the counts are of all starts.
     """
     flags = descent_flags(arrays, starts="2K", trajectory="F22LIPK")
     extent, side = 1.12 * flags["extent"], flags["grid"]
@@ -139,10 +140,10 @@ def draw_trajectories(arrays):
 
 
 def draw_basins(arrays):
-    """Which start ends where: one cell per start, coloured by its end, over contours of the exact posterior."""
+    """One cell per start, coloured by where q's location ends, and contours of the exact posterior."""
     flags = descent_flags(arrays)
     side, extent = flags["grid"], flags["extent"]
-    half = extent / max(side - 1, 1)  # of a cell
+    half = extent / max(side - 1, 1)  # half the width of a cell
     cmap = ListedColormap([*SIDES, CAUGHT, LOST])
     figure, panels = posterior_panels(flags)
     for (l, i, p), ax in panels.items():
@@ -167,8 +168,8 @@ def draw_basins(arrays):
 
 
 def draw_mixtures(arrays):
-    """Figure 5: every fitted mixture over the exact posterior, a row or more per likelihood."""
-    flags = flags_of(arrays, likelihoods=list)
+    """Figure 5: every fitted mixture over the exact posterior, one or more rows per likelihood."""
+    flags = typed_flags(arrays, likelihoods=list)
     likelihoods, repeats = flags["likelihoods"], arrays["kl"].shape[1] if arrays["kl"].ndim == 2 else 0
     check_axes(arrays, {"kl": "LR", "right_mass": "LR", "log_q": "LRGG", "mean": "2LRC", "weight": "LRC", "exact_right_mass": "L",
                         "log_posterior": "LGG", "axis": "G"}, L=len(likelihoods))
@@ -203,15 +204,15 @@ def draw_mixtures(arrays):
 
 
 def draw_gradients(arrays):
-    """A.5.1: descent by KLD, FD and FD with z held fixed between two Gaussians; right, the FD gradients as multiples of KLD's."""
-    target_sd = flags_of(arrays, target_sd=float)["target_sd"]
+    """A.5.1: descent between two Gaussians by KLD, FD and FD with z held fixed; right: gradients over those of KLD."""
+    target_sd = typed_flags(arrays, target_sd=float)["target_sd"]
     check_axes(arrays, {"mean": "M", "sd": "S", "gradient": "32MS"})
     mean, sd, gradient = arrays["mean"], arrays["sd"], arrays["gradient"]
     figure, axes = new_figure(1, 4, size=(2.7, 2.7))
     titles = "descent by KLD", "descent by FD", "descent by FD, $z$ held fixed (biased)"
     colors = "black", "tab:red", "tab:blue"
     for ax, title, color, (d_mean, d_sd) in zip(axes[0], titles, colors, gradient):
-        down = -d_mean.T, -(d_sd / (sd * np.log(2))).T  # along the axes drawn
+        down = -d_mean.T, -(d_sd / (sd * np.log(2))).T  # in the figure's coordinates
         ax.streamplot(mean, np.log2(sd), *down, color=color, linewidth=0.8, arrowsize=0.8, density=0.9)
         ax.plot(0, np.log2(target_sd), "*", color="gold", mec="black", ms=10, zorder=3)
         ax.set(xlabel="mean of $q$", title=title, xlim=(mean[0], mean[-1]), ylim=(np.log2(sd[0]), np.log2(sd[-1])))
@@ -220,7 +221,7 @@ def draw_gradients(arrays):
     for title, color, field in zip(("FD", "biased FD"), colors[1:], gradient[1:]):
         for by, name, dash in ((0, "mean", "-"), (1, "sd", "--")):
             ratio = np.divide(field[by, -1], gradient[0, by, -1], where=gradient[0, by, -1] != 0, out=np.full_like(sd, np.nan))
-            known = np.isfinite(ratio)  # not where both are zero
+            known = np.isfinite(ratio)  # both gradients may be zero
             right.plot(sd[known], ratio[known], dash, color=color, label=f"{title}: by {name}")
     right.axhline(1, color="0.8", lw=1, zorder=0)
     right.axvline(target_sd, color="0.8", lw=1, zorder=0)

@@ -1,7 +1,7 @@
 """All runs of one experiment at once: every likelihood, objective, optimiser and start advances in the same tensors.
 
-The tensors are small, and a step costs what its number of operations costs; so one step of all runs takes little longer than
-a step of one. All runs of a start see the same noise. Axes: see `vsm.toys.gradients`.
+The tensors are so small that the time of a step depends on its number of operations only; so one step of all runs takes little
+longer than a step of one. All runs of a start see the same noise. `vsm.toys.gradients` names the axes of the tensors.
 """
 
 import bisect
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from training import NOISE, restore_generator, seed_of
+from vsm.timing import synchronise
 from vsm.toys.gradients import FAMILIES, gradients
 from vsm.toys.posteriors import Posterior
 
@@ -19,7 +20,7 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam
 
 
 class Descent:
-    """Parameters, Adam's moments, the noise generator, and the frames that are kept of the way.
+    """Parameters, Adam's moments, the noise generator, and the frames of the trajectories that are kept.
 
     `args` holds the flags family, likelihoods, x, objectives, extent, grid, samples, lr, iterations, frames and seed.
     """
@@ -41,7 +42,7 @@ class Descent:
         self.keep_frame()
 
     def noise(self):
-        """Noise of the next block of steps, [steps, 2, 1, N, 1, 1, K]; where blocks end depends on the flags alone."""
+        """Noise of the next block of steps, [steps, 2, 1, N, 1, 1, K]; the sizes of blocks depend on the flags alone."""
         N, K = self.args.samples, self.starts.shape[1]
         steps = min(max(1, min(1000, 4_000_000 // (2 * N * K))), self.args.iterations - self.step)
         return self.family.noise((steps, 2, 1, N, 1, 1, K), self.generator, self.params.device)
@@ -68,6 +69,7 @@ class Descent:
         self.params[..., 1, :].addcdiv_(self.moment1, sd, value=-lr / (1 - BETA1**self.step))
 
     def keep_frame(self):
+        """Store the parameters if the present step is one of the frames."""
         index = bisect.bisect_left(self.frames, self.step)
         if index < len(self.frames) and self.frames[index] == self.step:
             self.trajectory[index] = self.params
@@ -80,7 +82,7 @@ class Descent:
         return {"step": self.step, "seconds": self.seconds}
 
     def load(self, saved):
-        """Go on from a state that `vsm.toys.loop.resume` has checked; on another kind of device the noise is a new stream."""
+        """Continue from a state that `vsm.toys.loop.resume` has checked; on another kind of device the noise is a new stream."""
         for name, tensor in self.tensors().items():
             tensor.copy_(saved[name])
         self.step, self.seconds = saved["step"], saved["seconds"]
@@ -98,12 +100,6 @@ class Descent:
         return f"diverged@{self.frames[int(lost.int().argmax())]}" if lost.any() else "ok"
 
     def arrays(self):
-        """Starts, ends and the way between them, by the names of metrics.npz."""
+        """Starts, ends and trajectories, by their names in metrics.npz."""
         return {"location": self.params[0], "log_scale": self.params[1], "starts": self.starts,
                 "iteration": torch.tensor(self.frames), "trajectory": self.trajectory.half(), "rate": torch.tensor(self.rate)}
-
-
-def synchronise(device):
-    """Wait for a GPU, so that a clock measures its work and not the launches."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The numbers that say where every run ended: divergences from the exact posterior, the best fits, distances from them."""
+"""Where every run ended, in numbers: divergences from the exact posterior, the best fits, and distances from these."""
 
 import itertools
 import math
@@ -8,11 +8,11 @@ import torch
 from vsm.toys.descent import OPTIMISERS
 from vsm.toys.gradients import gradients, sample
 
-LOW_DENSITY = 0.99  # a start is caught where this much of the posterior's mass has a higher density than the end point
+LOW_DENSITY = 0.99  # a start is caught if this much of the posterior's mass has a higher density than its end point
 
 
-def quadrature(family, device):
-    """Nodes e [2, 1, n, 1, 1, 1] and weights [n, 1, 1, 1] of expectations over both coordinates of e."""
+def noise_quadrature(family, device):
+    """Nodes e [2, 1, n, 1, 1, 1] and weights [n, 1, 1, 1] of a quadrature over both coordinates of the noise e."""
     nodes, weights = (torch.as_tensor(value, device=device) for value in family.nodes())
     pairs = torch.stack(torch.meshgrid(nodes, nodes, indexing="ij")).flatten(1)
     return pairs.view(2, 1, -1, 1, 1, 1), torch.outer(weights, weights).view(-1, 1, 1, 1)
@@ -23,7 +23,7 @@ def kl_and_fd(params, family, posterior, grid):
 
     `params` is [2 (location, log scale), 2, L, I, P, K].
     """
-    e, weight = quadrature(family, params.device)
+    e, weight = noise_quadrature(family, params.device)
     samples = sample(params, e, family.score(e), posterior)
     entropy = 2 * family.entropy + params[1].sum(0)
     evidence = grid.log_evidence.view(-1, 1, 1, 1)
@@ -32,9 +32,9 @@ def kl_and_fd(params, family, posterior, grid):
 
 
 def best_fits(family, posterior, grid, starts=3):
-    """Where LBFGS on the KL divergence ends from starts^2 = S starts: location and scale [2, 2, L, S], and KL [L, S] in nats.
+    """The ends of LBFGS on the KL divergence from S = starts^2 starts: location and scale [2, 2, L, S], and KL [L, S] in nats.
 
-    The lowest of the S are the best fits of the family.
+    Those with the lowest KL are the best fits of the family.
     """
     axis = torch.linspace(-1.5, 1.5, starts, dtype=torch.float64, device=grid.axis.device)
     location = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).flatten(1) + 0.01  # off the axes of symmetry
@@ -55,9 +55,9 @@ def best_fits(family, posterior, grid, starts=3):
 
 
 def where_runs_ended(descent, grid):
-    """Arrays [L, I, P, K] of every run's end, and the best fits of the family; docs/toys.md defines each by its name."""
+    """Arrays [L, I, P, K] for every run's end, and the best fits of the family; docs/toys.md defines them by name."""
     family, posterior, params = descent.family, descent.posterior, descent.params
-    chunks = [kl_and_fd(some, family, posterior, grid) for some in params.split(8, dim=-1)]  # of starts, to bound the memory
+    chunks = [kl_and_fd(some, family, posterior, grid) for some in params.split(8, dim=-1)]  # 8 starts each, to bound the memory
     kl, fisher = (torch.cat(parts, -1) for parts in zip(*chunks))
     best, best_kl = best_fits(family, posterior, grid)
     lowest = best_kl.min(-1, keepdim=True).values
@@ -86,8 +86,8 @@ def location_gradients(descent, grid):
     the third is by finite differences.
     """
     family, posterior = descent.family, descent.posterior
-    params = descent.trajectory[0].double()[:, :, :, :1]  # all objectives start alike, and all optimisers
-    e, weight = quadrature(family, params.device)
+    params = descent.trajectory[0].double()[:, :, :, :1]  # the starts are the same for all objectives and optimisers
+    e, weight = noise_quadrature(family, params.device)
     biased, unbiased = ((weight * gradients(params, e, family.score(e), family, posterior, [name])[0]).sum(2)[:, :, 0, 0]
                         for name in ("fd", "fd-repar"))
     differences = []
@@ -100,7 +100,7 @@ def location_gradients(descent, grid):
 
 
 def print_ends(arrays, args):
-    """A table with a line for each likelihood, objective and optimiser, and what its columns mean."""
+    """Print a table with a line for each likelihood, objective and optimiser, and the meaning of its columns."""
     K, keys = arrays["starts"].shape[1], ("kl", "excess_kl", "distance", "fd", "moved")
     print(f"{'':5} {'':11} {'':4} {'caught':>9} {'diverged':>9}" + "".join(f"{key:>10}" for key in keys))
     names = itertools.product(*map(enumerate, (args.likelihoods, args.objectives, OPTIMISERS)))
@@ -111,11 +111,13 @@ def print_ends(arrays, args):
         print(f"{likelihood:5} {objective:11} {optimiser:4} {caught:4} of {K:<3} {diverged:8}"
               + "".join(f"{median:10.3f}" for median in medians))
     print(f"caught: starts that end where {LOW_DENSITY:.0%} of the posterior is denser. The other columns are medians over the\n"
-          f"starts that did not diverge. kl: from the posterior, nats; excess_kl: over the best {args.family}'s; distance:\n"
-          "2-Wasserstein, to that one; fd: Fisher divergence from the posterior; moved: way of q's location in the second half.")
+          f"starts that did not diverge. kl: KL divergence from the posterior, nats; excess_kl: the same less that of the best\n"
+          f"{args.family} fit; distance: 2-Wasserstein distance from that fit; fd: Fisher divergence from the posterior;\n"
+          "moved: distance that q's location moved in the second half of the steps.")
     line = f"{arrays['rate']:,.0f} runs x iterations per second"
     if "loop_rate" in arrays:
-        line += f", {arrays['loop_rate']:,.0f} one run after another (they differ by at most {arrays['loop_difference']:.1e})"
+        line += (f", {arrays['loop_rate']:,.0f} one run after another "
+                 f"(parameters differ by at most {arrays['loop_difference']:.1e})")
     print(line)
     if "location_gradient" in arrays:
         biased, unbiased, differences = arrays["location_gradient"]

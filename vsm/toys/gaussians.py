@@ -17,7 +17,7 @@ def closed_gradients(mean, sd, target_mean, target_sd):
 
 
 def autograd_gradients(mean, sd, target_mean, target_sd):
-    """The same by autograd, with the expectation under q by quadrature."""
+    """The same gradients by autograd, with expectations under q by quadrature."""
     e, weight = map(torch.as_tensor, normal_nodes())
 
     def fisher(z):
@@ -38,10 +38,12 @@ def compare_gradients(target_sd):
     difference of the two relative to 1 + |gradient|.
     """
     mean, sd = torch.linspace(-2, 2, 41, dtype=torch.float64)[:, None], 2 ** torch.linspace(-2, 2, 41, dtype=torch.float64)
-    closed, automatic = (stack(function(mean, sd, 0.0, target_sd)) for function in (closed_gradients, autograd_gradients))
+    closed = stack_gradients(closed_gradients(mean, sd, 0.0, target_sd))
+    automatic = stack_gradients(autograd_gradients(mean, sd, 0.0, target_sd))
     error = ((closed - automatic).abs() / (1 + closed.abs())).max()
     return {"mean": mean[:, 0], "sd": sd, "gradient": closed, "autograd_error": error}
 
 
-def stack(gradients):
+def stack_gradients(gradients):
+    """One tensor [divergences, 2 (by mean, by sd), ...] of a dict of gradients."""
     return torch.stack([torch.stack(torch.broadcast_tensors(*pair)) for pair in gradients.values()])

@@ -75,33 +75,33 @@ def sample(params, e, score, posterior):
 
 
 def split_by_objective(samples, objectives):
-    """`Samples` of every objective alone, without the axis I; the noise, which has length 1 there, is common to all."""
+    """A list with the `Samples` of each objective, without the axis I; all share the noise, whose axis I has length 1."""
     columns = [field.unbind(-3) if field.shape[-3] == objectives else objectives * (field.squeeze(-3),) for field in samples]
     return [Samples(*fields) for fields in zip(*columns)]
 
 
-# Gradients of the losses of objectives.INFER for one sample, with respect to location and log scale, [2, L, N, P, K] each.
+# Gradients of the losses of objectives.INFER with respect to location and log scale, for each sample: [2, L, N, P, K] each.
 
 
-def kld(s, family, posterior):
+def kld_gradient(s, family, posterior):
     # -E_q log p(x|z) + KL(q || p(z)); the first term is reparametrised, the second has a closed form
     return s.location - s.likelihood, family.variance * s.scale**2 - 1 - s.likelihood * s.scale * s.e
 
 
-def fd(s, family, posterior):
+def fd_gradient(s, family, posterior):
     # E_q 1/2 ||c||^2 with z held fixed: only grad_z log q(z) depends on q, through e = (z - location) / scale and 1 / scale
     return -family.slope * s.c / s.scale**2, -(s.score + family.slope * s.e) * s.c / s.scale
 
 
-def fd_weighted(s, family, posterior):
+def fd_weighted_gradient(s, family, posterior):
     # E_q 1/2 ||w c||^2 with z and the weight w, q's standard deviation, held fixed
-    location, log_scale = fd(s, family, posterior)
+    location, log_scale = fd_gradient(s, family, posterior)
     weight = family.variance * s.scale**2
     return weight * location, weight * log_scale
 
 
-def fd_repar(s, family, posterior):
-    # E_q 1/2 ||c||^2 with e held fixed: z moves, and with it the posterior's score, whose derivative is the Hessian H
+def fd_repar_gradient(s, family, posterior):
+    # E_q 1/2 ||c||^2 with e held fixed: z moves with q, and so does the posterior's score, whose derivative is the Hessian H
     c1, c2 = s.c
     mixed = s.r * s.h1
     curvature = torch.stack((mixed * c2 + s.r * s.h2 * s.z[1] * c1, mixed * c1))
@@ -109,7 +109,7 @@ def fd_repar(s, family, posterior):
     return -Hc, -s.score / s.scale * s.c - Hc * s.scale * s.e
 
 
-GRADIENTS = {"fd-repar": fd_repar, "fd": fd, "kld": kld, "fd-weighted": fd_weighted}
+GRADIENTS = {"fd-repar": fd_repar_gradient, "fd": fd_gradient, "kld": kld_gradient, "fd-weighted": fd_weighted_gradient}
 
 
 def gradients(params, e, score, family, posterior, objectives):

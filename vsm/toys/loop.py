@@ -1,4 +1,4 @@
-"""The loop around a fit, `Descent` or `Mixtures`: progress, checkpoints, and what happens when a signal asks it to stop."""
+"""The loop around a fit (`Descent` or `Mixtures`): progress, checkpoints, and stopping at a signal."""
 
 import time
 
@@ -39,8 +39,8 @@ def state_of(fit):
 def resume(fit, run):
     """Load the checkpoint of `run` into `fit`; False where there is none.
 
-    Raises UserError, having changed nothing, for a checkpoint of another form than `state_of` gives this fit. The state of a
-    generator may have any length, because it depends on the kind of device.
+    Raises UserError for a checkpoint of another form than `state_of` gives this fit; `fit` is then unchanged. The state of a
+    generator may have any length, which depends on the kind of device.
     """
     saved = run.load_checkpoint()
     if saved is None and not (run.path / "checkpoint.pt").exists():

@@ -11,7 +11,7 @@ from training import NOISE, restore_generator, seed_of
 from vsm.toys.gradients import normal_noise
 from vsm.toys.posteriors import Posterior
 
-BLOCK = 100  # steps between two looks at the clock
+BLOCK = 100  # steps of one call of advance(), after which the loop may save a checkpoint
 
 
 def log_components(z, logits, mean, log_sd):
@@ -27,7 +27,7 @@ def mixture_score(z, logits, mean, log_sd):
 
 
 class Mixtures:
-    """R mixtures of C Gaussians for each likelihood, fitted together; z is held fixed, so nothing discrete is reparametrised.
+    """R mixtures of C Gaussians for each likelihood, fitted together. z is held fixed, so no component needs reparametrising.
 
     `args` holds the flags likelihoods, x, repeats, components, samples, lr, iterations and seed.
     """
@@ -40,25 +40,26 @@ class Mixtures:
         self.log_sd = torch.zeros_like(self.mean, requires_grad=True)
         self.logits = torch.zeros_like(self.mean[0], requires_grad=True)  # [L, R, C]
         self.adam = torch.optim.Adam(self.fit(), lr=args.lr)
-        for p in self.fit():  # made now, so that a checkpoint can be copied into it
+        for p in self.fit():  # the state is made now, so that a checkpoint can be copied into it
             self.adam.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         self.step = 0
 
     def fit(self):
+        """The parameters: logits, mean and log_sd."""
         return [self.logits, self.mean, self.log_sd]
 
     def samples(self):
-        """z [2, L, R, N] from every mixture; a constant for the gradient."""
+        """Samples z [2, L, R, N] of every mixture, without a gradient."""
         with torch.no_grad():
             N = self.args.samples
-            weight = self.logits.softmax(-1).nan_to_num(1.0)  # a diverged mixture stays diverged and does not stop the others
+            weight = self.logits.softmax(-1).nan_to_num(1.0)  # a mixture that diverged must not stop the others
             component = torch.multinomial(weight.flatten(0, 1), N, replacement=True, generator=self.generator)
             component = component.view(1, *weight.shape[:2], N).expand(2, -1, -1, -1)
             noise = normal_noise(component.shape, self.generator, weight.device)
             return self.mean.gather(-1, component) + self.log_sd.gather(-1, component).exp() * noise
 
     def advance(self):
-        """The next block of steps."""
+        """Do the next block of steps."""
         for _ in range(min(BLOCK, self.args.iterations - self.step)):
             z = self.samples()
             self.adam.zero_grad()
@@ -77,7 +78,7 @@ class Mixtures:
         return {"step": self.step}
 
     def load(self, saved):
-        """Go on from a state that `vsm.toys.loop.resume` has checked; on another kind of device the noise is a new stream."""
+        """Continue from a state that `vsm.toys.loop.resume` has checked; on another kind of device the noise is a new stream."""
         for name, tensor in self.tensors().items():
             tensor.copy_(saved[name])
         self.step = saved["step"]
@@ -90,11 +91,12 @@ class Mixtures:
 
 @torch.no_grad()
 def how_well_mixtures_fit(fit, posterior, grid):
-    """KL(q || p(z|x)) of every fit [L, R] in nats, and its two parts by the sides z1 + z2 > 0 (right) and < 0: between the sides'
-    masses, and within the sides; the mass on the right; the Fisher divergence; the log density [L, R, G', G'].
+    """Arrays [L, R] over all fits, as sums over the grid, and log_q, the log density [L, R, G', G'].
 
-    `fit` is logits [L, R, C], mean and log_sd [2, L, R, C]. All numbers are sums over the grid. They are nan for a fit that
-    diverged or whose mass on the grid is not 1 to a hundredth: such a fit lies beyond the grid, or is too narrow for it.
+    kl: KL(q || p(z|x)) in nats. Its part kl_between_sides is that of the masses of the sides z1 + z2 > 0 (right) and < 0, and
+    kl_within_sides is the rest. right_mass: q's mass on the right; exact_right_mass [L]: the posterior's. fd: the Fisher
+    divergence. `fit` is logits [L, R, C], mean and log_sd [2, L, R, C]. The numbers are NaN for a fit that diverged, or whose
+    mass on the grid differs from 1 by a hundredth or more: such a fit lies beyond the grid, or is too narrow for it.
     """
     right = grid.z.sum(0) > 0
     columns = []
@@ -109,7 +111,7 @@ def how_well_mixtures_fit(fit, posterior, grid):
         sides = (q_right, p_right), ((1 - q_right).clamp(min=0), 1 - p_right)
         between = sum(torch.xlogy(a, a / b) for a, b in sides)
         numbers = torch.stack((kl, between, kl - between, q_right, (q * gap).sum((1, 2))))
-        on_grid = (q.sum((1, 2)) - 1).abs() < 0.01  # false for nan
+        on_grid = (q.sum((1, 2)) - 1).abs() < 0.01  # False for NaN
         columns.append((*numbers.masked_fill(~on_grid, math.nan), log_q[:, ::2, ::2].half()))
     names = ("kl", "kl_between_sides", "kl_within_sides", "right_mass", "fd", "log_q")
     exact = (grid.log_posterior.exp() * right).sum((1, 2)) * grid.cell
@@ -117,7 +119,7 @@ def how_well_mixtures_fit(fit, posterior, grid):
 
 
 def print_mixtures(arrays, args):
-    """A line for each likelihood: the numbers of its fits, as mean +- sd where there are several."""
+    """Print a line for each likelihood with the numbers of its fits; mean +- sd where there are several."""
     for l, likelihood in enumerate(args.likelihoods):
         known = arrays["kl"][l].isfinite()
         n, lost = int(known.sum()), int((~known).sum())
@@ -126,7 +128,7 @@ def print_mixtures(arrays, args):
         if n == 1:
             line += ", " + ", ".join(f"{key} {value.item():.3f}" for key, value in columns.items())
         elif n > 1:
-            spreads = [f"{key} {value.mean():.3f} +- {value.std():.3f}" for key, value in columns.items()]
-            line += ", mean +- sd of " + ", ".join(spreads)
+            texts = [f"{key} {value.mean():.3f} +- {value.std():.3f}" for key, value in columns.items()]
+            line += ", mean +- sd of " + ", ".join(texts)
         fitted = f", fitted {columns['right_mass'].min():.2f} to {columns['right_mass'].max():.2f}" if n > 1 else ""
         print(f"{line} (exact right mass {arrays['exact_right_mass'][l]:.3f}{fitted})")

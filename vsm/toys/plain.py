@@ -26,7 +26,7 @@ class Product(nn.Module):
 
 
 class Unamortised(nn.Module):
-    """An encoder that does not look at x: its parameters are q's mean and log sd, [4]."""
+    """An encoder that ignores x: its parameters are q's mean and log sd, [4]."""
 
     def __init__(self, start):
         super().__init__()
@@ -52,8 +52,10 @@ def plain_run(likelihood, objective, optimiser, start, noise, args):
 
 
 def compare_with_loop(args, device):
-    """The first `args.compare_loop` steps again, run after run: runs x iterations per second, and the largest difference of a
-    parameter from `Descent`'s. Numbers that are finite in neither agree; one that is finite in one alone differs by inf.
+    """Repeat the first `args.compare_loop` steps, one run after another.
+
+    loop_rate: runs x iterations per second. loop_difference: the largest difference of a parameter from that of `Descent`; two
+    numbers that are not finite agree, and one that is finite in only one of them differs by inf.
     """
     together = Descent(argparse.Namespace(**{**vars(args), "iterations": args.compare_loop}), device)
     noise = []

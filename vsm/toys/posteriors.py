@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-HALF_WIDTH, CELLS = 5.0, 401  # the grid that carries the exact posterior: [-5, 5]^2, 0.025 apart
+HALF_WIDTH, CELLS = 5.0, 401  # the grid of the exact posterior: 401 x 401 points in [-5, 5]^2, 0.025 apart
 
 
 def linear(slope, intercept):
@@ -26,7 +26,7 @@ LIKELIHOODS = {"sym": (linear(1, 0), 0.5), "soft": (soft, 1.0), "relu": (relu, 1
 
 
 class Posterior:
-    """p(z|x) under L likelihoods at once. z has shape [2, L, ...]: coordinate, likelihood, anything."""
+    """p(z|x) under L likelihoods at once. z has shape [2, L, ...], where the first two axes are coordinate and likelihood."""
 
     def __init__(self, names, x, device):
         self.x, self.h = x, [LIKELIHOODS[name][0] for name in names]
@@ -56,7 +56,7 @@ class Posterior:
 
 
 class Grid:
-    """The exact posteriors on a square grid: what every quadrature over z uses."""
+    """The exact posteriors on a square grid, which every quadrature over z uses."""
 
     def __init__(self, posterior, device):
         self.axis = torch.linspace(-HALF_WIDTH, HALF_WIDTH, CELLS, dtype=torch.float64, device=device)
@@ -68,7 +68,7 @@ class Grid:
         self.log_posterior = log_joint - self.log_evidence[:, None, None]  # [L, G, G]
 
     def mass_above(self, log_density):
-        """The posterior's mass where it is denser than log_density [L, ...]: 0 at the mode, 1 far away from it."""
+        """The posterior's mass where its log density exceeds log_density [L, ...]: 0 at the mode, 1 far away from it."""
         levels = []
         for exact, value in zip(self.log_posterior, log_density):
             ordered = exact.flatten().sort(descending=True).values
@@ -77,5 +77,5 @@ class Grid:
         return torch.stack(levels)
 
     def picture(self):
-        """For plots: `log_posterior` [L, G', G'] on every other point of the `axis` [G'], half precision."""
+        """Arrays for figures: `log_posterior` [L, G', G'] at every other point of the `axis` [G'], in half precision."""
         return {"log_posterior": self.log_posterior[:, ::2, ::2].half(), "axis": self.axis[::2]}
