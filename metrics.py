@@ -148,7 +148,8 @@ def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
     over the active units (nan without any).
 
     Per latent [Dz]: kl_per_dim; second_moment, E z^2 under the aggregate posterior, computed from q, which is 1 where that agrees
-    with a Gaussian prior, and E z for Bernoulli latents; posterior_sd, or posterior_mean for Bernoulli latents, averaged over the data.
+    with a Gaussian prior, and E z for Bernoulli latents; posterior_sd, or posterior_mean for Bernoulli latents, averaged over the
+    data.
 
     Histograms: aggregate_histogram [80], the share of all (image, active unit) pairs with a posterior sample in each 80th of
     [-4, 4]; for Bernoulli latents also posterior_mean_histogram [40], the share of all (image, latent) pairs with a posterior
