@@ -104,7 +104,8 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("train_synthetic.py", "self.args.infer, lambda q: noise).mean(-1)", "self.args.infer, lambda q: noise).sum(-1)"),
     ("train_synthetic.py", "row.normal_(generator=generator)", "row.normal_(generator=self.generators[0])"),
     ("train_synthetic.py", "row.normal_(generator=generator)", "row.normal_(generator=generator) if self.step == 0 else row"),
-    ("train_synthetic.py", "functional_call(vae.encoder, phi, x))\n    options", "functional_call(vae.encoder, here, x))\n    options"),
+    ("train_synthetic.py", "functional_call(vae.encoder, phi, x))\n    options",
+     "functional_call(vae.encoder, here, x))\n    options"),
     ("train_synthetic.py", "{name: p - lr * g for", "{name: p - lr * g.detach() for"),
     ("train_synthetic.py", "q, vae.sample(q, noise), **options", "q, vae.sample(q, noise).detach(), **options"),
     # Objectives.

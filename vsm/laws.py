@@ -60,7 +60,7 @@ class Sparse(Law):
         return (u.abs() * u) @ A + 0.01 * e
 
     def log_prob(self, x):
-        """y = x A' / 0.0109 has independent coordinates sign(u) u^2 + N(0, sd^2), because A A' = 0.0109 I: an integral for each."""
+        """A A' = 0.0109 I, so y = x A' / 0.0109 has independent coordinates sign(u) u^2 + N(0, sd^2), each with an integral."""
         sd = 0.01 / math.sqrt(0.0109)
         return quadrature(x @ self._matrix(x).T / 0.0109, lambda u: u.abs() * u, sd).sum(-1) - math.log(0.0109)
 
