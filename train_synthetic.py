@@ -1,4 +1,4 @@
-"""Train an ensemble of small VAEs on 2-D data with one pair of learning and inference objectives, then evaluate it exactly.
+"""Train an ensemble of small VAEs on 2-D data with one pair of learning and inference objectives, then evaluate it.
 
 One point of the paper's Figure 3, ten seeds at once (minutes on two cores):
     python train_synthetic.py --data mixture --learn fd --infer kld --inner-steps 5
@@ -190,7 +190,7 @@ def parse_args(argv=None):
     flag("--inner-lr", type=positive_float, default=None,
          help="SGD's step size, for the encoder (default: 1e-2 for kld, 1e-3 for the others)")
     flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS",
-         help="both step sizes halve each time that so many epochs have passed (default: they are constant)")
+         help="both step sizes halve every EPOCHS epochs (default: they are constant)")
     flag("--steps-per-epoch", type=positive, default=100, help="decoder updates per epoch")
     flag("--epochs", type=positive, default=100, help="epochs (1000 in Figure 6)")
     flag = parser.add_argument_group("output").add_argument
