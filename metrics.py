@@ -1,10 +1,10 @@
-"""Metrics of a trained VAE. Model metrics return one number per datum, float64, in eval mode; means are the caller's.
+"""Metrics of a trained VAE.
 
-Metrics of samples (FID, KID, MMD) compare two arrays of features or latents [n, d] and return one number.
-Units: nats for likelihoods and KL; the Fisher divergence carries the factor 1/2 and sums over dimensions; lower is better
-for all but log-likelihoods. Random numbers come from the generator given, never from the global one.
+Metrics of a model are computed in eval mode and return one float64 number per datum; the caller averages. Metrics of samples
+(FID, KID, MMD) compare two arrays of features or latents [n, d] and return one number. Likelihoods and KL are in nats. Fisher
+divergences carry the factor 1/2 and sum over dimensions. Lower is better for all but log likelihoods. Random numbers come from
+the `generator` argument; without one they come from PyTorch's global generator.
 """
-
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ from vsm.importance import importance, iw_log_likelihood, score_matching_loss  #
 
 
 def negative_elbo(vae, x, samples=5, generator=None):
-    """-E_q log p(x|z) by `samples` draws + KL(q || p(z)) in closed form, with the full Gaussian constant: [B], nats per datum."""
+    """-E_q log p(x|z) + KL(q(z|x) || p(z)), [B], nats: the first term by `samples` draws, the second in closed form."""
     return _of_objective(LEARN["elbo"], vae, x, samples, generator)
 
 
 def posterior_fd(vae, x, samples=5, generator=None):
-    """E_q 1/2 ||grad_z log q(z|x) - grad_z log p(z|x)||^2, [B], summed over Dz; heavy-tailed: report the median too."""
+    """E_q 1/2 ||grad_z log q(z|x) - grad_z log p(z|x)||^2, [B]. It is heavy-tailed over data, so report the median too."""
     return _of_objective(INFER["fd"], vae, x, samples, generator)
 
 
@@ -32,16 +32,16 @@ def _of_objective(objective, vae, x, samples, generator):
 
 
 def reconstruction_mse(vae, x, target=None):
-    """Mean over pixels of (target - g(E_q z))^2, [B]; the target is x itself unless another (clean) image is given."""
+    """The mean over pixels of (target - g(E_q z))^2, [B]. The target is x by default; pass the clean image for a noisy x."""
     with evaluating(vae):
         error = vae.decode(vae.encode(x).mean) - (x if target is None else target)
         return error.flatten(1).double().pow(2).mean(1)
 
 
 def latent_mmd(z1, z2, scaled=False):
-    """MMD^2 between two samples [n, d], [m, d] with the cubic kernel (u.v + 1)^3 of the paper, or (u.v/d + 1)^3 if `scaled`.
+    """MMD^2 between two samples [n, d], [m, d] with the paper's cubic kernel (u.v + 1)^3, or (u.v/d + 1)^3 if `scaled`.
 
-    The unbiased U-statistic, so it may be negative: its mean is zero for equal laws. A 0-d float64 tensor.
+    This is the unbiased U-statistic. For equal distributions its mean is zero, so it may be negative. A 0-d float64 tensor.
     """
     z1, z2 = z1.double(), z2.double()
     scale = 1 / z1.shape[1] if scaled else 1.0
@@ -58,10 +58,10 @@ def _kernel_sum(u, v, scale, block=2048):
 
 
 def mmd_null_sd(z1, z2, n, scaled=False):
-    """The sd of latent_mmd between two samples of size n of one law, from two independent draws z1, z2 [m, d] of that law.
+    """The sd of latent_mmd between two samples of size n from one distribution, given samples z1, z2 [m, d] of it.
 
-    The U-statistic is degenerate there: its variance is (4 / (n (n - 1)) + 4 / n^2) E kc^2, kc the kernel centred in both
-    arguments.
+    For equal distributions the U-statistic is degenerate: its variance is (4 / (n (n - 1)) + 4 / n^2) E kc^2, where kc is the
+    kernel centred in both arguments.
     """
     z1, z2 = z1.double(), z2.double()
     kernel = (z1 @ z2.T / (z1.shape[1] if scaled else 1) + 1).pow(3)
@@ -76,9 +76,10 @@ def feature_statistics(features):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2): FID, from means [d] and covariances [d, d]. A 0-d float64 tensor.
+    """The Frechet distance of FID, ||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2), from means [d], covariances [d, d].
 
-    Symmetric eigenvalue form: real by construction, also for n < d or one-point samples. nan for input that is not finite.
+    A 0-d float64 tensor, nan for input that is not finite. The eigenvalues are those of a symmetric matrix, so the result is real
+    also for fewer samples than dimensions.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mu1, sigma1, mu2, sigma2))
     nan = torch.tensor(torch.nan, dtype=torch.float64)
@@ -86,7 +87,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         return nan
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp_min(0).sqrt()  # sigma1 = root root'
-    product = root.T @ sigma2 @ root  # of the same eigenvalues as S1^1/2 S2 S1^1/2
+    product = root.T @ sigma2 @ root  # it has the eigenvalues of S1^1/2 S2 S1^1/2
     if not product.isfinite().all():
         return nan
     cross = torch.linalg.eigvalsh(product).clamp_min(0).sqrt().sum()
@@ -94,11 +95,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=2020):
-    """KID: mean and sd over random subsets of the unbiased MMD^2 of features [n, d], [m, d] with kernel (u.v/d + 1)^3, 0-d
-    tensors.
+    """KID: mean and sd, over random subsets, of the unbiased MMD^2 of features [n, d], [m, d] with kernel (u.v/d + 1)^3.
 
-    Subsets of min(subset_size, n, m), drawn without replacement as torch-fidelity draws them: equal seeds, equal numbers. The sd
-    is no standard error. latent_mmd(features1, features2, scaled=True) takes all features at once: the same mean, less variance.
+    Each subset has min(subset_size, n, m) rows, drawn without replacement as torch-fidelity draws them, so that equal seeds give
+    equal numbers. The sd is not a standard error. latent_mmd(features1, features2, scaled=True) uses all features at once; it has
+    the same mean and less variance.
     """
     size = min(subset_size, len(features1), len(features2))
     rng = np.random.RandomState(seed)
@@ -108,22 +109,24 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=20
 
 
 def sample_images(vae, n, generator, block=500):
-    """Decoder means of n draws from the prior, without the likelihood's pixel noise: uint8 [n, C, H, W]."""
+    """Decoder means g(z) of n draws z from the prior, without the likelihood's pixel noise: uint8 [n, C, H, W]."""
     with evaluating(vae):
         z = vae.sample(vae.prior, vae.noise(vae.prior, n, generator), relaxed=False)
         return torch.cat([quantise(vae.decode(part)) for part in z.split(block)])
 
 
 def quantise(images):
-    """Images in [0, 1] as uint8, rounded; what is not finite becomes black, or white for +inf."""
+    """Images in [0, 1] as uint8, rounded. nan and -inf become black, +inf becomes white."""
     return (images.nan_to_num().clamp(0, 1) * 255).round().byte()
 
 
 def objective_terms(vae, x, q, z):
-    """The terms that all objectives are sums of, each [B]: with them every loss can be put together after the fact.
+    """The terms, each [B], whose sums are the objectives of objectives.py, so that any loss can be computed from a finished run.
 
-    reconstruction -E log p(x|z), kl, half_a2 1/2 E||a||^2, half_abar2 1/2 ||E a||^2 (plug-in), a_dot_b E[a.b], half_b2 1/2
-    E||b||^2, half_c2 1/2 E||c||^2 (the posterior FD; Gaussian latents only), laplacian.
+    reconstruction  -E_q log p(x|z), nats        half_abar2  1/2 ||E_q a||^2 (plug-in estimator)
+    kl              KL(q || p(z)), nats          a_dot_b     E_q[a . b]
+    half_a2         1/2 E_q ||a||^2              half_b2     1/2 E_q ||b||^2
+    laplacian       -D / gamma                   half_c2     1/2 E_q ||c||^2, the posterior FD (Gaussian latents only)
     """
     a, lap = likelihood_score(vae, x, q, z)
     b, abar, kl = posterior_score(vae, x, q, z), a.mean(0), vae.kl(q).sum(-1)
@@ -137,16 +140,20 @@ def objective_terms(vae, x, q, z):
 
 
 def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
-    """Every metric of a run's row on uint8 test images [n, C, H, W], with fresh noise of the same seed at every call.
+    """Every metric that a run records of one evaluation, on uint8 test images [n, C, H, W] with noise from `seed`: CPU tensors.
 
-    Returns CPU tensors. Scalars: negative_elbo, reconstruction_mse (noisy input, clean target), latent_mmd (the paper's kernel),
-    latent_mmd_scaled, posterior_fd, posterior_fd_median, the means of `objective_terms`, log_gamma, active_units (latents whose
-    posterior mean varies by more than 0.01 over the data: Burda et al. 2016), active_second_moment (the mean of second_moment
-    over the active units; nan without any). Per latent [Dz]: kl_per_dim, second_moment (E z^2 of the aggregate posterior, exact
-    given q: 1 where it agrees with the prior; of Bernoulli latents the mean), posterior_sd (mean over data; of Bernoulli latents
-    posterior_mean). aggregate_histogram [80]: the share of all (image, active unit) pairs with a posterior sample in each 80th of
-    [-4, 4]. Of Bernoulli latents also posterior_mean_histogram [40]: the share of all (image, latent) pairs with a posterior mean
-    in each 40th of [0, 1]; the mean over data of a latent in use may be 1/2 as well.
+    Scalars: negative_elbo; reconstruction_mse (noisy input, clean target); latent_mmd (the paper's kernel); latent_mmd_scaled;
+    posterior_fd and posterior_fd_median; the means of `objective_terms`; log_gamma; active_units, the number of latents whose
+    posterior mean has a variance above 0.01 over the data (Burda et al. 2016); active_second_moment, the mean of second_moment
+    over the active units (nan without any).
+
+    Per latent [Dz]: kl_per_dim; second_moment, E z^2 under the aggregate posterior, computed from q, which is 1 where that agrees
+    with a Gaussian prior, and E z for Bernoulli latents; posterior_sd, or posterior_mean for Bernoulli latents, averaged over the
+    data.
+
+    Histograms: aggregate_histogram [80], the share of all (image, active unit) pairs with a posterior sample in each 80th of
+    [-4, 4]; for Bernoulli latents also posterior_mean_histogram [40], the share of all (image, latent) pairs with a posterior
+    mean in each 40th of [0, 1].
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     rows, latents = [], []

@@ -15,11 +15,12 @@ from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
 
 class VAE(nn.Module):
-    """p(z) p(x|z) with its approximate posterior q(z|x).
+    """A generative model p(z) p(x|z) with parameters theta = (decoder, log_gamma), and q(z|x) with parameters phi = encoder.
 
-    encoder(x) -> [..., 2 Dz]: mean and the std before `std` ("exp" or "softplus"); for latent="bernoulli" [..., Dz] logits.
-    decoder(z) -> mean of x. theta = decoder and log_gamma, phi = encoder.
-    `bf16=True` runs the two networks under bfloat16 autocast; everything after them stays float32.
+    encoder(x) returns [..., 2 Dz]: the mean of q and its standard deviation before `std` ("exp" or "softplus") makes it positive;
+    for latent="bernoulli" it returns logits [..., Dz]. decoder(z) returns the mean of x. init_sd is the initial standard
+    deviation of p(x|z), temperature that of `sample`. bf16=True runs the two networks under bfloat16 autocast; all else stays
+    float32.
     """
 
     def __init__(self, encoder, decoder, dim_z, latent="gaussian", std="exp", init_sd=0.1, temperature=0.5, bf16=False):
@@ -42,18 +43,18 @@ class VAE(nn.Module):
         return self.posterior(self._run(self.encoder, x))
 
     def posterior(self, h):
-        """q(z|x) of the encoder's output h."""
+        """q(z|x) from the encoder's output h."""
         if self.latent == "bernoulli":
             return Independent(Bernoulli(logits=h, validate_args=False), 1, validate_args=False)
         mean, std = h.chunk(2, dim=-1)
         return Independent(Normal(mean, self.positive(std), validate_args=False), 1, validate_args=False)
 
     def decode(self, z):
-        """The mean of p(x|z), [..., D...] for z [..., Dz]."""
+        """g(z), the mean of p(x|z): [..., *shape of x] for z [..., Dz]."""
         return self._run(self.decoder, z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def noise(self, q, n, generator=None):
-        """Standard noise [n, *batch, Dz] from which `sample` makes z: normal, or logistic for Bernoulli latents."""
+        """Standard noise [n, *batch, Dz] for `sample`: normal, or logistic for Bernoulli latents."""
         like = q.mean
         if self.latent == "gaussian":
             return torch.randn(n, *like.shape, generator=generator, dtype=like.dtype, device=like.device)
@@ -61,9 +62,10 @@ class VAE(nn.Module):
         return torch.logit(u, eps=torch.finfo(like.dtype).eps)
 
     def sample(self, q, noise, relaxed=True):
-        """z ~ q(z|x) from `noise`, differentiable in q: the reparametrisation, or the Gumbel-softmax (binary concrete) relaxation.
+        """z ~ q(z|x) as a function of `noise`, differentiable in q.
 
-        With relaxed=False Bernoulli latents are exact 0/1 draws, without a gradient.
+        Gaussian latents are reparametrised. Bernoulli latents follow the Gumbel-softmax (binary concrete) relaxation; with
+        relaxed=False they are exact 0/1 draws without a gradient.
         """
         if self.latent == "gaussian":
             return q.base_dist.loc + q.base_dist.scale * noise
@@ -73,7 +75,7 @@ class VAE(nn.Module):
     def kl(self, q):
         """KL(q(z|x) || p(z)) per latent dimension in closed form, [..., B, Dz], nats."""
         if self.latent == "bernoulli":
-            return math.log(2) - q.base_dist.entropy()  # no masks, which a CUDA graph cannot capture
+            return math.log(2) - q.base_dist.entropy()  # kl_divergence uses masks, which a CUDA graph cannot capture
         return kl_divergence(q.base_dist, self.prior.base_dist)
 
     def _run(self, net, v):
@@ -95,9 +97,9 @@ class EnsembleVAE(VAE):
 
 
 class StackedMLP(nn.Module):
-    """S MLPs with ReLU between layers, their weights stacked [S, in, out]: [..., S, B, in] -> [..., S, B, out].
+    """S MLPs with ReLU between layers and stacked weights [S, in, out]: [..., S, B, in] -> [..., S, B, out].
 
-    Weights start from N(0, weight_sd^2), biases from 0 (the paper's 2-D experiments), member i from generators[i] alone.
+    Weights start from N(0, weight_sd^2) and biases from 0, as in the paper's 2-D experiments. Member i draws from generators[i].
     """
 
     def __init__(self, sizes, generators, weight_sd=0.1):
@@ -109,7 +111,7 @@ class StackedMLP(nn.Module):
 
     def forward(self, v):
         *lead, S, B, _ = v.shape
-        h = v.reshape(-1, S, B, v.shape[-1]).permute(1, 3, 0, 2).flatten(2)  # [S, in, N B]: matmuls are fastest with the data last
+        h = v.reshape(-1, S, B, v.shape[-1]).permute(1, 3, 0, 2).flatten(2)  # [S, in, N B]: fastest with the data last
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             h = torch.baddbmm(bias, weight.mT, h.relu_() if i else h)
         return h.unflatten(2, (-1, B)).permute(2, 0, 3, 1).reshape(*lead, S, B, h.shape[1])
@@ -131,7 +133,7 @@ def mlp(sizes):
 
 
 def conv_encoder(image_shape, dim_out, width, norm):
-    """DCGAN's discriminator with ReLU and a linear output: halves the side to 4, then one 4x4 convolution."""
+    """DCGAN's discriminator with ReLU and a linear output: convolutions halve the side down to 4, a 4x4 convolution ends it."""
     channels, side = image_shape[0], image_shape[-1]
     layers, n_in, n_out = [], channels, width
     while side > 4:
@@ -153,7 +155,7 @@ def conv_decoder(image_shape, dim_z, width, norm):
 
 def resnet_encoder(image_shape, dim_out, width, norm):
     """ResNet18 of torchvision's BasicBlocks, `width` base channels, a 3x3 stride-2 stem and no max pool."""
-    from torchvision.models.resnet import BasicBlock  # importing torchvision costs as much as importing torch
+    from torchvision.models.resnet import BasicBlock  # here, because importing torchvision takes as long as importing torch
 
     layers = [nn.Conv2d(image_shape[0], width, 3, 2, 1, bias=False), norm(width), nn.ReLU(inplace=True)]
     n_in = width
@@ -166,7 +168,7 @@ def resnet_encoder(image_shape, dim_out, width, norm):
 
 
 class UpBlock(nn.Module):
-    """BasicBlock's mirror: two 3x3 convolutions around a shortcut; with `up`, both branches resize by two (nearest) first."""
+    """The mirror of BasicBlock: two 3x3 convolutions and a shortcut; `up` resizes both branches by two (nearest)."""
 
     def __init__(self, n_in, n_out, norm, up=False):
         super().__init__()
@@ -180,7 +182,7 @@ class UpBlock(nn.Module):
 
 
 def resnet_decoder(image_shape, dim_z, width, norm):
-    """resnet_encoder mirrored, resize-convolutions in place of strides, a sigmoid output."""
+    """The mirror of resnet_encoder, with resize-convolutions in place of strides and a sigmoid output."""
     channels, side = image_shape[0], image_shape[-1] // 16
     n_in = 8 * width
     layers = [nn.Linear(dim_z, n_in * side**2), nn.Unflatten(-1, (n_in, side, side))]
@@ -192,7 +194,7 @@ def resnet_decoder(image_shape, dim_z, width, norm):
 
 
 def mlp_pair(image_shape, dim_z, dim_out, width, norm):
-    """Two hidden layers each; a sigmoid output for images, a linear one for vectors."""
+    """Two MLPs with two hidden layers each. The decoder has a sigmoid output for images and a linear one for vectors."""
     dim_x = math.prod(image_shape)
     encoder = nn.Sequential(nn.Flatten(), mlp([dim_x, width, width, dim_out]))
     decoder = [mlp([dim_z, width, width, dim_x])]
@@ -217,34 +219,35 @@ def square_of_32_or_64(image_shape):
 
 
 class Network(NamedTuple):
-    """An entry of NETS: what `--net` chooses.
+    """An entry of NETS, a choice of `--net`.
 
-    build(image_shape, dim_z, dim_out, width, norm) -> encoder, decoder: x [B, *image_shape] to [B, dim_out] and z [n, dim_z] to
-    [n, *image_shape]; norm makes a normalisation layer for a number of channels. Raises ValueError for images that it does not take.
+    build(image_shape, dim_z, dim_out, width, norm) returns an encoder from x [B, *image_shape] to [B, dim_out] and a decoder from
+    z [n, dim_z] to [n, *image_shape]; norm(channels) makes a normalisation layer. It raises ValueError for images that the
+    network does not take.
     """
     build: Callable
     width: int  # the default of --width: hidden units, or channels after the first convolution
-    has_norm: bool = True  # whether --norm has a meaning
+    has_norm: bool = True  # whether the network has normalisation layers, so that --norm has an effect
 
 
 NETS = {"mlp": Network(mlp_pair, 400, has_norm=False), "conv": Network(conv_pair, 64), "resnet": Network(resnet_pair, 64)}
 
 
 def build_vae(net, image_shape, dim_z, width=None, norm="batch", latent="gaussian", **options):
-    """A VAE for images [C, H, W] in [0, 1] (sigmoid output) or, with net="mlp", for vectors [D] (linear output).
+    """A VAE for images [C, H, W] in [0, 1] or, with net="mlp", also for vectors [D].
 
-    net: a name of NETS; conv and resnet are for square images of 32 or 64 pixels. norm: batch | group | none.
-    `options` go to VAE: std, init_sd, temperature, bf16. Raises ValueError for another net, norm or image size.
+    net: a name of NETS; conv and resnet take square images of 32 or 64 pixels. norm: a name of NORMS.
+    VAE gets `options`: std, init_sd, temperature, bf16. Raises ValueError for another net, norm or image size.
     """
     if net not in NETS or norm not in NORMS:
-        raise ValueError(f"net is one of {', '.join(NETS)} and norm one of {', '.join(NORMS)}, not {net!r} and {norm!r}")
+        raise ValueError(f"net must be one of {', '.join(NETS)} and norm one of {', '.join(NORMS)}, not {net!r} and {norm!r}")
     dim_out = dim_z if latent == "bernoulli" else 2 * dim_z
     encoder, decoder = NETS[net].build(tuple(image_shape), dim_z, dim_out, width or NETS[net].width, NORMS[norm])
     return VAE(encoder, decoder, dim_z, latent, **options)
 
 
 def build_ensemble(dim_x, dim_z, hidden, seeds, std="softplus", init_sd=0.1):
-    """S = len(seeds) MLP VAEs with two hidden layers for vectors [D]; member i is the same whatever the others are."""
+    """S = len(seeds) MLP VAEs with two hidden layers for vectors [D]. Member i depends on seeds[i] alone."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     encoder = StackedMLP([dim_x, hidden, hidden, 2 * dim_z], generators)
     decoder = StackedMLP([dim_z, hidden, hidden, dim_x], generators)

@@ -1,6 +1,11 @@
 """Variational score matching objectives for VAEs (Wenliang, "On the failure of variational score matching for VAE models").
 
-N posterior samples, B data, D = dim x, Dz = dim z; an ensemble of S models puts S before B.
+A VAE has a generative model p(z) p(x|z) with parameters theta (decoder and gamma) and an approximate posterior q(z|x) with
+parameters phi (encoder). LEARN lists the objectives that train theta, INFER those that train phi. They are built on the
+Kullback-Leibler divergence (KLD, which gives the ELBO) or on the Fisher divergence (FD, 1/2 E ||difference of scores||^2, where a
+score is the gradient of a log density); minimising an FD is score matching. Equations and propositions are the paper's.
+
+Notation: N posterior samples per datum, B data, D = dim x, Dz = dim z; an ensemble of S models puts S before B.
 
     x [B, ...]    q = vae.encode(x)    z_n ~ q(z|x), [N, B, Dz]    g(z) = vae.decode(z), the mean of p(x|z)
     a_n = grad_x log p(x|z_n) = -(x - g(z_n)) / gamma                         [N, B, D]
@@ -8,10 +13,10 @@ N posterior samples, B data, D = dim x, Dz = dim z; an ensemble of S models puts
     c_n = grad_z log q(z_n|x) - grad_z log p(z_n) - grad_z log p(x|z_n)       [N, B, Dz]
     lap = laplacian_x log p(x|z) = -D / gamma                                 [B]
 
-Every Fisher-type loss carries the factor 1/2, sums over D or Dz, averages over N and is returned per datum, [B], unreduced;
-lower is better. Every objective is a pure function objective(vae, x, q, z) of any model that has what `Model` lists. Whether z
-carries a gradient (reparametrised) or not is the caller's choice, and so is which parameters require one: gradients are kept
-through b and c exactly where the parameters behind them require a gradient, so a frozen network costs no double backward.
+Every Fisher-type loss carries the factor 1/2, sums over D or Dz, averages over N and returns one number per datum, [B]. Lower is
+better. Every objective is a pure function objective(vae, x, q, z) of any model that has the members of `Model`. The caller
+decides whether z carries a gradient (a reparametrised sample) and which parameters require one. The graph behind b and c is kept
+only where the parameters that they depend on require a gradient, so a frozen network costs no double backward.
 
 This file depends on torch alone and can be copied. To add an objective, write its function and an entry of LEARN or INFER.
 """
@@ -28,12 +33,12 @@ from torch.distributions import Distribution
 
 
 class Model(Protocol):
-    """What an objective needs of a model with a Gaussian likelihood p(x|z) = N(g(z), gamma I)."""
+    """The members that an objective uses of a model with a Gaussian likelihood p(x|z) = N(g(z), gamma I)."""
 
-    latent: str  # "gaussian", or "bernoulli", for which the Fisher divergence of the posterior is refused
-    log_gamma: torch.Tensor  # log gamma, [] or, of an ensemble, [S]
-    encoder: torch.nn.Module  # asked only whether its parameters require a gradient
-    decoder: torch.nn.Module  # likewise
+    latent: str  # "gaussian" or "bernoulli"; Bernoulli latents have no posterior Fisher divergence
+    log_gamma: torch.Tensor  # [], or [S] for an ensemble
+    encoder: torch.nn.Module  # objectives call `encode` and ask the module only for its mode, buffers and parameters
+    decoder: torch.nn.Module  # objectives call `decode` and ask the module only for its parameters
 
     def encode(self, x: torch.Tensor) -> Distribution:
         """q(z|x), batch [B], event [Dz]: Independent(Normal(mean, sd), 1), or Independent(Bernoulli(logits=...), 1)."""
@@ -42,11 +47,14 @@ class Model(Protocol):
         """g(z), the mean of p(x|z): [N, B, ...] of x's shape for z [N, B, Dz]."""
 
     def kl(self, q: Distribution) -> torch.Tensor:
-        """KL(q(z|x) || p(z)) per latent dimension, [B, Dz], nats; the prior is N(0, I), or Bernoulli(1/2)."""
+        """KL(q(z|x) || p(z)) per latent dimension, [B, Dz], nats; the prior p(z) is N(0, I) or Bernoulli(1/2)."""
+
+
+# ------------------------------------------------------------------------------------------------------------ objectives
 
 
 def elbo(vae, x, q, z):
-    # Negative ELBO (Eq. 1): -E_q log p(x|z) + KL(q || p(z)), nats
+    """The negative ELBO (Eq. 1), in nats: -E_q log p(x|z) + KL(q(z|x) || p(z))."""
     a, _ = likelihood_score(vae, x, q, z)
     gamma, D = vae.log_gamma.exp()[..., None], a.shape[-1]
     neg_log_lik = gamma / 2 * dot(a, a) + D / 2 * (math.log(2 * math.pi) + gamma.log())  # [N, B]
@@ -54,38 +62,41 @@ def elbo(vae, x, q, z):
 
 
 def fd(vae, x, q, z):
-    # The paper's benchmark (Prop. 3.1, Alg. 1): E_q 1/2 ||a||^2 + lap
+    """The paper's benchmark for learning theta (Prop. 3.1, Alg. 1): E_q 1/2 ||a||^2 + lap, the terms of (8) without b and c."""
     a, lap = likelihood_score(vae, x, q, z)
     return 1 / 2 * dot(a, a).mean(0) + lap
 
 
 def swersky(vae, x, q, z, estimator="plugin"):
-    # Swersky et al. 2011 (Eq. 13): E_q ||a||^2 + lap - 1/2 ||E_q a||^2
+    """Swersky et al. 2011 (Eq. 13), the marginal FD with q in place of p(z|x): E_q ||a||^2 + lap - 1/2 ||E_q a||^2."""
     a, lap = likelihood_score(vae, x, q, z)
     return dot(a, a).mean(0) + lap - 1 / 2 * squared_mean(a, x, q, estimator)
 
 
 def bao(vae, x, q, z, estimator="plugin"):
-    # Bao et al. 2020 (Eq. 15): 1/2 ||E_q a||^2 + E_q[a . b] + lap
+    """Bao et al. 2020 (Eq. 15), the marginal FD with q in place of p(z|x): 1/2 ||E_q a||^2 + E_q[a . b] + lap."""
     a, lap = likelihood_score(vae, x, q, z)
     b = posterior_score(vae, x, q, z)
     return 1 / 2 * squared_mean(a, x, q, estimator) + mean_product(a, b, estimator) + lap
 
 
 def posterior_fd(vae, x, q, z):
-    # Fisher divergence from q(z|x) to the exact posterior (Eq. 6, first term): E_q 1/2 ||c||^2
+    """The posterior FD for inferring phi, from q(z|x) to p(z|x) (Eq. 6, first term): E_q 1/2 ||c||^2."""
     c = latent_score_gap(vae, x, q, z)
     return 1 / 2 * dot(c, c).mean(0)
 
 
 def posterior_fd_weighted(vae, x, q, z, weight=None):
-    # The same divergence weighted by q's own covariance, held fixed: E_q 1/2 ||s c||^2, s = weight the standard deviation of q(z|x)
+    """The posterior FD weighted by the covariance of q: E_q 1/2 ||s c||^2, s = `weight` [B, Dz] the sd of q, held fixed."""
     c = (q.base_dist.scale.detach() if weight is None else weight) * latent_score_gap(vae, x, q, z)
     return 1 / 2 * dot(c, c).mean(0)
 
 
 def fae(vae, x, q, z):
-    # Fisher autoencoder, Elkhalil et al. 2021 (Eq. 8): the joint FD, E_q[1/2 ||c||^2 + 1/2 ||b||^2 + 1/2 ||a||^2] + lap
+    """The Fisher autoencoder of Elkhalil et al. 2021, which trains theta and phi by the joint FD (Eq. 8).
+
+    E_q[1/2 ||c||^2 + 1/2 ||b||^2 + 1/2 ||a||^2] + lap
+    """
     a, lap = likelihood_score(vae, x, q, z)
     b = posterior_score(vae, x, q, z)
     c = latent_score_gap(vae, x, q, z, a)
@@ -94,15 +105,15 @@ def fae(vae, x, q, z):
 
 @dataclass(frozen=True)
 class Objective:
-    """An entry of LEARN or INFER: all that the scripts, figures and benchmark know of an objective. It is called as its function.
+    """An entry of LEARN or INFER: all that scripts, figures and benchmark know of an objective. Calling it calls its function.
 
-    letter          its name in labels, as the paper has it: F, S, B, KLD, FD
-    color           in every figure, a matplotlib colour
-    needs_b         x must require a gradient before it is encoded, because the objective takes b
-    reparametrised  of INFER: z carries a gradient, where the posterior Fisher divergence of Algorithm 1 takes it as a constant
-    joint           one loss trains both halves; the same entry stands in LEARN and in INFER
-    alias           (N, estimator) -> the letter of the objective that this one equals there, or None
-    passes          N -> what an update needs of the encoder and of the decoder, for the benchmark's floor (vsm/speed); None: unknown
+    letter          the objective's name in labels, as in the paper: F, S, B, KLD, FD
+    color           its matplotlib colour in every figure
+    needs_b         whether x must require a gradient before it is encoded, because the objective uses b
+    reparametrised  (INFER only) whether z carries a gradient; Algorithm 1 takes it as a constant in the posterior FD
+    joint           whether one loss trains theta and phi; the same entry is then in LEARN and in INFER
+    alias           (N, estimator) -> the letter of another objective that this one equals for them, or None
+    passes          N -> the passes that an update needs, see below; None: unknown to the benchmark
     """
     function: Callable
     letter: str
@@ -122,13 +133,14 @@ class Objective:
 
     @property
     def has_weight(self):
-        """Whether the function has a `weight` that it holds fixed, which kept steps of bi-level learning give it."""
+        """Whether the function holds a keyword `weight` fixed; bi-level training passes it as a function of phi."""
         return "weight" in inspect.signature(self.function).parameters
 
 
-# Passes through the encoder (of B data) and the decoder (of N B samples) that an update cannot do without: forward, input gradient,
-# weight gradient, and input gradient of the first layer, which a network needs only where x or z itself is differentiated.
-# A double backward is a pass forward and one back; with weights that move, each input gradient has a weight gradient of its own.
+# The passes through the encoder (of B data) and through the decoder (of N B samples) without which an update cannot be computed:
+# forward, input gradient, weight gradient, and input gradient of the first layer, which only a derivative by x or z itself needs.
+# A double backward counts as one forward and one backward pass. Where the weights train, each input gradient adds a weight
+# gradient.
 def _learn_passes(N):
     return (1, 0, 0, 0), (1, 1, 1, 0)
 
@@ -158,7 +170,7 @@ ESTIMATORS = ("plugin", "unbiased", "released")
 
 
 def label(learn, infer, samples=None, estimator="plugin"):
-    """The paper's name of a pair, inference first: KLD-F, FD-S, FAE; KLD-S=F where S with N = `samples` is F."""
+    """The paper's name of a pair, inference first: KLD-F, FD-S, FAE; KLD-S=F where S equals F for N = `samples`."""
     learn, infer = LEARN[learn], INFER[infer]
     if learn.joint:
         return learn.letter
@@ -181,11 +193,10 @@ def likelihood_score(vae, x, q, z):
 
 
 def posterior_score(vae, x, q, z):
-    """b_n [N, B, D]: N vector-Jacobian products through the encoder, of which q must come from an x that requires a gradient.
+    """b_n [N, B, D], by N vector-Jacobian products through the encoder.
 
-    From another x, q is encoded here once more; ValueError where that would change the encoder's buffers (batch norm in training mode).
-
-    A per-datum score only where the encoder treats data separately: not through batch norm in training mode.
+    If x does not require a gradient, it is encoded once more here; ValueError where that would change buffers of the encoder
+    (batch norm in training mode). Batch norm in training mode couples the data, and b is then not a per-datum score.
     """
     with torch.enable_grad():
         if not x.requires_grad:
@@ -204,9 +215,10 @@ def posterior_score(vae, x, q, z):
 
 
 def latent_score_gap(vae, x, q, z, a=None):
-    """c_n [N, B, Dz]: grad_z log q and grad_z log p(z) in closed form, grad_z log p(x|z) = -J_g(z)' a by the decoder's input gradient.
+    """c_n [N, B, Dz]: closed forms of grad_z log q and grad_z log p(z), and grad_z log p(x|z) = -J_g(z)' a by autograd.
 
-    Decodes again unless z requires a gradient and a, the likelihood score there, is at hand.
+    `a`, the likelihood score at z, saves a pass through the decoder where z requires a gradient.
+    ValueError for latents that are not Gaussian.
     """
     if vae.latent != "gaussian":
         raise ValueError(f"the posterior Fisher divergence needs continuous latents, not {vae.latent}")
@@ -230,8 +242,9 @@ def _requires_grad(network, z):
 def squared_mean(a, x, q, estimator):
     """||E_q a||^2 per datum from a [N, B, D].
 
-    plugin: ||abar||^2, biased upwards by tr Var(a) / N. unbiased: less that bias; raises ValueError for N < 2.
-    released: on vector data the paper's code takes abar over the *minibatch*; on images it is plugin.
+    With abar = mean_n a_n, plugin is ||abar||^2, which is biased upwards by tr Var(a) / N, and unbiased subtracts an estimate of
+    that bias; ValueError for N < 2. released follows the paper's code: for vectors abar is also a mean over the *minibatch*; for
+    images it is plugin.
     """
     abar = a.mean(0)
     if estimator == "unbiased":
@@ -244,7 +257,11 @@ def squared_mean(a, x, q, estimator):
 
 
 def mean_product(a, b, estimator):
-    """E_q[a . b] per datum. released: abar . sum_n b_n, unbiased (E_q b = 0, n != m independent) but of far larger variance."""
+    """E_q[a . b] per datum from a, b [N, B, D].
+
+    released follows the paper's code: abar . sum_n b_n. It is unbiased too, because E_q b = 0 and z_n, z_m are independent, but
+    its variance is far larger.
+    """
     if estimator == "released":
         return dot(a.mean(0), b.sum(0))
     return dot(a, b).mean(0)

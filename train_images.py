@@ -2,10 +2,11 @@
 
 The paper's run (a GPU; Table 1, KLD-F on MNIST):
     python train_images.py --data mnist --net conv --learn fd --infer kld
-Seconds on a CPU, without any download once `glyphs` is drawn:
-    python train_images.py --data glyphs --limit 1000 --test-limit 200 --width 8 --samples 1 --inner-steps 1 --epochs 2 --eval-every 1
+A small run, seconds on a CPU; it draws the data set `glyphs` at its first call and downloads nothing:
+    python train_images.py --data glyphs --limit 1000 --test-limit 200 --width 8 \\
+        --samples 1 --inner-steps 1 --epochs 2 --eval-every 1
 
-The run is a folder under runs/images: config.json, checkpoint.pt, metrics.npz, PNGs. The same command again resumes it.
+A run writes config.json, checkpoint.pt, metrics.npz and PNGs into a folder under runs/images. The same command resumes it.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
@@ -18,7 +19,7 @@ from data import data_names, load_images, short_name
 from metrics import evaluate_images, quantise
 from models import NETS, NORMS
 from objectives import ESTIMATORS, INFER, LEARN, label
-from training import EVALUATION, INIT, Trainer, resolve_pair, seed_of, stack, train
+from training import EVALUATION, INIT, Trainer, announce, resolve_pair, seed_of, stack, train
 from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.loading import vae_of
@@ -32,51 +33,57 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
     flag("--data", default="mnist", metavar="NAME", help=data_names())
-    flag("--data-root", default="data", help="where the data sets are, or are downloaded to")
-    flag("--limit", type=count, default=0, help="train on the first so many images; 0: all")
-    flag("--test-limit", type=count, default=0, help="test on the first so many images; 0: all")
+    flag("--data-root", default="data", help="folder of the data sets, also for downloads")
+    flag("--limit", type=count, default=0, help="number of training images, the first ones; 0: all")
+    flag("--test-limit", type=count, default=0, help="number of test images, the first ones; 0: all")
     flag("--learn", choices=LEARN, default="fd", help="objective of the decoder")
     flag("--infer", choices=INFER, default=None, help="objective of the encoder (default: kld; fae with --learn fae)")
     flag("--estimator", choices=ESTIMATORS, default="plugin", help="how swersky and bao estimate squared expectations under q")
     flag("--samples", type=positive, default=5, help="posterior samples per image, N")
-    flag("--infer-samples", type=positive, default=None, metavar="M", help="posterior samples per image of the encoder's loss (default: N)")
-    flag("--noise", type=nonnegative, default=0.1, help="sd of the noise added to every minibatch, and to the test images")
-    flag("--seed", type=seed_number, default=0, help="of weights, data order and noise")
+    flag("--infer-samples", type=positive, default=None, metavar="M",
+         help="posterior samples per image in the encoder's loss (default: N)")
+    flag("--noise", type=nonnegative, default=0.1, help="sd of the Gaussian noise added to training and test images")
+    flag("--seed", type=seed_number, default=0, help="seed of weights, data order and noise")
     flag = parser.add_argument_group("model").add_argument
     flag("--net", choices=NETS, default="conv", help="mlp, conv (DCGAN) or resnet (ResNet18)")
-    flag("--width", type=positive, default=None, help="base channels of conv and resnet (default: 64), hidden units of mlp (default: 400)")
-    flag("--norm", choices=NORMS, default="batch", help="normalisation of conv and resnet; batch couples the data (see README)")
+    flag("--width", type=positive, default=None,
+         help="base channels of conv and resnet (default: 64), hidden units of mlp (default: 400)")
+    flag("--norm", choices=NORMS, default="batch", help="normalisation in conv and resnet; batch couples the data of a minibatch")
     flag("--dim-z", type=positive, default=100, help="latent dimensions")
-    flag("--latent", choices=("gaussian", "bernoulli"), default="gaussian", help="prior and posterior; bernoulli: 0/1 latents, prior 1/2")
-    flag("--temperature", type=positive_float, default=0.5, help="of the Gumbel-softmax relaxation of Bernoulli latents")
+    flag("--latent", choices=("gaussian", "bernoulli"), default="gaussian",
+         help="family of prior and posterior; bernoulli: latents are 0 or 1, with prior probability 1/2")
+    flag("--temperature", type=positive_float, default=0.5,
+         help="temperature of the Gumbel-softmax relaxation of Bernoulli latents")
     flag("--init-sd", type=positive_float, default=0.1, help="initial standard deviation of p(x|z)")
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (fae moves both on each)")
+    flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (no effect with fae)")
     flag("--batch", type=positive, default=100, help="images per minibatch")
-    flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for both halves")
-    flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS", help="the step size halves every so many epochs "
-         "(default: it stays)")
+    flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for encoder and decoder")
+    flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS",
+         help="the step size halves every EPOCHS epochs (default: it is constant)")
     flag("--epochs", type=positive, default=1000, help="passes over the training images")
     flag("--precision", choices=("float32", "tf32", "bf16"), default="float32",
-         help="of the networks alone: tf32 (GPU only) or bf16 for their convolutions and matrix products")
+         help="arithmetic of the networks' convolutions and matrix products; all else is float32; tf32 needs a GPU")
     flag = parser.add_argument_group("output").add_argument
     flag("--eval-every", type=positive, default=10, help="epochs between evaluations on the test images")
-    flag("--fid-every", type=count, default=0, metavar="EPOCHS", help="epochs between FIDs, a multiple of --eval-every; 0: none while training")
+    flag("--fid-every", type=count, default=0, metavar="EPOCHS",
+         help="epochs between FIDs, a multiple of --eval-every; 0: no FID during training")
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
-    flag("--out", default=None, help="the run's folder (default: runs/images/ and the flags that matter)")
-    flag("--overwrite", action="store_true", help="redo a run that is there")
-    flag("--tensorboard", action="store_true", help="write scalars and samples for TensorBoard too, into the run's folder")
-    flag("--dry-run", action="store_true", help="say what would run, train nothing, write no run (data may be downloaded or converted)")
+    flag("--out", default=None, help="the run's folder (default: a name made of the flags, under runs/images)")
+    flag("--overwrite", action="store_true", help="replace a run that exists in the folder")
+    flag("--tensorboard", action="store_true", help="also write scalars and samples for TensorBoard into the run's folder")
+    flag("--dry-run", action="store_true", help="print what would run, then stop (data may be downloaded or converted)")
     args = parser.parse_args(argv)
     resolve_pair(parser, args)
     args.width = args.width or NETS[args.net].width
     if args.latent == "bernoulli" and args.infer != "kld":
-        parser.error(f"--infer {args.infer} takes gradients in z, and Bernoulli latents have none; --latent bernoulli goes with --infer kld")
+        parser.error(f"--infer {args.infer} needs gradients in z, which Bernoulli latents do not have; "
+                     "--latent bernoulli goes with --infer kld")
     if args.latent == "gaussian" and args.temperature != parser.get_default("temperature"):
-        parser.error("--temperature has a meaning for --latent bernoulli only")
+        parser.error("--temperature applies to --latent bernoulli only")
     if args.norm == "group" and not NETS[args.net].has_norm:
-        parser.error(f"--norm group has no meaning for --net {args.net}, which has no normalisation layers")
+        parser.error(f"--norm group does not apply to --net {args.net}, which has no normalisation layers")
     if args.fid_every % args.eval_every:
         parser.error(f"--fid-every {args.fid_every} is not a multiple of --eval-every {args.eval_every}")
     defaults = vars(parser.parse_args([])) | {"width": NETS[args.net].width, "infer_samples": args.samples}
@@ -91,14 +98,14 @@ def main(args):
     if args.batch > len(data.train):
         raise UserError(f"--batch {args.batch} is more than the {len(data.train)} training images")
     if len(data.test) < 2:
-        raise UserError(f"{args.data} has one test image here; MMD and FID are over pairs of images and want at least two")
+        raise UserError(f"{args.data} has fewer than two test images here; MMD and FID compare pairs of images")
     torch.manual_seed(seed_of(args.seed, INIT))
     vae = vae_of(vars(args), data.train.shape[1:]).to(device)
-    describe(args, vae, data, device)
+    name = label(args.learn, args.infer, args.samples, args.estimator)
+    announce(args, name, *describe(args, vae, data, device))
     if args.dry_run:
         return
-    with Run(args.out, "train_images", vars(args), device, args.overwrite, args.tensorboard,
-             label=label(args.learn, args.infer, args.samples, args.estimator), data=data.recipe) as run:
+    with Run(args.out, "train_images", vars(args), device, args.overwrite, args.tensorboard, label=name, data=data.recipe) as run:
         if not run.status:
             fit(run, args, vae, data, device)
         plots.draw_run(run.path)
@@ -111,7 +118,8 @@ def fit(run, args, vae, data, device):
     test = data.test.to(device)
     reference = reference_of(test, args.data, args.data_root) if args.fid_every else None
     status, history = train(run, trainer, args.epochs, args.eval_every, lambda: measure(trainer, args, test, reference))
-    shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}  # a diverged model depends on when the loop looked
+    # A diverged run has no pictures: its model depends on when the loop noticed the divergence.
+    shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}
     run.save_metrics(**stack(history), **shown, status=status)
     if shown:
         run.show("samples", shown["samples"])
@@ -119,7 +127,7 @@ def fit(run, args, vae, data, device):
 
 
 def measure(trainer, args, test, reference):
-    """The test metrics of one evaluation; with --fid-every the FIDs too, nan where they are not due."""
+    """The test metrics of one evaluation. With --fid-every they include the FIDs, which are nan at epochs where none is due."""
     seed = seed_of(args.seed, EVALUATION)
     row = evaluate_images(trainer.vae, test, args.noise, seed=seed)
     if not args.fid_every:
@@ -130,9 +138,9 @@ def measure(trainer, args, test, reference):
 
 
 def pictures(vae, test, noise, seed, n=64):
-    """uint8 arrays for plots: `samples` from the prior, noisy `inputs` and their `reconstructions`, [n, C, H, W].
+    """Images for plots, uint8: `samples` of the model, noisy `inputs` and their `reconstructions`, each [n, C, H, W].
 
-    interpolations [8, 8, C, H, W]: row i goes in even steps from the posterior mean of input i to that of input i + 8.
+    Row i of `interpolations` [8, 8, C, H, W] goes in even steps from the posterior mean of input i to that of input i + 8.
     """
     generator = torch.Generator(test.device).manual_seed(seed_of(seed, EVALUATION))
     clean = test[:n].float() / 255
@@ -147,16 +155,14 @@ def pictures(vae, test, noise, seed, n=64):
 
 
 def describe(args, vae, data, device):
-    """Three lines: data, model and updates, folder."""
+    """Data, model and updates in words, for `announce`."""
     encoder, decoder = (sum(p.numel() for p in half.parameters()) for half in (vae.encoder, vae.decoder))
     steps = len(data.train) // args.batch * args.epochs
     decoder_steps = steps if LEARN[args.learn].joint else steps // args.inner_steps
-    print(f"{label(args.learn, args.infer, args.samples, args.estimator)} on {short_name(args.data)}: {len(data.train)} training and "
-          f"{len(data.test)} test images of {tuple(data.train.shape[1:])}\n"
-          f"{args.net}: {encoder:,} encoder and {decoder:,} decoder parameters; {steps:,} encoder and {decoder_steps:,} decoder updates "
-          f"on {device}\n{'would write' if args.dry_run else 'writes'} {args.out}", flush=True)
-    if alias := LEARN[args.learn].alias(args.samples, args.estimator):
-        print(f"{LEARN[args.learn].letter} with N = {args.samples} equals {alias}", flush=True)
+    shape = tuple(data.train.shape[1:])
+    return (f"{short_name(args.data)}: {len(data.train)} training and {len(data.test)} test images of {shape}",
+            f"{args.net}: {encoder:,} encoder and {decoder:,} decoder parameters; "
+            f"{steps:,} encoder and {decoder_steps:,} decoder updates on {device}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Train an ensemble of small VAEs on 2-D data with one pair of learning and inference objectives, then evaluate it exactly.
+"""Train an ensemble of small VAEs on 2-D data with one pair of learning and inference objectives, then evaluate it.
 
 One point of the paper's Figure 3, ten seeds at once (minutes on two cores):
     python train_synthetic.py --data mixture --learn fd --infer kld --inner-steps 5
-Seconds:
+A small run (seconds):
     python train_synthetic.py --data mixture --seeds 3 --batch 100 --epochs 5 --test-size 500 --importance-samples 2000
 
-The run is a folder under runs/synthetic: config.json, checkpoint.pt, metrics.npz, PNGs. The same command again resumes it.
+A run writes config.json, checkpoint.pt, metrics.npz and PNGs into a folder under runs/synthetic. The same command resumes it.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
@@ -28,6 +28,7 @@ from training import (
     NOISE,
     Ledger,
     adam,
+    announce,
     decay,
     infer_loss,
     learn_loss,
@@ -50,10 +51,10 @@ AXES = ("data", "infer", "learn", "inner_steps", "bilevel_steps", "seed")
 
 
 def kept_step(vae, phi, x, infer, noise, lr):
-    """phi after one more SGD step, as a function of theta and of phi before it: {name: tensor} in, {name: tensor} out.
+    """phi after an SGD step whose graph is kept: a function of theta and of phi before the step, as dicts of tensors by name.
 
-    The step differentiates by `here`, which z of `--infer fd`, and z and the weight of `fd-weighted`, do not see: held in the step, they
-    stay functions of phi all the same.
+    The step takes its gradient with respect to `here`, a view of phi. An objective that takes z (`--infer fd`) or z and its
+    weight (`fd-weighted`) as constants gets them from phi itself, so the outer gradient still flows through them.
     """
     x, here = x.detach().requires_grad_(), {name: p.view_as(p) for name, p in phi.items()}
     q = vae.posterior(functional_call(vae.encoder, here, x))
@@ -65,16 +66,17 @@ def kept_step(vae, phi, x, infer, noise, lr):
 
 
 def bilevel_loss(vae, phi, x, learn, noise, estimator="plugin"):
-    """The loss of theta [S, B] where phi is a function of theta: z is reparametrised, so that the gradient is exact."""
-    x = x.detach().requires_grad_()  # a leaf of its own: phi depends on x too, but b_n is the derivative at fixed phi
+    """The loss of theta [S, B] where phi is a function of theta; z is reparametrised, so that the gradient is exact."""
+    x = x.detach().requires_grad_()  # a new leaf, because phi depends on x too, but b_n is the derivative at fixed phi
     q = vae.posterior(functional_call(vae.encoder, phi, x))
     return LEARN[learn](vae, x, q, vae.sample(q, noise), **options_of(learn, estimator))
 
 
 class EnsembleTrainer(Ledger):
-    """S VAEs that train at once, each on minibatches and noise from a generator of its own, so that it equals its seed alone.
+    """S VAEs that train at once. Each draws data and noise from its own generator and so equals a run of its seed alone.
 
-    One decoder update (B.1 of the paper): K encoder steps by SGD, J more whose dependence on theta is kept, then Adam on theta.
+    One decoder update (Section B.1 of the paper) is K encoder steps by SGD, J more whose dependence on theta is kept, and one
+    step of Adam on theta.
     """
 
     def __init__(self, args, device):
@@ -90,17 +92,18 @@ class EnsembleTrainer(Ledger):
         if args.compile:
             self.infer, self.learn = compiled(self.infer), compiled(self.learn)
 
-        # The standard normals of one update, a row per member: what the data are made of, then what each step's z is made of.
+        # The standard normals of one update, a row per member: first those of the data, then those of z in each step.
         shapes = [(self.law.dim_noise, args.batch), (args.inner_steps + args.bilevel_steps, args.infer_samples, 2, args.batch),
                   (args.samples, 2, args.batch)]
-        self.noise = torch.empty(len(seeds), sum(map(math.prod, shapes)), device=device)
-        data, infer, learn = (part.unflatten(1, shape) for part, shape in zip(self.noise.split(list(map(math.prod, shapes)), 1), shapes))
+        sizes = [math.prod(shape) for shape in shapes]
+        self.noise = torch.empty(len(seeds), sum(sizes), device=device)
+        data, infer, learn = (part.unflatten(1, shape) for part, shape in zip(self.noise.split(sizes, 1), shapes))
         self.data_noise = data.mT  # [S, B, dim_noise]
         self.infer_noise = infer.permute(1, 2, 0, 4, 3)  # [K + J, M, S, B, Dz]
         self.learn_noise = learn.permute(1, 0, 3, 2)  # [N, S, B, Dz]
 
     def run_step(self):
-        """One decoder update, captured where there is a GPU, eager elsewhere."""
+        """One decoder update, from new noise."""
         for row, generator in zip(self.noise, self.generators):
             row.normal_(generator=generator)
         if self.args.lr_half_life:
@@ -109,7 +112,7 @@ class EnsembleTrainer(Ledger):
         self.advance("update", self.update)
 
     def update(self):
-        """A function of `noise` and of the state alone; nothing here waits for the device."""
+        """One decoder update. It depends on `noise` and the state alone and never waits for the device."""
         args, vae, x = self.args, self.vae, self.law.transform(self.data_noise)
         vae.encoder.requires_grad_(True)
         vae.decoder.requires_grad_(False)
@@ -134,15 +137,16 @@ class EnsembleTrainer(Ledger):
             self.clock += 1
 
     def infer(self, vae, x, noise):
-        """The loss of phi per member [S], and its gradients."""
+        """The loss of phi per member [S], followed by its gradients."""
         loss = infer_loss(vae, x, self.args.infer, lambda q: noise).mean(-1)
         return loss.detach(), *grad(loss.sum(), list(vae.encoder.parameters()))
 
     def learn(self, vae, x, kept_noise, noise):
         """The loss of theta per member [S], its gradients, and phi after the J kept steps; kept_noise [J, M, S, B, Dz]."""
         args, phi = self.args, dict(vae.encoder.named_parameters())
+        lr = args.inner_lr * self.rate if args.lr_half_life else args.inner_lr
         for step_noise in kept_noise:
-            phi = kept_step(vae, phi, x, args.infer, step_noise, args.inner_lr * self.rate if args.lr_half_life else args.inner_lr)
+            phi = kept_step(vae, phi, x, args.infer, step_noise, lr)
         if args.bilevel_steps:
             loss = bilevel_loss(vae, phi, x, args.learn, noise, args.estimator).mean(-1)
         else:
@@ -151,12 +155,12 @@ class EnsembleTrainer(Ledger):
         return loss.detach(), gradient, [p.detach() for p in phi.values()]
 
     def progress(self, rate):
-        """What the bar shows: medians over the members."""
+        """The numbers beside the progress bar: medians of the losses over the members, and the number that has diverged."""
         infer, learn = (self.sums[:, 0] / self.sums[:, 1]).nanmedian(1).values.tolist()
         return {"infer": f"{infer:.4g}", "learn": f"{learn:.4g}", "diverged": (self.diverged_at < self.clock).sum().item()}
 
     def averages(self, reset=True):
-        """Means per member since the last reset of the two training losses, [S]."""
+        """Means since the last reset of the two training losses, per member [S]."""
         return dict(zip(("infer_loss", "learn_loss"), self.means(reset)[:, 0]))
 
 
@@ -168,45 +172,49 @@ def parse_args(argv=None):
     flag("--infer", choices=INFER, default=None, help="objective of the encoder (default: kld; fae with --learn fae)")
     flag("--estimator", choices=ESTIMATORS, default="plugin", help="how swersky and bao estimate squared expectations under q")
     flag("--samples", type=positive, default=1, help="posterior samples per datum, N")
-    flag("--infer-samples", type=positive, default=None, metavar="M", help="posterior samples per datum of the encoder's loss (default: N)")
-    flag("--seeds", type=positive, default=10, help="members of the ensemble: this many seeds, from --seed on")
-    flag("--seed", type=seed_number, default=0, help="the first member's seed: of its weights, data and noise")
+    flag("--infer-samples", type=positive, default=None, metavar="M",
+         help="posterior samples per datum in the encoder's loss (default: N)")
+    flag("--seeds", type=positive, default=10, help="number of members of the ensemble; their seeds count up from --seed")
+    flag("--seed", type=seed_number, default=0, help="the first member's seed, for its weights, data and noise")
     flag = parser.add_argument_group("model").add_argument
     flag("--hidden", type=positive, default=30, help="units of each of the two hidden layers (100 in Figure 6)")
     flag("--init-sd", type=positive_float, default=0.1, help="initial standard deviation of p(x|z)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K")
-    flag("--bilevel-steps", type=count, default=0, help="further encoder updates through which the decoder's gradient flows, J. Needed in "
-         "principle by swersky and bao, whose q stands for a posterior that depends on the decoder; elbo with kld has nothing to gain, as "
-         "both halves descend one loss; with fd it is another algorithm than Alg. 1. All are allowed, to be compared")
+    flag("--bilevel-steps", type=count, default=0,
+         help="further encoder updates through which the decoder's gradient flows, J. In principle swersky and bao need them, "
+         "because their q replaces a posterior that depends on the decoder. elbo with kld gains nothing, because encoder and "
+         "decoder minimise one loss. fd with J > 0 is no longer Algorithm 1. All pairs are allowed, for comparison")
     flag("--batch", type=positive, default=1000, help="fresh data per decoder update")
-    flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, of the decoder")
-    flag("--inner-lr", type=positive_float, default=None, help="SGD's step size, of the encoder (default: 1e-2 for kld, 1e-3 for the others)")
-    flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS", help="both step sizes halve every so many epochs "
-         "(default: they stay)")
+    flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for the decoder")
+    flag("--inner-lr", type=positive_float, default=None,
+         help="SGD's step size, for the encoder (default: 1e-2 for kld, 1e-3 for the others)")
+    flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS",
+         help="both step sizes halve every EPOCHS epochs (default: they are constant)")
     flag("--steps-per-epoch", type=positive, default=100, help="decoder updates per epoch")
     flag("--epochs", type=positive, default=100, help="epochs (1000 in Figure 6)")
     flag = parser.add_argument_group("output").add_argument
-    flag("--test-size", type=positive, default=5000, help="unseen data that the trained models are evaluated on")
-    flag("--importance-samples", type=positive, default=100_000, help="samples of the prior per member in the exact evaluation")
-    flag("--eval-every", type=positive, default=5, help="epochs between looks at the test data while training")
+    flag("--test-size", type=positive, default=5000, help="number of unseen data on which the models are evaluated")
+    flag("--importance-samples", type=positive, default=100_000, help="samples from the prior per member in the final evaluation")
+    flag("--eval-every", type=positive, default=5, help="epochs between evaluations on the test data during training")
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
-    flag("--compile", action="store_true", help="on a CPU, compile the updates with all their derivatives by TorchInductor: needs a C++ compiler "
-         "and up to a minute, once per pair, N and J")
-    flag("--out", default=None, help="the run's folder (default: runs/synthetic/ and the flags that matter)")
-    flag("--overwrite", action="store_true", help="redo a run that is there")
-    flag("--tensorboard", action="store_true", help="write scalars for TensorBoard too, into the run's folder")
-    flag("--dry-run", action="store_true", help="say what would run, train nothing, write nothing")
+    flag("--compile", action="store_true",
+         help="on a CPU, compile the updates and their derivatives with TorchInductor; it needs a C++ compiler and takes up to a "
+         "minute, once per pair of objectives, N and J")
+    flag("--out", default=None, help="the run's folder (default: a name made of the flags, under runs/synthetic)")
+    flag("--overwrite", action="store_true", help="replace a run that exists in the folder")
+    flag("--tensorboard", action="store_true", help="also write scalars for TensorBoard into the run's folder")
+    flag("--dry-run", action="store_true", help="print what would run, then stop")
     args = parser.parse_args(argv)
     resolve_pair(parser, args)
     if args.estimator == "released" and args.samples > 1:
-        parser.error("--estimator released is of the code released for 2-D data, which has one sample; leave out --samples")
+        parser.error("--estimator released follows the paper's code for 2-D data, which has one sample; leave out --samples")
     if args.compile and args.bilevel_steps and args.lr_half_life:
-        parser.error("--compile would freeze the step size of the kept steps; with --bilevel-steps it goes without --lr-half-life")
+        parser.error("--compile with --bilevel-steps fixes the step size of the encoder; leave out --lr-half-life")
     args.inner_lr = args.inner_lr or default_inner_lr(args.infer)
-    args.out = args.out or default_folder("synthetic", args, AXES,
-                                                   vars(parser.parse_args([])) | {"inner_lr": default_inner_lr(args.infer), "infer_samples": args.samples})
+    defaults = vars(parser.parse_args([])) | {"inner_lr": default_inner_lr(args.infer), "infer_samples": args.samples}
+    args.out = args.out or default_folder("synthetic", args, AXES, defaults)
     return args
 
 
@@ -215,7 +223,7 @@ def default_inner_lr(infer):
 
 
 def name_of(args):
-    """The pair, and the encoder's step size where it is not the paper's: points of a sweep that are not the same."""
+    """The label of the pair, with the encoder's step size where it is not the default, which makes another point of a sweep."""
     step = f", step {args.inner_lr:g}" if args.inner_lr != default_inner_lr(args.infer) else ""
     return label(args.learn, args.infer, args.samples, args.estimator) + step
 
@@ -225,7 +233,7 @@ def main(args):
     if args.compile:
         refuse_to_compile(device)
     trainer = EnsembleTrainer(args, device)
-    describe(args, trainer)
+    announce(args, name_of(args), *describe(args, trainer))
     if args.dry_run:
         return
     with Run(args.out, "train_synthetic", vars(args), device, args.overwrite, args.tensorboard, label=name_of(args)) as run:
@@ -237,44 +245,52 @@ def main(args):
 
 def fit(run, args, trainer):
     test = trainer.law.sample(args.test_size, evaluation_generator("cpu")).to(trainer.device)  # the same points on every device
-    status, history = train(run, trainer, args.epochs, args.eval_every, lambda: look(trainer, test, args.importance_samples // 4))
+    log_density = trainer.law.log_prob(test.double()) if trainer.law.log_prob else None
+    status, history = train(run, trainer, args.epochs, args.eval_every,
+                            lambda: measure(trainer, test, args.importance_samples // 4, log_density))
     result = evaluate(trainer, test, args.importance_samples)
     run.save_metrics(**stack(history), **result, test_data=test.cpu().numpy(), status=status)
     nll = result["nll"][result["diverged_at"] < 0]
-    print(f"{run.path}: {status}, {len(nll)} of {args.seeds} members alive, NLL {nll.mean() if len(nll) else math.nan:.4f} nats on average")
+    print(f"{run.path}: {status}, {len(nll)} of {args.seeds} members have not diverged, "
+          f"their mean NLL is {nll.mean() if len(nll) else math.nan:.4f} nats")
 
 
 def evaluation_generator(device):
-    """The same in every run: all members of all runs meet the same test data, posterior samples and prior samples."""
+    """A generator with the same seed in every run, so that all runs and members share test data, posterior and prior samples."""
     return torch.Generator(device).manual_seed(seed_of(0, EVALUATION))
 
 
-def look(trainer, test, importance_samples, samples=5):
-    """What one follows while training, means over the test data, of each member [S]; posterior_sd [S, Dz].
+def measure(trainer, test, importance_samples, log_density=None, samples=5):
+    """The test metrics of one evaluation during training: means over the test data per member [S], and posterior_sd [S, Dz].
 
-    nll_curve and excess_curve are the negative log-likelihood, and that less the true law's, of the first 500 test points by a quarter of
-    the final evaluation's importance samples: they show whether training has converged.
+    nll_curve is the negative log likelihood of the first 500 test points, by `importance_samples` draws from the prior.
+    excess_curve, where the law's log density [B] at the test points is given, is nll_curve less the law's own. They show whether
+    training has converged.
     """
-    vae, law, x = trainer.vae, trainer.law, test.expand(len(trainer.vae.log_gamma), -1, -1)
+    vae, x = trainer.vae, test.expand(len(trainer.vae.log_gamma), -1, -1)
     generator = evaluation_generator(test.device)
     with evaluating(vae):
         row = {"posterior_sd": vae.encode(x).stddev.mean(1), "log_gamma": vae.log_gamma.detach().clone()}
     row |= {"negative_elbo": negative_elbo(vae, x, samples, generator).mean(1),
             "posterior_fd": posterior_fd(vae, x, samples, generator).mean(1)}
-    some = x[:, :500]
-    row["nll_curve"] = -importance(vae, some, max(importance_samples, 1), generator=generator).log_likelihood.mean(1)
-    if law.log_prob:
-        row["excess_curve"] = row["nll_curve"] + law.log_prob(some[0].double()).mean()
+    row["nll_curve"] = -importance(vae, x[:, :500], max(importance_samples, 1), generator=generator).log_likelihood.mean(1)
+    if log_density is not None:
+        row["excess_curve"] = row["nll_curve"] + log_density[:500].mean()
     return {name: value.cpu() for name, value in row.items()}
 
 
 def evaluate(trainer, test, samples):
-    """The exact evaluation of every member: NumPy arrays, [S] where nothing else is said. NaN for a member that diverged.
+    """The final evaluation of every member, by importance sampling: NumPy arrays, [S] unless stated, nan if a member diverged.
 
-    nll and sm_loss are means over the test data, with _se their standard errors over the data; so are, where the law's density is known,
-    fisher_divergence, and nll_excess and sm_excess: nll and sm_loss less the true law's at the same points (the error is the paired one).
-    nll_posterior is the cross-check of nll by samples / 100 draws from q(z|x) a datum; ess the quantiles 0, .01, .5 of the effective sample
-    size over the data [S, 3]; model_samples [S, 1000, 2]. Theory predicts variance_ratio and second_moment (`moments`).
+    Means over the test data, each with its standard error over the data in <name>_se:
+    nll                   negative log likelihood by `samples` draws from the prior, nats
+    nll_posterior         the same by samples / 100 draws from q(z|x) per datum, as a check
+    sm_loss               score matching loss, the Fisher divergence less a constant
+    fisher_divergence     only where the law's density is known, as the next two
+    nll_excess, sm_excess nll and sm_loss less the law's own at the same points; their standard errors are of paired differences
+    Others: ess [S, 3], the quantiles 0, 0.01 and 0.5 of the effective sample size over the data; model_samples [S, 1000, 2];
+    variance_ratio and second_moment [S, Dz] of `moments`; diverged_at, the step or -1; member_status; data_entropy, where known;
+    the arrays of `density_of_members`.
     """
     vae, law, S = trainer.vae, trainer.law, len(trainer.vae.log_gamma)
     x, generator = test.expand(S, -1, -1), evaluation_generator(test.device)
@@ -294,7 +310,7 @@ def evaluate(trainer, test, samples):
         z, noise = (torch.randn(1000, 2, generator=generator, device=test.device) for _ in range(2))
         result["model_samples"] = vae.decode(z.expand(S, -1, -1)) + (vae.log_gamma / 2).exp()[:, None, None] * noise
     result |= moments(vae, law, x)
-    for value in result.values():  # how a diverged member looks depends on when the loop last looked at it
+    for value in result.values():  # the values of a diverged member depend on when the loop noticed the divergence
         value[diverged_at >= 0] = torch.nan
     result = {name: value.cpu().numpy() for name, value in result.items()} | {"diverged_at": diverged_at.cpu().numpy()}
     result["member_status"] = np.array(["ok" if step < 0 else f"diverged@{step}" for step in result["diverged_at"]])
@@ -304,9 +320,10 @@ def evaluate(trainer, test, samples):
 
 
 def moments(vae, law, x, samples=20_000):
-    """variance_ratio [S], the total variance of the model over the data's; second_moment [S, Dz], E z^2 of the aggregate posterior.
+    """What the theory of linear VAEs predicts: 1 / kappa and, for active latents, kappa.
 
-    The data x [S, B, 2] give the latter. On linear VAEs theory has 1 / kappa and, for active latents, kappa.
+    variance_ratio [S] is the total variance of the model over that of the data; second_moment [S, Dz] is E z^2 of the aggregate
+    posterior over the data x [S, B, 2].
     """
     generator = evaluation_generator("cpu")  # the same draws on every device
     data_variance = law.sample(100_000, generator).var(0).sum()
@@ -318,10 +335,11 @@ def moments(vae, law, x, samples=20_000):
 
 
 def density_of_members(vae, test, nll, samples, side=81):
-    """For the figure `density`: the log densities (nats) of the members with the median and the least NLL on a grid about the test data.
+    """Log densities, in nats, of the members with the median and the least NLL on a grid around the test data.
 
-    density_grid [M, side, side] float16, first axis x1; density_grid_of [M] the members; density_extent [4] the grid's least and largest
-    x1 and x2. M is 2, less where one member is both or all diverged.
+    The figure `density` shows density_grid [M, side, side] (float16, first axis x1) of the members density_grid_of [M];
+    density_extent [4] is the grid's least and largest x1, then x2. M is 2, or 1 where one member has both NLLs, or 0 where all
+    members diverged.
     """
     low, high = np.quantile(test.cpu().numpy(), [0.002, 0.998], axis=0)
     margin = 0.3 * (high - low).max()
@@ -340,15 +358,12 @@ def density_of_members(vae, test, nll, samples, side=81):
 
 
 def describe(args, trainer):
-    """Three lines: data, model and updates, folder."""
+    """Data, model and updates in words, for `announce`."""
     encoder, decoder = (sum(p[0].numel() for p in params) for params in (trainer.phi, trainer.theta))
     updates = args.epochs * args.steps_per_epoch
-    print(f"{name_of(args)} on {args.data}: minibatches of {args.batch} fresh points, {args.test_size} test points\n"
-          f"{args.seeds} members, {encoder:,} encoder and {decoder:,} decoder parameters each; {updates:,} decoder updates on "
-          f"{trainer.device}, after each {args.inner_steps} encoder updates and {args.bilevel_steps} kept ones\n"
-          f"{'would write' if args.dry_run else 'writes'} {args.out}", flush=True)
-    if alias := LEARN[args.learn].alias(args.samples, args.estimator):
-        print(f"{LEARN[args.learn].letter} with N = {args.samples} equals {alias}", flush=True)
+    return (f"{args.data}: minibatches of {args.batch} fresh points, {args.test_size} test points",
+            f"{args.seeds} members, {encoder:,} encoder and {decoder:,} decoder parameters each; {updates:,} decoder updates on "
+            f"{trainer.device}, each after {args.inner_steps} encoder updates and {args.bilevel_steps} bi-level ones")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Training: the alternating update of Algorithm 1 on images, the ledger that every trainer keeps, and the loop around it.
+"""Training: the alternating update of Algorithm 1 on images, the state that every trainer keeps, and the training loop.
 
-Read `Trainer.update` first: it is the whole of one step. `train_synthetic.py` has the other trainer, of 2-D ensembles.
+Read `Trainer.update` first: it is one whole step. `train_synthetic.py` has the other trainer, for ensembles on 2-D data.
+As in objectives.py, phi are the encoder's parameters and theta the decoder's and log_gamma; they are the two halves of a model.
 """
 
 import time
@@ -14,44 +15,52 @@ from vsm.device import peak_memory
 from vsm.schema import mismatch
 from vsm.speed import Graphs
 
-LOOK_SECONDS, CHECKPOINT_SECONDS = 1, 60
+LOOK_SECONDS = 1  # the host waits for the device, to see whether the run has diverged, at most this often
+CHECKPOINT_SECONDS = 60  # between checkpoints within an epoch
 NEVER = torch.iinfo(torch.int64).max
 
 
 def seed_of(*key):
-    """One integer seed for a stream of random numbers named by integers, as in seed_of(seed, ORDER, epoch)."""
+    """The seed of the stream of random numbers that these integers name, as in seed_of(seed, ORDER, epoch)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-INIT, ORDER, NOISE, EVALUATION = range(4)  # streams of randomness: evaluating more often changes no weight
+INIT, ORDER, NOISE, EVALUATION = range(4)  # separate streams, so that evaluating more often changes no weight
 
 
 def resolve_pair(parser, args):
-    """Fill in --infer and --infer-samples; end with a sentence for a pair or an estimator that has no meaning."""
+    """Set the defaults of --infer and --infer-samples. A pair or an estimator that has no meaning ends the program."""
     learn = LEARN[args.learn]
     args.infer = args.infer or (args.learn if learn.joint else "kld")
     args.infer_samples = args.infer_samples or args.samples
     if (learn.joint or INFER[args.infer].joint) and args.infer != args.learn:
         joint = args.learn if learn.joint else args.infer
-        parser.error(f"{joint} trains both halves by one loss: --learn {joint} goes with --infer {joint} and no other")
+        parser.error(f"{joint} trains encoder and decoder by one loss, so --learn {joint} goes with --infer {joint} only")
     if learn.joint and args.infer_samples != args.samples:
-        parser.error(f"{args.learn} has one loss, and so one number of samples; --infer-samples has no meaning there")
+        parser.error(f"{args.learn} has one loss and one number of samples; --infer-samples must equal --samples")
     if args.estimator != "plugin" and not learn.has_estimator:
         names = " and ".join(name for name, entry in LEARN.items() if entry.has_estimator)
-        parser.error(f"--estimator {args.estimator} has a meaning for --learn {names} only")
+        parser.error(f"--estimator {args.estimator} applies to --learn {names} only")
     if args.estimator == "unbiased" and args.samples < 2:
-        parser.error("--estimator unbiased needs --samples of at least 2: it divides by N - 1")
+        parser.error("--estimator unbiased needs --samples of at least 2, because it divides by N - 1")
+
+
+def announce(args, name, data, model):
+    """Print what a run will do: the `name` of its pair of objectives, its data, model, folder, and which objective it equals."""
+    print(f"{name} on {data}\n{model}\n{'would write' if args.dry_run else 'writes'} {args.out}", flush=True)
+    if alias := LEARN[args.learn].alias(args.samples, args.estimator):
+        print(f"{LEARN[args.learn].letter} with N = {args.samples} equals {alias}", flush=True)
 
 
 def infer_loss(vae, x, infer, noise):
-    """The loss of phi per datum [B], from standard noise [N, B, Dz]. KLD reparametrises z; FD takes it as a constant (3.3.2)."""
+    """The loss of phi per datum [B]. noise(q) returns standard noise [N, B, Dz]. FD takes z as a constant (Section 3.3.2)."""
     q = vae.encode(x)
     z = vae.sample(q, noise(q))
     return INFER[infer](vae, x, q, z if INFER[infer].reparametrised else z.detach())
 
 
 def learn_loss(vae, x, learn, noise, estimator="plugin"):
-    """The loss of theta per datum [B]: phi gets no gradient and z is a constant (Alg. 1)."""
+    """The loss of theta per datum [B]. phi gets no gradient and z is a constant (Alg. 1)."""
     x.requires_grad_(LEARN[learn].needs_b)  # b_n is the encoder's input gradient, a constant for theta
     with torch.set_grad_enabled(x.requires_grad):
         q = vae.encode(x)
@@ -60,7 +69,7 @@ def learn_loss(vae, x, learn, noise, estimator="plugin"):
 
 
 def joint_loss(vae, x, learn, noise):
-    """One loss of theta and phi together, per datum [B] (the Fisher autoencoder): z reparametrised, everything differentiable."""
+    """The one loss of theta and phi per datum [B], for the Fisher autoencoder: z is reparametrised and all is differentiable."""
     x.requires_grad_()
     q = vae.encode(x)
     return LEARN[learn](vae, x, q, vae.sample(q, noise(q)))
@@ -71,12 +80,13 @@ def options_of(learn, estimator):
 
 
 class Ledger:
-    """What a trainer keeps beside its model: the clock, losses, divergence, generators, checkpoints, and the switch to CUDA graphs.
+    """The state of a trainer: model, clock, sums of losses, divergence, generators, checkpoints, and the switch to CUDA graphs.
 
-    The loop `train` asks a trainer for no more than the public members here. A subclass sets `steps_per_epoch`, defines `run_step`,
-    which calls `advance`, and puts what its update changes into `tensors`.
+    A subclass sets `steps_per_epoch`, puts the further tensors that its update changes into `tensors`, and defines `run_step`
+    (which calls `advance`), `progress` and `averages`. The loop `train` uses these and the public members here.
 
-    members: () or (S,) of an ensemble. sums: [2 halves (phi, theta), quantities, *members], the last quantity a count.
+    clock counts updates on the device. diverged_at, of shape `members` (() or, for an ensemble, (S,)), is the clock's value at a
+    member's first non-finite loss. sums: [2 halves (phi, theta), quantities, *members]; the last quantity counts the terms.
     """
 
     def __init__(self, vae, optimisers, generators, sums, members=(), graph=False, seeds=()):
@@ -89,27 +99,27 @@ class Ledger:
         self.step, self.tensors = 0, {}
 
     def advance(self, kind, update):
-        """One update(), captured by its `kind` where there is a GPU, eager elsewhere."""
+        """Call update(), or replay it from the CUDA graph of its `kind` where the trainer uses graphs."""
         self.step += 1
         if self.graphs is None:
             update()
         else:
             self.graphs.run(kind, update, self.state(), self.captured_generators)
 
-    captured_generators = ()  # those that an update draws from
+    captured_generators = ()  # the generators that draw inside an update
 
     def note_divergence(self, *values):
-        """Keep the clock's reading at a member's first value that is not finite."""
+        """Set diverged_at to the clock for each member of which a value is not finite, if it has not diverged before."""
         finite = torch.stack([value.isfinite() for value in values]).all(0)
         self.diverged_at.copy_(torch.minimum(self.diverged_at, torch.where(finite, NEVER, self.clock)))
 
     @property
     def diverged(self):
-        """The step at which every member had diverged, or None. Waits for the device."""
+        """The step at which the last member diverged, or None while one has not. Waits for the device."""
         return self.diverged_at.max().item() if (self.diverged_at < self.clock).all() else None
 
     def means(self, reset):
-        """The sums over their counts, [2, quantities - 1, *members], since the last reset."""
+        """The means since the last reset, sums over counts: [2 halves, quantities - 1, *members]."""
         values = (self.sums[:, :-1] / self.sums[:, -1:]).cpu()
         if reset:
             self.sums.zero_()
@@ -117,20 +127,21 @@ class Ledger:
 
     @torch.no_grad()
     def state(self):
-        """Every tensor that a step changes, by name. Loading copies into these, so captured graphs stay valid."""
-        return state_of(self.vae, *self.optimisers) | {"clock": self.clock, "sums": self.sums, "diverged_at": self.diverged_at} | self.tensors
+        """Every tensor that a step changes, by name. Loading copies into them, so that captured graphs stay valid."""
+        mine = {"clock": self.clock, "sums": self.sums, "diverged_at": self.diverged_at}
+        return state_of(self.vae, *self.optimisers) | mine | self.tensors
 
     def save(self):
         return {"step": self.step, "generators": [generator.get_state() for generator in self.generators],
                 "tensors": {name: tensor.cpu() for name, tensor in self.state().items()}}
 
     def load(self, saved):
-        """Raises UserError, having changed nothing, where `saved` is not what save() makes of these flags."""
-        if isinstance(saved, dict) and "generator" in saved:  # of versions with one generator
+        """Restore what save() returned. Raises UserError and changes nothing where `saved` does not fit this trainer."""
+        if isinstance(saved, dict) and "generator" in saved:  # an older version saved one generator under this name
             saved = {key: value for key, value in saved.items() if key != "generator"} | {"generators": [saved["generator"]]}
         mine = self.save()
         if difference := mismatch(saved, {**mine, "generators": [torch.Tensor] * len(mine["generators"])}):
-            raise UserError(f"the checkpoint is of another model than these flags make ({difference}) and is kept as it is; "
+            raise UserError(f"the checkpoint holds another model than these flags make ({difference}) and is kept as it is; "
                             "move it away or use --overwrite to start the run again")
         for name, tensor in self.state().items():
             with torch.no_grad():
@@ -141,7 +152,7 @@ class Ledger:
 
 
 class Half:
-    """The parameters that one loss moves, phi or theta, and their optimiser."""
+    """The parameters that one loss trains, phi or theta, and their optimiser."""
 
     def __init__(self, params, lr, capturable, scheduled):
         self.params = list(params)
@@ -149,17 +160,17 @@ class Half:
 
 
 class Trainer(Ledger):
-    """A VAE, its two halves, the training images (uint8 [n, C, H, W] on the device) and the state that a step changes.
+    """Trains a VAE on images, uint8 [n, C, H, W] on the device, by Adam on each half.
 
-    On a GPU each kind of update is captured once in a CUDA graph and replayed, unless graph=False.
-    Raises UserError for fewer images than one minibatch.
+    The keywords are the flags of train_images.py. On a GPU each kind of update is captured in a CUDA graph at its first call and
+    replayed afterwards, unless graph=False. Raises UserError for fewer images than one minibatch.
     """
 
     def __init__(self, vae, images, *, learn, infer, estimator, samples, inner_steps, noise, batch, lr, seed, graph=True,
                  infer_samples=None, lr_half_life=None):
         if len(images) < batch:
             raise UserError(f"{len(images)} training images are fewer than one minibatch of {batch}; use a smaller --batch")
-        if not (LEARN[learn].joint or infer == "fd-repar"):  # double backward, of batch norm above all, is slower in channels_last
+        if not (LEARN[learn].joint or infer == "fd-repar"):  # a double backward, mostly of batch norm, is slower in channels_last
             vae.to(memory_format=torch.channels_last)
         self.images, self.learn, self.infer, self.estimator = images, learn, infer, estimator
         self.samples, self.infer_samples, self.inner_steps = samples, infer_samples or samples, inner_steps
@@ -173,11 +184,11 @@ class Trainer(Ledger):
         self.captured_generators = self.generators
         self.steps_per_epoch = len(images) // batch
         self.order = torch.arange(len(images), device=self.device)
-        self.cursor = torch.arange(batch, device=self.device)  # rows of `order` that make the next minibatch
+        self.cursor = torch.arange(batch, device=self.device)  # the positions in `order` of the next minibatch
         self.tensors = {"order": self.order, "cursor": self.cursor}
 
     def run_step(self):
-        """Update number `step`, counted from 0: phi moves, and theta on every K-th."""
+        """Update number `step`, counted from 0: one minibatch, in which theta moves too if it is a K-th update."""
         if self.step % self.steps_per_epoch == 0:
             self.begin_epoch(self.step // self.steps_per_epoch)
         if self.lr_half_life:
@@ -187,14 +198,14 @@ class Trainer(Ledger):
         self.advance(with_decoder, lambda: self.update(with_decoder))
 
     def update(self, with_decoder):
-        """One minibatch: phi moves; theta moves too on every K-th. A joint objective moves both by one loss."""
+        """One minibatch: phi moves and, if `with_decoder`, then theta. A joint objective moves both by one loss."""
         x = self.minibatch()
         if LEARN[self.learn].joint:
-            self.descend(lambda: joint_loss(self.vae, x, self.learn, self.draw(self.samples)), self.phi, self.theta)
+            self.descend(lambda: joint_loss(self.vae, x, self.learn, self.z_noise(self.samples)), self.phi, self.theta)
         else:
-            self.descend(lambda: infer_loss(self.vae, x, self.infer, self.draw(self.infer_samples)), self.phi)
+            self.descend(lambda: infer_loss(self.vae, x, self.infer, self.z_noise(self.infer_samples)), self.phi)
             if with_decoder:
-                self.descend(lambda: learn_loss(self.vae, x, self.learn, self.draw(self.samples), self.estimator), self.theta)
+                self.descend(lambda: learn_loss(self.vae, x, self.learn, self.z_noise(self.samples), self.estimator), self.theta)
         self.clock += 1
 
     def minibatch(self):
@@ -203,14 +214,14 @@ class Trainer(Ledger):
         self.cursor += self.batch
         return x + self.noise * torch.randn(x.shape, generator=self.generator, device=self.device)
 
-    def draw(self, samples):
-        """q -> standard noise [samples, B, Dz]."""
+    def z_noise(self, samples):
+        """A function of q that draws standard noise [samples, B, Dz] for z."""
         return lambda q: self.vae.noise(q, samples, self.generator)
 
     def descend(self, loss_of, *halves):
-        """One Adam step of `halves` on the mean of loss_of() [B] over the minibatch; nothing here waits for the device.
+        """One Adam step of `halves` on the mean of loss_of() [B] over the minibatch. It never waits for the device.
 
-        A half that does not move is frozen meanwhile: its weights cost no gradient, and what depends on them no double backward.
+        The other half is frozen meanwhile, so that its weights cost neither a gradient nor a double backward.
         """
         for half in (self.phi, self.theta):
             for p in half.params:
@@ -230,20 +241,20 @@ class Trainer(Ledger):
         self.cursor.copy_(torch.arange(self.batch))
 
     def progress(self, rate):
-        """What the bar shows, from updates a second."""
+        """The numbers beside the progress bar; `rate` is in updates a second."""
         infer, learn = (self.sums[:, 0] / self.sums[:, 2]).tolist()
         return {"infer": f"{infer:.4g}", "learn": f"{learn:.4g}", "gamma": f"{self.vae.log_gamma.exp().item():.2e}",
                 "images/s": f"{rate * self.batch:.0f}"}
 
     def averages(self, reset=True):
-        """Means since the last reset: the two training losses (nats or Fisher divergence) and the two gradient norms."""
+        """Means since the last reset of the two losses (nats or Fisher divergence) and of the two gradient norms."""
         return dict(zip(("infer_loss", "learn_loss", "infer_grad_norm", "learn_grad_norm"), self.means(reset).T.flatten()))
 
 
 def adam(params, lr, capturable, scheduled=False):
-    """Fused Adam with its state made at once, so that it can be captured, saved and loaded in place.
+    """Fused Adam whose state exists from the start, so that it can be captured, saved and loaded in place.
 
-    A captured one whose step size is `scheduled` keeps it in a tensor.
+    If it is both captured and `scheduled`, its step size is a tensor that `set_rate` changes in place.
     """
     rate = torch.tensor(lr, device=params[0].device) if capturable and scheduled else lr
     optimiser = torch.optim.Adam(params, rate, fused=True, capturable=capturable)
@@ -254,7 +265,7 @@ def adam(params, lr, capturable, scheduled=False):
 
 
 def decay(step, steps_per_epoch, half_life):
-    """The factor of the step size at this step: it halves every `half_life` epochs, whatever the budget is."""
+    """The factor of the step size at this step. It halves every `half_life` epochs and does not depend on the budget."""
     return 0.5 ** (step // steps_per_epoch / half_life)
 
 
@@ -267,13 +278,16 @@ def set_rate(optimiser, lr):
 
 
 def set_gradients(params, gradients):
-    """Each in its parameter's memory layout, as autograd.grad's need not be: fused Adam pairs by memory."""
+    """Give each parameter its gradient in the parameter's memory layout, which autograd.grad does not promise.
+
+    Fused Adam pairs their elements by memory position.
+    """
     for p, gradient in zip(params, gradients):
         p.grad = gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
 
 
 def state_of(vae, *optimisers):
-    """The tensors of a model and of its optimisers' moments, by name, in place."""
+    """The tensors of a model and of its optimisers by name, not copied."""
     state = {f"vae.{name}": tensor.detach() for name, tensor in vae.state_dict(keep_vars=True).items()}
     for i, optimiser in enumerate(optimisers):
         for j, moments in enumerate(optimiser.state.values()):
@@ -282,7 +296,7 @@ def state_of(vae, *optimisers):
 
 
 def restore_generator(generator, state, seed):
-    """A generator's state; where it was saved on another kind of device, whose states are of another form, a new stream from `seed`."""
+    """Restore a generator. A state saved on another kind of device has another size; the generator then starts from `seed`."""
     if len(state) == len(generator.get_state()):
         generator.set_state(state.cpu())
     else:
@@ -293,10 +307,11 @@ def restore_generator(generator, state, seed):
 
 
 def train(run, trainer, epochs, eval_every, evaluate):
-    """Train to `epochs`, resuming from the run's checkpoint. evaluate() -> dict of CPU tensors, at epoch 0, every `eval_every` and the last.
+    """Train up to `epochs`, from the run's checkpoint if it has one. Returns the status and the history.
 
-    `epochs` is a budget: a run that ended with fewer goes on, and equals one that was longer from the start.
-    Returns the status, `ok` or `diverged@<step>` (a non-finite loss is a result), and the history: a list per metric.
+    evaluate() returns a dict of CPU tensors; it is called at epoch 0, every `eval_every` epochs and at the last one. The history
+    is a list of its values per metric. The status is `ok`, or `diverged@<step>` where a loss was not finite, which is a result.
+    `epochs` is a budget: a run that ended with fewer continues, and equals one that had the larger budget from the start.
     Ctrl-C and SIGTERM write a checkpoint and raise Stopped.
     """
     history, seconds = resume(run, trainer, epochs, eval_every)
@@ -328,7 +343,7 @@ def train(run, trainer, epochs, eval_every, evaluate):
             evaluates = remainder == 0 and (epoch % eval_every == 0 or trainer.step == total)
             if not evaluates and time.monotonic() - last_look < LOOK_SECONDS:
                 continue
-            # Only from here on does the host wait for the device.
+            # The host waits for the device only below this line.
             last_look = time.monotonic()
             if (diverged := trainer.diverged) is not None:
                 return f"diverged@{diverged}", history
@@ -344,18 +359,20 @@ def train(run, trainer, epochs, eval_every, evaluate):
 
 
 def resume(run, trainer, epochs, eval_every):
-    """History and seconds of the run's checkpoint, which the trainer loads; {} and 0 where there is none.
+    """Load the run's checkpoint into the trainer. Returns its history and seconds, or {} and 0 where there is no checkpoint.
 
-    The row of a shorter budget's last epoch is dropped where the longer budget has none.
+    The last epoch of a smaller budget is always evaluated; its row is dropped if a larger budget does not evaluate there.
     """
     saved = run.load_checkpoint()
     if saved is None:
         return {}, 0.0
     if difference := mismatch(saved, {"trainer": dict, "history": dict, "seconds": float}):
-        raise UserError(f"{run.path}/checkpoint.pt is not a checkpoint of this script ({difference}) and is kept as it is; move it away")
+        raise UserError(f"{run.path}/checkpoint.pt is not a checkpoint of this script ({difference}) and is kept as it is; "
+                        "move it away")
     trainer.load(saved["trainer"])
     if trainer.step > epochs * trainer.steps_per_epoch:
-        raise UserError(f"{run.path} has more than {epochs} epochs already; --epochs of at least {trainer.step // trainer.steps_per_epoch + 1} goes on")
+        least = trainer.step // trainer.steps_per_epoch + 1
+        raise UserError(f"{run.path} has more than {epochs} epochs already; continue it with --epochs of at least {least}")
     history = saved["history"]
     last = int(history["epoch"][-1]) if history.get("epoch") else 0
     if last % eval_every and last < epochs:
@@ -364,4 +381,5 @@ def resume(run, trainer, epochs, eval_every):
 
 
 def stack(history):
+    """The history as NumPy arrays, [evaluations, ...]."""
     return {name: torch.stack(values).numpy() for name, values in history.items()}

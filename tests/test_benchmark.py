@@ -134,7 +134,7 @@ def test_table_1_adds_up():
     assert benchmark.table1_hours(rows[1:]) == {}
 
 
-@pytest.mark.parametrize("flags, words", [(["--precision", "tf32", "--device", "cpu"], "tf32 is a mode of CUDA GPUs"),
+@pytest.mark.parametrize("flags, words", [(["--precision", "tf32", "--device", "cpu"], "tf32 needs a CUDA GPU"),
                                           (["--device", "tpu"], "not one of auto, cpu"), (["--pairs", "KLD-X"], "invalid choice"),
                                           (["--pairs", "KLD-F", "KLD-F"], "--pairs names one twice")])
 def test_mistakes_get_one_sentence(tmp_path, fails, flags, words):

@@ -183,7 +183,7 @@ def test_a_run_of_another_version_is_skipped_and_an_older_one_gets_defaults(runs
     run_evaluate(tmp_path / "out", runs.a, runs.old)
     message = capsys.readouterr().err
     assert f"skipped {runs.old}: " in message and "latent" not in message
-    assert "it has --nonesuch, which is unknown here" in message
+    assert "this version does not know its --nonesuch" in message
     run_evaluate(tmp_path / "older_out", older)
     mine, its = (load_arrays(tmp_path / name / "table.npz") for name in ("out", "older_out"))
     assert all(np.array_equal(mine[key], its[key], equal_nan=mine[key].dtype.kind == "f") for key in mine if key != "config")

@@ -112,7 +112,7 @@ def test_an_older_folder_gets_defaults(folders, tmp_path):
 
 
 @pytest.mark.parametrize("edit, words", [
-    (lambda config: config["flags"].update(depth=3, gain=2), "it has --depth, --gain, which is unknown here"),
+    (lambda config: config["flags"].update(depth=3, gain=2), "this version does not know its --depth, --gain"),
     (lambda config: config["flags"].update(dim_z="many"), "--dim-z is 'many'"),
     (lambda config: config["flags"].update(dim_z=True), "--dim-z is True"),
     (lambda config: config["flags"].update(net="transformer"), "transformer"),

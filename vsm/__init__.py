@@ -1,14 +1,18 @@
-"""What the scripts share beside models.py, objectives.py, metrics.py, data.py and training.py.
+"""Code that the scripts share, beside models.py, objectives.py, metrics.py, data.py and training.py.
+
+The main modules; each of the others says what it does in its first line:
 
     quiet         Ctrl-C during the imports
-    cli           flags, and how a user's mistake is reported
-    device        the device, its precision, eval mode
+    cli           flags, progress, signals, errors
+    device        device, precision, eval mode
     runs          run folders and the arrays in them
-    packs         many runs in one file, and the one loader of figures and tables
-    sweep         the points of a sweep of 2-D runs, and their table
-    tables        Markdown tables, means beside their errors
+    loading       the trained model of a run folder
+    packs         many runs in one file; the loader for figures and tables
+    sweep         the points of a sweep of 2-D runs and their table
+    tables        Markdown tables of means and their errors
     figures       the figures, by family
     laws          the 2-D distributions
+    linear        fixed points of the objectives on linear VAEs
     importance    importance sampling of p(x)
     features      the networks behind FID and KID
     speed         CUDA graphs and compilation

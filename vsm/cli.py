@@ -1,4 +1,4 @@
-"""How a script reads its flags and reports a user's mistake."""
+"""The command line of the scripts: types of flags, progress, signals, and one-line messages for errors."""
 
 import argparse
 import contextlib
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake or a lack that the user can mend. Its text is the one sentence that stderr gets; exit code 2."""
+    """An error that the user can correct. The script prints its text, one sentence, to stderr and exits with code 2."""
 
 
 class Stopped(Exception):
-    """A signal asked the program to stop, and its state is on disk. Exit code 128 + the signal's number, as a shell has it."""
+    """A signal asked the program to stop, and its state is on disk. The exit code is 128 + the signal's number, as in shells."""
 
     def __init__(self, number):
         super().__init__(number)
@@ -29,9 +29,10 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stopping():
-    """SIGINT (Ctrl-C) and SIGTERM (a scheduler's preemption) set `.requested`, the signal's number, and interrupt nothing.
+    """A context in which SIGINT (Ctrl-C) and SIGTERM (preemption by a scheduler) do not interrupt but set `requested`.
 
-    The loop inside writes its checkpoint and raises Stopped(stop.requested). A second signal acts as it did before.
+    The loop inside looks at `requested`, the signal's number or None, writes its checkpoint and raises Stopped. A second signal
+    interrupts as usual.
     """
     stop, before = SimpleNamespace(requested=None), {}
 
@@ -39,7 +40,7 @@ def stopping():
         stop.requested = number
         signal.signal(number, before[number])
 
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+    if threading.current_thread() is threading.main_thread():  # Python allows no handlers in other threads
         before.update({number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)})
     try:
         yield stop
@@ -49,17 +50,18 @@ def stopping():
 
 
 def progress(total, initial=0, unit="step"):
-    """A tqdm bar on a terminal; elsewhere, as in a log file, a line after five seconds and then one a minute."""
+    """A tqdm bar on a terminal. In a log file it is a line after five seconds and then one a minute."""
     kind = tqdm if sys.stderr.isatty() else LogLines
     return kind(total=total, initial=initial, unit=unit, smoothing=0.05, dynamic_ncols=True)
 
 
 class LogLines(tqdm):
-    """tqdm's text, a line at a time."""
+    """tqdm that prints lines instead of a bar."""
 
     def __init__(self, **options):
         self.next_line = time.monotonic() + 5
-        super().__init__(**options, mininterval=1, ascii=True, bar_format="{n_fmt}/{total_fmt} [{elapsed}, {remaining} to go, {rate_fmt}]{postfix}")
+        super().__init__(**options, mininterval=1, ascii=True,
+                         bar_format="{n_fmt}/{total_fmt} [{elapsed}, {remaining} to go, {rate_fmt}]{postfix}")
 
     def display(self, msg=None, pos=None):
         if time.monotonic() >= self.next_line:
@@ -69,25 +71,27 @@ class LogLines(tqdm):
 
 
 def command_line(parse_args, main):
-    """Run a script: `main(parse_args())`. Whatever goes wrong ends in one sentence on stderr; $VSM_TRACEBACK=1 shows the traceback too.
+    """Run a script: `main(parse_args())`. Any error ends in one sentence on stderr, after a traceback if $VSM_TRACEBACK is set.
 
-    Exit codes: 2 for a mistake, a full disk or a failure, 130 and 143 for Ctrl-C and SIGTERM.
+    $VSM_IMPORT names modules to import first, which can register objectives, laws, networks or data.
+    Exit codes: 2 for an error, 130 for Ctrl-C, 143 for SIGTERM, 141 for a closed pipe.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as by 2>&-
             setattr(sys, name, open(os.devnull, "w"))
         if hasattr(stream := getattr(sys, name), "reconfigure"):
-            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for other characters
     try:
-        for module in filter(None, os.environ.get("VSM_IMPORT", "").split(",")):  # of objectives, laws, networks or data of one's own
+        for module in filter(None, os.environ.get("VSM_IMPORT", "").split(",")):
             importlib.import_module(module)
         main(parse_args())
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has left, as `| head` does
+    except BrokenPipeError:  # the reader of the output has ended, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except Stopped as stopped:
-        end(f"stopped by {signal.Signals(stopped.number).name}; the same command goes on from the checkpoint just written", 128 + stopped.number)
+        name = signal.Signals(stopped.number).name
+        end(f"stopped by {name}; the same command resumes from the checkpoint just written", 128 + stopped.number)
     except KeyboardInterrupt:
         end("interrupted; the same command resumes from the last checkpoint", 130)
     except Exception as error:
@@ -97,29 +101,32 @@ def command_line(parse_args, main):
 
 
 def end(message, code):
+    """Exit with a message on stderr, if that is still open."""
     with contextlib.suppress(OSError, ValueError):
         print(message, file=sys.stderr)
     sys.exit(code)
 
 
 def sentence(error):
-    """What a user needs to know of an exception."""
+    """An exception as one sentence for the user."""
     import torch
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or type(error) is RuntimeError and "can't allocate memory" in text:
-        return "out of memory; a smaller --batch, --samples, --width or --hidden needs less"
-    return f"{type(error).__name__}: {text[:300]} (VSM_TRACEBACK=1 in the environment shows where)"
+        return "out of memory; use a smaller --batch, --samples, --width or --hidden"
+    return f"{type(error).__name__}: {text[:300]} (set VSM_TRACEBACK=1 in the environment to see the traceback)"
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the script's docstring as it is written, and with defaults other than None and False."""
+
     def _get_help_string(self, action):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def whole_number(low, bits=31):
-    """argparse's type of whole numbers from `low` to 2^bits - 1."""
+    """An argparse type for whole numbers from `low` to 2^bits - 1."""
     def parse(text):
         with contextlib.suppress(ValueError):
             if low <= int(text) < 2**bits:
@@ -130,7 +137,7 @@ def whole_number(low, bits=31):
 
 
 def real_number(accepts, name):
-    """argparse's type of finite numbers that float32 can hold and for which accepts(value)."""
+    """An argparse type for finite numbers that float32 can hold and for which accepts(value) is true; `name` describes them."""
     def parse(text):
         with contextlib.suppress(ValueError):
             value = float(text)

@@ -11,17 +11,18 @@ from vsm.cli import UserError
 
 
 def pick_device(name):
-    """`auto` is the GPU where there is one. The device is made ready: a GPU becomes the current one, a CPU keeps memory and flushes denormals.
+    """The device of this name, ready for use; `auto` is a GPU if there is one, else the CPU.
 
-    Raises UserError for a device that is not there.
+    A GPU with an index becomes the current one. On a CPU, denormals are flushed to zero and freed memory is kept. Raises
+    UserError for a device that does not exist.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     if name.startswith("cuda") and not gpus:
-        raise UserError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu or auto")
+        raise UserError(f"--device {name} is not available: PyTorch finds no CUDA GPU here; use --device cpu or auto")
     if name not in (names := ("cpu", "cuda", *(f"cuda:{i}" for i in range(gpus)))):
-        raise UserError(f"--device {name}: not one of auto, {', '.join(names)}")
+        raise UserError(f"--device {name} is not one of auto, {', '.join(names)}")
     device = torch.device(name)
     if device.index is not None:
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current GPU
@@ -32,19 +33,24 @@ def pick_device(name):
 
 
 def keep_freed_memory(keep=True):
-    """Whether malloc keeps what is freed (glibc; elsewhere nothing changes). By itself it hands large tensors back to the system and
-    pays a page fault for each 4 kB of the next one, at every training step of images. False: the limits it comes to by itself.
+    """Make malloc keep freed memory (keep=True) or return it to the system (False). It has an effect with glibc only.
+
+    By default malloc returns large tensors to the system, and the next tensor costs a page fault for each 4 kB, at every training
+    step on images.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: what is larger has a mapping of its own ...
-        mallopt(-4, 0 if keep else 2**16)  # ... of which there may be M_MMAP_MAX
-        mallopt(-1, -1 if keep else 2**26)  # M_TRIM_THRESHOLD, bytes free at the heap's end; -1: never trimmed
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: a larger block gets a mapping of its own
+        mallopt(-4, 0 if keep else 2**16)  # M_MMAP_MAX, the number of such mappings
+        mallopt(-1, -1 if keep else 2**26)  # M_TRIM_THRESHOLD, free bytes at the heap's end that are returned; -1: never
 
 
 def set_precision(precision, device):
-    """float32 means no TF32: scores divide by gamma, and TF32's error would be divided with them."""
+    """Switch TF32 on or off. float32 excludes TF32, because scores divide by gamma and would divide its error too.
+
+    Raises UserError for tf32 without a GPU.
+    """
     if precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 is a mode of CUDA GPUs; use float32 or bf16 here")
+        raise UserError("--precision tf32 needs a CUDA GPU; use float32 or bf16 here")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = True
@@ -52,7 +58,7 @@ def set_precision(precision, device):
 
 @contextmanager
 def evaluating(vae):
-    """Eval mode, no parameter gradients, deterministic float32 kernels without TF32; everything restored at the end."""
+    """A context with eval mode, no gradients and deterministic float32 kernels without TF32. All is restored at the end."""
     training, flags = vae.training, [p.requires_grad for p in vae.parameters()]
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -68,7 +74,7 @@ def evaluating(vae):
 
 
 def peak_memory(device):
-    """Bytes: the allocator's peak on a GPU, the process's peak resident set on CPU."""
+    """Peak memory in bytes: of PyTorch's allocator on a GPU, of the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

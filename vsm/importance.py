@@ -1,4 +1,4 @@
-"""Importance sampling of p(x) and of its derivatives."""
+"""Importance sampling of the density p(x) of a VAE and of its derivatives."""
 
 import math
 from typing import NamedTuple
@@ -10,9 +10,10 @@ from vsm.device import evaluating
 
 
 class Importance(NamedTuple):
-    """p(x) and its derivatives per datum, float64: [B], or [S, B] of an ensemble.
+    """log p(x) and its derivatives per datum, float64: [B], or [S, B] for an ensemble.
 
-    The standard error of log_likelihood is sqrt(1 / ess - 1 / samples) by the delta method; no guide where ess is a few.
+    By the delta method the standard error of log_likelihood is sqrt(1 / ess - 1 / samples). It is unreliable where ess is
+    only a few.
     """
     log_likelihood: torch.Tensor  # log p(x), nats
     score: torch.Tensor  # grad_x log p(x) = E[a] under p(z|x) (Fisher's identity), [..., D]
@@ -25,49 +26,56 @@ class Importance(NamedTuple):
 
 
 def iw_log_likelihood(vae, x, samples, proposal="prior", generator=None, chunk=200):
-    """log p(x) = log E_r[p(x|z) p(z) / r(z)], r the prior or q(z|x): [B] or [S, B], nats; on average a lower bound."""
+    """log p(x) = log E_r[p(x|z) p(z) / r(z)] with r the prior or q(z|x), [B] or [S, B], nats; on average a lower bound."""
     return importance(vae, x, samples, proposal, generator, chunk).log_likelihood
 
 
 def score_matching_loss(vae, x, samples, proposal="prior", generator=None, chunk=200):
-    """1/2 ||grad log p(x)||^2 + laplacian log p(x) (Hyvarinen 2005), [B] or [S, B]: the Fisher divergence but for a constant."""
+    """1/2 ||grad log p(x)||^2 + laplacian log p(x) (Hyvarinen 2005), [B] or [S, B].
+
+    Its mean over the data is the Fisher divergence from the data to the model, less a constant of the data.
+    """
     return importance(vae, x, samples, proposal, generator, chunk).score_matching_loss
 
 
 def importance(vae, x, samples, proposal="prior", generator=None, chunk=200):
     """Importance sampling of p(x), x [B, ...] or [S, B, D], by z from the prior (the same for all data) or from q(z|x).
 
-    Streamed, `chunk` samples at a time: memory O(B chunk) for the prior, O(B chunk D) for q, whatever `samples` is.
+    The samples come in chunks, so memory does not grow with `samples`: it is O(B chunk) for the prior, O(B chunk D) for q.
     Raises ValueError for another proposal.
     """
     if proposal not in ("prior", "posterior"):
         raise ValueError(f"the proposal is prior or posterior, not {proposal!r}")
     shared = proposal == "prior"
     with evaluating(vae):
-        S, batch = vae.log_gamma.numel(), x.shape[:vae.log_gamma.dim() + 1]  # [B] or [S, B]
+        gammas, batch = vae.log_gamma.double().exp().flatten(), x.shape[:vae.log_gamma.dim() + 1]  # [S]; [B] or [S, B]
+        S = len(gammas)  # 1 without an ensemble
+        P = S if shared else batch.numel()  # sets of samples: each serves all data of one model, or one datum
         q = vae.prior if shared else vae.encode(x)
-        rows = x.double().reshape(S, *((1, batch[-1]) if shared else (batch[-1], 1)), -1)
-        streams = [_Stream(x_i, gamma) for x_i, gamma in zip(rows, vae.log_gamma.double().exp().reshape(S))]
+        data = x.double().reshape(P, batch.numel() // P, -1)  # [P, Q, D]
+        moments = [_PosteriorMoments(*model) for model in zip(data.chunk(S), gammas)]
         for start in range(0, samples, chunk):
             n = min(chunk, samples - start)
             z = vae.sample(q, vae.noise(q, n, generator), relaxed=False)  # [n, Dz], or [n, *batch, Dz]
             if shared:
-                g = vae.decode(z.expand(*vae.log_gamma.shape, *z.shape)).reshape(S, 1, n, -1)
-                log_ratio = torch.zeros_like(g[..., 0])
+                g = vae.decode(z.expand(*vae.log_gamma.shape, *z.shape)).reshape(P, n, -1)
+                log_ratio = g.new_zeros(P, n)
             else:
-                g = vae.decode(z).reshape(n, *rows.shape[:2], -1).movedim(0, 2)
-                log_ratio = (vae.prior.log_prob(z) - q.log_prob(z)).reshape(n, *rows.shape[:2]).movedim(0, 2)
-            for stream, g_i, log_ratio_i in zip(streams, g.double(), log_ratio.double()):
-                stream.add(g_i, log_ratio_i)
-        fields = zip(*(stream.result(samples) for stream in streams))
-        return Importance(*(torch.stack(field).reshape(*batch, *field[0].shape[2:]) for field in fields))
+                g = vae.decode(z).reshape(n, P, -1).transpose(0, 1)
+                log_ratio = (vae.prior.log_prob(z) - q.log_prob(z)).reshape(n, P).T
+            for model, g_i, log_ratio_i in zip(moments, g.double().chunk(S), log_ratio.double().chunk(S)):
+                model.add(g_i, log_ratio_i)
+        fields = zip(*(model.result(samples) for model in moments))
+        return Importance(*(torch.cat(field).reshape(*batch, *field[0].shape[2:]) for field in fields))
 
 
-class _Stream:
-    """Moments of g under the weights w = p(x|z) p(z) / r(z) of one model, held relative to the largest weight so far.
+class _PosteriorMoments:
+    """The moments of g(z) under p(z|x) of one model, from samples that come in parts.
 
-    P sets of samples, Q data each: x [P, Q, D], g [P, n, D], log_ratio [P, n]. One matmul gives the squared distances of x and g
-    less ||x||^2, another the sums of w g, w ||g||^2 and w; float64, because the first of these cancel by up to 1 / gamma.
+    P sets of samples serve Q data each: x [P, Q, D], g [P, n, D], log_ratio = log p(z) / r(z) [P, n]. The importance weights
+    w = p(x|z) p(z) / r(z) are held relative to the largest so far. One matmul gives the squared distances of x and g less
+    ||x||^2, another the sums of w g, w ||g||^2 and w. All is float64, because the first adds terms of order 1 / gamma that
+    nearly cancel.
     """
 
     def __init__(self, x, gamma):

@@ -1,6 +1,7 @@
-"""2-D data: sparse, mixture, banana, ring, spiral. Each is a map of standard normals, so that one block of noise serves an ensemble.
+"""The 2-D distributions ("laws") that train_synthetic.py learns: sparse, mixture, banana, ring, spiral.
 
-log_prob and score are closed forms for mixture, banana and ring, and one-dimensional integrals on a fine grid for sparse and spiral.
+Each is a map of standard normals, so that one block of noise makes the data of a whole ensemble. log_prob is a closed form for
+mixture, banana and ring, and a one-dimensional integral on a fine grid for sparse and spiral.
 """
 
 import math
@@ -10,14 +11,17 @@ import torch
 
 
 class Law:
-    """x = transform(u), u ~ N(0, I): a law gives transform, [..., dim_noise] -> [..., 2], and where known log_prob and entropy."""
+    """The distribution of x = transform(u), u ~ N(0, I).
+
+    A subclass defines transform, [..., dim_noise] -> [..., 2], and log_prob and entropy if they are known.
+    """
 
     dim_noise = 2
-    log_prob = None  # [..., 2] -> [...], nats
+    log_prob = None  # [..., 2] -> [...], nats; None: the density is not known
     entropy = None  # nats
 
     def sample(self, n, generator=None):
-        """[n, 2], on the generator's device."""
+        """n points [n, 2], on the generator's device."""
         device = generator.device if generator is not None else None
         return self.transform(torch.randn(n, self.dim_noise, generator=generator, device=device))
 
@@ -51,16 +55,20 @@ class Sparse(Law):
     dim_noise = 4
 
     def transform(self, u):
-        one = torch.eye(2, dtype=u.dtype, device=u.device)  # torch.tensor would copy from the host and end the capture of a CUDA graph
-        A = (one + 0.3 * torch.stack((one[1], -one[0]))) / 10
+        A = self._matrix(u)
         u, e = u.split(2, dim=-1)
         return (u.abs() * u) @ A + 0.01 * e
 
     def log_prob(self, x):
-        """A A' = 0.0109 I, so y = x A' / 0.0109 has independent coordinates sign(u) u^2 + N(0, sd^2): one integral over u for each."""
-        one = torch.eye(2, dtype=x.dtype, device=x.device)
-        A, sd = (one + 0.3 * torch.stack((one[1], -one[0]))) / 10, 0.01 / math.sqrt(0.0109)
-        return quadrature(x @ A.T / 0.0109, lambda u: u.abs() * u, sd).sum(-1) - math.log(0.0109)
+        """A A' = 0.0109 I, so y = x A' / 0.0109 has independent coordinates sign(u) u^2 + N(0, sd^2), each with an integral."""
+        sd = 0.01 / math.sqrt(0.0109)
+        return quadrature(x @ self._matrix(x).T / 0.0109, lambda u: u.abs() * u, sd).sum(-1) - math.log(0.0109)
+
+    @staticmethod
+    def _matrix(like):
+        """A, without torch.tensor, whose copy from the host cannot be captured in a CUDA graph."""
+        one = torch.eye(2, dtype=like.dtype, device=like.device)
+        return (one + 0.3 * torch.stack((one[1], -one[0]))) / 10
 
 
 class Mixture(Law):
@@ -78,7 +86,7 @@ class Mixture(Law):
 
     @property
     def entropy(self):
-        """log 2 + the entropy of one component - E log(1 + odds of the other one); along the line of the centres, t ~ N(mean, sd^2)."""
+        """log 2 + the entropy of a component - E log(1 + odds of the other), with t ~ N(mean, sd^2) along the line of centres."""
         mean = math.sqrt(2) * self.centre
         overlap = gaussian_mean(lambda t: np.log1p(np.exp(-2 * mean * t / self.sd**2)), mean, self.sd)
         return math.log(2) + math.log(2 * math.pi * math.e * self.sd**2) - overlap
@@ -99,12 +107,12 @@ class Banana(Law):
 
     @property
     def entropy(self):
-        """The map from u preserves volume but for the factor sd1 sd2."""
+        """The entropy of u + log(sd1 sd2), because the map from u scales volumes by sd1 sd2."""
         return math.log(2 * math.pi * math.e * self.sd[0] * self.sd[1])
 
 
 class Ring(Law):
-    """A uniform direction and the radius N(.7, .07^2)."""
+    """A uniform direction times a radius ~ N(.7, .07^2)."""
 
     dim_noise = 3
     radius, sd = 0.7, 0.07
@@ -125,7 +133,7 @@ class Ring(Law):
 
 
 class Spiral(Law):
-    """Angle 3 pi sqrt(t), t uniform: a turn and a half outwards from the origin to radius 1, noise sd .04."""
+    """One and a half turns from the origin to radius 1: radius sqrt(t), angle 3 pi sqrt(t), t uniform, noise sd .04."""
 
     dim_noise = 3
 
@@ -135,7 +143,7 @@ class Spiral(Law):
         return t * torch.cat([angle.cos(), angle.sin()], dim=-1) + 0.04 * u[..., :2]
 
     def log_prob(self, x):
-        """An integral over the uniform t, or over r = sqrt(t), of density 2 r, along which points move at even pace but for the radius."""
+        """An integral over the radius r = sqrt(t), which has the density 2 r on [0, 1], by the midpoint rule."""
         r = (torch.arange(4000, dtype=x.dtype, device=x.device) + 0.5) / 4000
         angle = 3 * math.pi * r
         centre = r[:, None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -144,14 +152,14 @@ class Spiral(Law):
 
 
 def quadrature(y, transform, sd, nodes=4000):
-    """log of the density at y [...] of transform(u) + sd e for standard normal u and e, by the trapezoidal rule over u in [-8, 8]."""
+    """The log density at y [...] of transform(u) + sd e, u and e standard normal, by the trapezoidal rule over u in [-8, 8]."""
     u = torch.linspace(-8, 8, nodes, dtype=y.dtype, device=y.device)
     log_weight = -(u**2) / 2 - math.log(2 * math.pi) + math.log(16 / (nodes - 1)) - math.log(sd)
     return (log_weight - ((y[..., None] - transform(u)) / sd) ** 2 / 2).logsumexp(-1)
 
 
 def gaussian_mean(f, mean, sd):
-    """E f(t), t ~ N(mean, sd^2), by the trapezoidal rule over eight standard deviations on both sides."""
+    """E f(t) for t ~ N(mean, sd^2), by the trapezoidal rule over eight standard deviations on both sides."""
     u = np.linspace(-8, 8, 4001)
     weights = np.exp(-(u**2) / 2)
     return float(weights @ f(mean + sd * u) / weights.sum())

@@ -1,10 +1,10 @@
-"""Linear VAEs: where each learning objective ends, predicted (`kappa`) and measured (`measured_kappa`).
+"""Linear VAEs: the fixed point of each learning objective, predicted (`kappa`) and measured (`measured_kappa`).
 
     p(z) = N(0, I), p(x|z) = N(W z, gamma I); q(z|x) = N(Phi x, diag s^2) with the exact posterior's mean,
     Phi = (W'W + gamma I)^-1 W', and alpha times its variance, s_j^2 = alpha gamma / (gamma + |w_j|^2), w_j the j-th column of W.
 
-In a direction where the data have variance v, a decoder that moves while q stands still (Algorithm 1) ends at
-gamma + w^2 = v / kappa. docs/theory.md has the proofs.
+Algorithm 1 updates the decoder while q is held. In a direction where the data have variance v, its fixed point is
+gamma + w^2 = v / kappa, with the contraction kappa of the objective. docs/theory.md has the proofs.
 """
 
 import math
@@ -17,20 +17,23 @@ from torch import nn
 from models import VAE, EnsembleVAE
 from objectives import LEARN
 
-LOWEST, HIGHEST, SCANNED = 1e-6, 1e3, 16  # w^2 / gamma at its lowest, (gamma + w^2) / v at its highest, values between
+LOWEST, HIGHEST, SCANNED = 1e-6, 1e3, 16  # a scan for fixed points: least w^2 / gamma, largest (gamma + w^2) / v, values
+
+
+KAPPA_KNOWN = ("elbo", "fd", "swersky", "bao")
 
 
 def kappa(objective, estimator="plugin", N=math.inf, alpha=1.0, batch=None):
-    """The contraction of a learning objective: a linear model that it trains gives its data the variance v / kappa, not v.
+    """The contraction of a learning objective: the linear model that it trains has the variance v / kappa where the data have v.
 
     objective: elbo, fd, swersky or bao. estimator: plugin, unbiased or released, for swersky and bao. N: posterior samples;
-    plugin with N = inf is the exact expectation. alpha: variance of q over the exact posterior's, a number or an array.
-    batch: released as on vectors, which averages over a minibatch of this size; None: released as on images. Raises
-    ValueError for another objective.
+    plugin with N = inf is the exact expectation. alpha: the variance of q over the exact posterior's, a number or an array.
+    batch: the size of the minibatch over which `released` averages vectors; None for `released` on images. Raises ValueError for
+    another objective.
     """
     if objective in ("elbo", "fd"):
         return alpha
-    if objective not in ("swersky", "bao"):
+    if objective not in KAPPA_KNOWN:
         raise ValueError(f"no constant contraction is known for the objective {objective}")
     if estimator == "unbiased":
         return 2 * alpha if objective == "swersky" else 1.0
@@ -75,9 +78,9 @@ class LinearDecoder(nn.Module):
 
 
 def linear_vae(weight, gamma, event_shape=None, members=None):
-    """A linear `models.VAE` of data [*event_shape] with W = `weight` [D, Dz], in weight's dtype, gamma held.
+    """A linear `models.VAE` of data [*event_shape] with W = `weight` [D, Dz], in weight's dtype; gamma is not trained.
 
-    event_shape: (D,) where None; an image's (C, H, W) otherwise. With `members` it is an EnsembleVAE of as many equal members.
+    event_shape: (D,) by default, or (C, H, W) for images. With `members` it is an EnsembleVAE of that many equal members.
     """
     event_shape = event_shape or (len(weight),)
     encoder, decoder = LinearEncoder(weight.shape[1], event_shape), LinearDecoder(weight, event_shape)
@@ -88,7 +91,10 @@ def linear_vae(weight, gamma, event_shape=None, members=None):
 
 @torch.no_grad()
 def set_posterior(vae, alpha=1.0):
-    """Give the encoder the exact posterior's mean and alpha times its variance (exact where the columns of W are orthogonal)."""
+    """Set the encoder to the exact posterior's mean and alpha times its variance, if the columns of W are orthogonal.
+
+    Otherwise it gets alpha over the diagonal of the posterior's precision as its variance.
+    """
     W, gamma = vae.decoder.weight, vae.log_gamma.exp().flatten()[0]
     precision = W.T @ W / gamma + torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
     vae.encoder.phi.copy_(torch.linalg.solve(precision, W.T / gamma))
@@ -99,10 +105,10 @@ def set_posterior(vae, alpha=1.0):
 
 
 def matched_noise(pairs, dims, seed=0):
-    """Noise [2 pairs, dims], float64: e and -e, whitened; pairs must be at least dims.
+    """Noise [2 pairs, dims], float64: whitened rows e and their negatives -e; pairs must be at least dims.
 
-    Odd moments vanish and the covariance is I exactly. The mean of a quadratic is therefore its expectation under N(0, I); the
-    mean of another function is an estimate of it.
+    Its odd moments are zero and its covariance is I, exactly. So the mean of a quadratic function is its expectation under
+    N(0, I); the mean of another function estimates its expectation.
     """
     e = torch.randn(pairs, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     e = torch.linalg.solve_triangular(torch.linalg.cholesky(e.T @ e / pairs), e.T, upper=False).T
@@ -110,7 +116,7 @@ def matched_noise(pairs, dims, seed=0):
 
 
 def expected_gradient(objective, w, v, N, alpha, gamma=1.0, batch=None, image=False, pairs=128, seed=0, **options):
-    """d E[loss] / dw of a one-dimensional linear VAE at w, q and z held: Algorithm 1. Options: see measured_kappa."""
+    """d E[loss] / dw of a one-dimensional linear VAE at w, with q and z held (Algorithm 1). Options: see measured_kappa."""
     B = batch or 1
     noise = matched_noise(max(pairs, 2 * B * (1 + N)), B * (1 + N), seed).unflatten(-1, (1 + N, B))  # [M, 1 + N, B]
     x, noise = math.sqrt(v) * noise[:, 0, :, None], noise[:, 1:, :, None].transpose(0, 1)  # [M, B, 1], [N, M, B, 1]
@@ -128,15 +134,15 @@ def expected_gradient(objective, w, v, N, alpha, gamma=1.0, batch=None, image=Fa
 
 
 def measured_kappa(objective, N, alpha=1.0, v=25.0, gamma=1.0, **options):
-    """v / (gamma + w^2) at the fixed point w of a learning objective on a one-dimensional linear VAE; it does not use `kappa`.
+    """v / (gamma + w^2) at the fixed point w of a learning objective on a one-dimensional linear VAE, without use of `kappa`.
 
-    objective: a name of objectives.LEARN or a function like them. N: posterior samples. alpha: variance of q over the exact
-    posterior's. v: variance of the data. Keywords of the expectation: `batch`, the size of minibatches where the objective
-    couples data; `image`, x as [C, H, W]; `pairs` and `seed` of the noise (take more pairs for an objective that is not
-    quadratic in x and z). Other keywords go to the objective, `estimator` for example.
+    objective: a name in objectives.LEARN or a function with their signature. N: posterior samples. alpha: the variance of q over
+    the exact posterior's. v: variance of the data. expected_gradient takes `batch`, the size of minibatches for an objective that
+    couples data; `image`, to give x as [C, H, W]; `pairs` and `seed` of the noise (use more pairs for an objective that is not
+    quadratic in x and z). Other keywords go to the objective, for example `estimator`.
 
-    Returns inf where the latent is pruned (kappa above v / gamma), 0 where w grows without bound, nan where the gradient is not
-    finite, and the least kappa where there are several stable fixed points.
+    Returns inf if the latent is pruned (kappa above v / gamma), 0 if w grows without bound, nan if the gradient is not finite,
+    and the least kappa if there are several stable fixed points.
     """
     def slope(t):  # linear in t = gamma + w^2 for an objective with a constant kappa, so that one secant step finds the root
         w = math.sqrt(t - gamma)
@@ -153,10 +159,10 @@ def measured_kappa(objective, N, alpha=1.0, v=25.0, gamma=1.0, **options):
 
 
 def split_kappa(objective, alpha=1.0, samples=(2, 5, 20), **options):
-    """What of an objective's kappa is its own and what is its estimator's: (limit, slope, residual) of kappa = limit + slope / N.
+    """Fit kappa = limit + slope / N over N in `samples` by least squares. Returns (limit, slope, residual).
 
-    limit: N = inf, the objective itself. slope: the bias of the estimator, 0 for an unbiased one. residual: the largest |error|
-    of the least-squares fit over N in `samples`, which says something for three N or more. Options as in measured_kappa.
+    limit: the kappa of the objective itself, N = inf. slope: the bias of its estimator, 0 for an unbiased one. residual: the
+    largest |error| of the fit, which is informative for three N or more. Options as in measured_kappa.
     """
     measured = np.array([measured_kappa(objective, N, alpha, **options) for N in samples])
     design = np.stack((np.ones(len(samples)), 1 / np.array(samples)), 1)
@@ -167,8 +173,8 @@ def split_kappa(objective, alpha=1.0, samples=(2, 5, 20), **options):
 def expected_slope(W, C, gamma, objective, estimator="plugin", N=math.inf, alpha=1.0):
     """gamma^2 times the gradient of an objective's expectation with respect to the decoder's weights W [D, Dz], in closed form.
 
-    C [D, D]: covariance of the data. q and z are held; q has the exact posterior's mean and alpha times its covariance with its
-    off-diagonals. objective: elbo (there it is gamma times the gradient), fd, swersky or bao.
+    For elbo it is gamma times the gradient. objective: elbo, fd, swersky or bao. C [D, D]: covariance of the data. q and z are
+    held; q has the exact posterior's mean and alpha times its full covariance.
     """
     S = gamma * torch.linalg.inv(W.T @ W + gamma * torch.eye(W.shape[1], dtype=W.dtype, device=W.device))  # the exact covariance
     cross = C @ W @ S / gamma  # E[x m'], [D, Dz], m = S W' x / gamma the posterior mean

@@ -1,4 +1,4 @@
-"""From the folder of a run to its trained model.
+"""Load the trained model of a run from its folder.
 
     from vsm.loading import load_vae
     vae = load_vae("runs/images/mnist-conv-kld-fd-seed0")             # an image run
@@ -16,30 +16,28 @@ from vsm.cli import UserError
 from vsm.runs import NOT_IDENTITY, flag_name, load_checkpoint, load_config
 from vsm.schema import mismatch
 
-# The flags of the two trainers with their defaults: what a folder made before a flag existed is taken to have had. A test holds
-# them to the scripts. A flag that is not here is unknown: its model might be built otherwise.
+# The flags of the two trainers with their defaults, which stand in for flags younger than a folder. A test compares them with the
+# scripts. A flag that is not listed makes a folder unreadable, because it might change how the model is built.
 FLAGS = {
     "train_images": {
         "data": "mnist", "limit": 0, "test_limit": 0, "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 5,
         "infer_samples": 5, "noise": 0.1, "seed": 0, "net": "conv", "width": 64, "norm": "batch", "dim_z": 100,
         "latent": "gaussian", "temperature": 0.5, "init_sd": 0.1, "inner_steps": 5, "batch": 100, "lr": 1e-4,
-        "lr_half_life": None, "epochs": 1000, "precision": "float32",
-        "eval_every": 10, "fid_every": 0, "data_root": "data"},
+        "lr_half_life": None, "epochs": 1000, "precision": "float32", "eval_every": 10, "fid_every": 0, "data_root": "data"},
     "train_synthetic": {
         "data": "mixture", "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 1, "infer_samples": 1, "seeds": 10,
         "seed": 0, "hidden": 30, "init_sd": 0.1, "inner_steps": 5, "bilevel_steps": 0, "batch": 1000, "lr": 1e-4,
-        "inner_lr": 0.01,
-        "lr_half_life": None, "steps_per_epoch": 100, "epochs": 100, "test_size": 5000,
+        "inner_lr": 0.01, "lr_half_life": None, "steps_per_epoch": 100, "epochs": 100, "test_size": 5000,
         "importance_samples": 100_000, "eval_every": 5}}
-MODEL_FLAGS = {  # those that a model is built from: their types are checked
+MODEL_FLAGS = {  # the flags from which a model is built; their types are checked
     "train_images": ("net", "dim_z", "width", "norm", "latent", "temperature", "init_sd", "precision"),
     "train_synthetic": ("seeds", "hidden", "init_sd")}
 
 
 def flags_of(config):
-    """The flags of a run from its config.json, with defaults for those that it lacks.
+    """The flags of a run from its config.json, with defaults for missing ones.
 
-    Raises UserError for another script's run, for unknown flags, which it names, and for flags of another type.
+    Raises UserError for a run of another script, for unknown flags (by name) and for flags of a wrong type.
     """
     script, flags = config["script"], config["flags"]
     if script not in FLAGS:
@@ -47,7 +45,7 @@ def flags_of(config):
     defaults = FLAGS[script]
     if unknown := sorted(flags.keys() - defaults.keys() - {*NOT_IDENTITY}):
         names = ", ".join(f"--{flag_name(key)}" for key in unknown)
-        raise UserError(f"it was made by another version of {script}.py: it has {names}, which is unknown here")
+        raise UserError(f"it was made by another version of {script}.py; this version does not know its {names}")
     full = defaults | {"infer_samples": flags.get("samples", defaults["samples"])} | flags
     for key in MODEL_FLAGS[script]:
         if difference := mismatch(full[key], defaults[key], f"--{flag_name(key)}"):
@@ -56,8 +54,10 @@ def flags_of(config):
 
 
 def vae_of(flags, image_shape):
-    """The untrained model of an image run, from its flags. Raises UserError for images [C, H, W] that the network does not
-    take."""
+    """The untrained model of an image run from its flags, for images of `image_shape` [C, H, W].
+
+    Raises UserError for images that the network does not take.
+    """
     try:
         return build_vae(flags["net"], tuple(image_shape), flags["dim_z"], flags["width"], flags["norm"], flags["latent"],
                          temperature=flags["temperature"], init_sd=flags["init_sd"], bf16=flags["precision"] == "bf16")
@@ -66,12 +66,11 @@ def vae_of(flags, image_shape):
 
 
 def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
-    """The VAE of a run folder at its last checkpoint, in eval mode and frozen; config.json and the checkpoint are all that is
-    read.
+    """The VAE of a run folder at its last checkpoint, in eval mode and frozen. It reads config.json and the checkpoint only.
 
-    Of a 2-D run: the model of the seed --seed + `member`, for x [B, 2] and z [N, B, 2], or for None the ensemble of all S, for
-    x [S, B, 2]. `checkpoint`: another file of that folder, such as a copy made earlier. Raises UserError for a folder, a flag, a
-    member or a checkpoint that is missing, damaged or of another version.
+    For a 2-D run, `member` i gives the model of seed --seed + i, for x [B, 2] and z [N, B, 2]; None gives the ensemble of all S,
+    for x [S, B, 2]. `checkpoint` names another file of the folder, such as an earlier copy. Raises UserError for a folder, flag,
+    member or checkpoint that is missing, damaged or of another version.
     """
     folder, config = Path(folder), load_config(folder)
     flags, tensors = flags_of(config), tensors_of(folder / checkpoint)
@@ -88,13 +87,12 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
     if member is not None:
         vae = member_of(vae, member)
     vae = vae.eval().requires_grad_(False).to(device)
-    # Convolutions sum in the order of the memory format. This is the one they were trained in, so metrics come out again to the
-    # bit.
+    # The memory format sets the order of a convolution's sums. Training uses this one, so metrics can be reproduced to the bit.
     return vae.to(memory_format=torch.channels_last) if config["script"] == "train_images" else vae
 
 
 def tensors_of(path):
-    """The trainer's tensors of a checkpoint, by name. Raises UserError for another file."""
+    """The trainer's tensors in a checkpoint, by name. Raises UserError for another kind of file."""
     tensors = trainer_of(path).get("tensors")
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a checkpoint of a trainer: it holds no tensors")
@@ -102,7 +100,7 @@ def tensors_of(path):
 
 
 def trainer_of(path):
-    """What a trainer saved in a checkpoint, a dict. Raises UserError for another file."""
+    """The dict that a trainer saved in a checkpoint. Raises UserError for another kind of file."""
     saved = load_checkpoint(path)
     if not (isinstance(saved, dict) and isinstance(saved.get("trainer"), dict)):
         raise UserError(f"{path} is not a checkpoint of a trainer")
@@ -110,7 +108,7 @@ def trainer_of(path):
 
 
 def epochs_trained(folder):
-    """Epochs of an image run at its last checkpoint, which may lie between two. Raises UserError where that cannot be told."""
+    """Epochs of an image run at its last checkpoint, not always a whole number. Raises UserError for damaged files."""
     folder = Path(folder)
     config = load_config(folder)
     data, batch, step = config.get("data"), flags_of(config)["batch"], trainer_of(folder / "checkpoint.pt").get("step")
@@ -121,7 +119,7 @@ def epochs_trained(folder):
 
 
 def image_shape_of(config):
-    """[C, H, W] of an image run's data."""
+    """[C, H, W] of the images of a run, from its config.json. Raises UserError where it is not there."""
     data = config.get("data")
     size = data.get("size") if isinstance(data, dict) else None
     if mismatch(size, [1, 1, 1]):
@@ -130,8 +128,7 @@ def image_shape_of(config):
 
 
 def member_of(ensemble, member):
-    """One model of an EnsembleVAE as a VAE of its own: the same numbers to rounding. Raises UserError for a member that is not
-    there."""
+    """A member of an EnsembleVAE as a VAE of its own, equal to rounding. Raises UserError for a member that does not exist."""
     count = len(ensemble.log_gamma)
     if not 0 <= member < count:
         raise UserError(f"there is no member {member}; the run has {count}, counted from 0")

@@ -1,4 +1,4 @@
-"""Imported before all else by every script: Ctrl-C during the imports, which take seconds, ends in one sentence too."""
+"""Every script imports this first, so that Ctrl-C during the other imports, which take seconds, prints one word and no traceback."""
 
 import sys
 
@@ -10,4 +10,4 @@ def report(kind, error, trace):
         print("interrupted", file=sys.stderr)
 
 
-sys.excepthook = report  # Python itself then ends by the signal, which a shell sees as exit code 130
+sys.excepthook = report  # Python then ends by the signal, so a shell sees exit code 130

@@ -1,11 +1,12 @@
-"""A run is a folder: its flags, its lock, its checkpoint, its arrays.
+"""Run folders: flags, lock, checkpoint and arrays of a run.
 
     runs/<family>/<name>/config.json      every flag, versions, commit, device, data recipe
                          metrics.npz      plain arrays, `config` as a JSON string, `status`: ok | diverged@<step>
-                         checkpoint.pt    what the next call of the same command resumes from
+                         checkpoint.pt    the state from which the same command resumes
+                         log.csv          a line per evaluation
                          *.png            drawn from metrics.npz alone
 
-The same command again resumes a half run, skips a finished one, and refuses a folder made with other flags.
+The same command again resumes an unfinished run, skips a finished one, and refuses a folder made with other flags.
 """
 
 import contextlib
@@ -27,27 +28,27 @@ import torch
 
 from vsm.cli import UserError
 
-# Flags that say where and how to compute, not what: they may change between two calls on one folder.
+# Flags that say where and how to compute, not what. They may change between two calls on one folder.
 NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile", "tensorboard")
-BUDGET = "epochs"  # a run with more of them continues one with fewer
-# What a folder had that was made before a flag existed, from its other flags; a flag that is not here had no effect to differ in.
+BUDGET = "epochs"  # the flag in which a run may differ from the one that it continues
+# The value, from the other flags, that a folder older than a flag had in effect. A flag that is not listed changed nothing.
 OLD_DEFAULTS = {"infer_samples": lambda flags: flags.get("samples"), "lr_half_life": lambda flags: None,
                 "fid_every": lambda flags: 0, "spectrum": lambda flags: None,
                 "objectives": lambda flags: ["fd-repar", "fd", "kld"]}
-# [S] in 2-D runs
+# The metrics of shape [S] in 2-D runs
 OF_MEMBERS = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss", "nll_curve", "excess_curve")
 LONGEST_NAME = 100  # characters of a run's name
 
 
 def run_name(args, axes, defaults, budget=False):
-    """The name of a run's folder: the sweep's axes, then every other flag that differs from its default.
+    """The name of a run's folder: the values of the flags `axes`, then every other flag that differs from its default.
 
-    The runs of a sweep never collide. A name of more than LONGEST_NAME characters is cut, and ends in a digest of all of it.
-    budget: with the epochs, as in the names of old folders.
+    Runs with different flags never share a name. A name of more than LONGEST_NAME characters is cut and ends in a digest of all
+    of it. budget: whether --epochs counts, as it did in the names of older versions.
     """
     def text(key, value):
         if key == "data" and isinstance(value, str):
-            from data import short_name  # data imports this module
+            from data import short_name  # here, because data imports this module
             return short_name(value)
         return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -63,13 +64,13 @@ def run_name(args, axes, defaults, budget=False):
 
 
 def default_folder(family, args, axes, defaults):
-    """runs/FAMILY/NAME, or the folder that an earlier version gave the same command, where that is there and this is not."""
+    """runs/FAMILY/NAME, or the name that an older version gave the same flags if only that folder exists."""
     path, old = (f"runs/{family}/{run_name(args, axes, defaults, budget)}" for budget in (False, True))
     return old if Path(old).exists() and not Path(path).exists() else path
 
 
 def write_atomic(path, data):
-    """Write bytes to `path` whole or not at all: a temporary name, fsync, rename. Its folder is made where there is none.
+    """Write bytes to `path` whole or not at all, by a temporary file, fsync and rename. Makes the folder if it is missing.
 
     Raises UserError where the disk refuses.
     """
@@ -88,19 +89,19 @@ def write_atomic(path, data):
 
 
 def save_arrays(path, config, **arrays):
-    """Write an `.npz` of plain arrays with `config` beside them as a JSON string."""
+    """Write an `.npz` of plain arrays with `config` as a JSON string among them. Raises UserError where the disk refuses."""
     write_atomic(Path(path), packed(config, arrays))
 
 
 def packed(config, arrays):
-    """The bytes of that `.npz`."""
+    """The bytes of the `.npz` that `save_arrays` writes."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, config=json.dumps(config), **arrays)
     return buffer.getvalue()
 
 
 def load_arrays(path):
-    """The arrays of an `.npz` as a dict; `config` parsed. Raises UserError for a missing or damaged file."""
+    """The arrays of an `.npz` as a dict, with `config` parsed. Raises UserError for a missing or damaged file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -108,30 +109,27 @@ def load_arrays(path):
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist; is {Path(path).parent} a finished run?") from None
     except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}); move it away, and the command that made it makes it again") from error
+        raise UserError(f"{path} is damaged ({error}); move it away and run the command that made it again") from error
     return arrays
 
 
 def load_finished(folder):
-    """`metrics.npz` of a run that has ended. Raises UserError for one that is missing, half or damaged."""
+    """The arrays of a run that has ended. Raises UserError for a missing, unfinished or damaged run."""
     arrays = load_arrays(Path(folder) / "metrics.npz")
     if "status" not in arrays:
-        raise UserError(f"{folder} has not ended; the command that began it resumes it")
+        raise UserError(f"{folder} has not ended; run the command that began it again to resume it")
     return arrays
 
 
 def load_config(folder):
-    """`config.json` of a run folder.
-
-    Raises UserError for a folder that is none, or whose config.json is damaged or not of a run.
-    """
+    """`config.json` of a run folder as a dict. Raises UserError if it is missing, damaged or not that of a run."""
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is not a run folder: it has no config.json") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove {folder}, or leave it alone and choose another") from error
+        raise UserError(f"{path} is damaged ({error}); remove {folder} or choose another folder") from error
     if not (isinstance(config, dict) and "script" in config and isinstance(config.get("flags"), dict)):
         raise UserError(f"{folder} is not a run folder: its config.json is not that of a run")
     return config
@@ -148,10 +146,10 @@ def flag_name(key):
 
 
 def group_by_seed(runs, configs):
-    """Runs that differ in their seed alone: a list of names and indices into `runs` and their `configs`.
+    """Group runs that differ in their seed alone: a list of (name, indices into `runs` and their `configs`).
 
-    The name is that of the objectives, with the flags in which it differs from others of the same data and network:
-    "KLD-F" or "KLD-F inner-steps=1". Raises UserError for one seed twice: its copies would pass for a spread.
+    The name is the label of the objectives with the flags in which the group differs from others of the same data and network:
+    "KLD-F" or "KLD-F inner-steps=1". Raises UserError if a group has a seed twice, which would make its spread too small.
     """
     identity = [{key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")}
                 for config in configs]
@@ -169,7 +167,7 @@ def group_by_seed(runs, configs):
 
 
 def refuse_twins(runs):
-    """Raises UserError where two of the `runs` of one experiment, (folder, seeds) each, share a seed."""
+    """Raises UserError if two `runs` of one experiment, each given as (folder, seeds), share a seed."""
     first = {}
     for run, seeds in runs:
         for seed in seeds:
@@ -180,7 +178,7 @@ def refuse_twins(runs):
 
 
 def environment(device):
-    """What the numbers may depend on beside the flags."""
+    """Versions, commit and device: what the numbers may depend on, beside the flags."""
     git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
                          check=False, capture_output=True, text=True) if shutil.which("git") else None
     cuda = device.type == "cuda"
@@ -190,16 +188,16 @@ def environment(device):
 
 
 class Run:
-    """A run folder, locked while the context lasts; the lock dies with the process that holds it.
+    """A run folder, locked during the context. If the process dies, the lock is gone.
 
         with Run(path, script="train_images", flags=vars(args), device=device, overwrite=args.overwrite) as run:
-            if run.status:            # finished before: nothing to do
+            if run.status:            # the run has finished before
                 return
             state = run.load_checkpoint(device)     # None at the first call
 
-    `epochs` among the flags is a budget: a finished run with fewer goes on. With overwrite=True the old run is moved aside and
-    removed only when the new one has written its first arrays; what fails before that is undone.
-    Raises UserError: another process holds the folder, other flags or another script made it, or it cannot be written.
+    The flag `epochs` is a budget: a finished run with fewer epochs continues. overwrite=True moves the old run aside, removes it
+    when the new run writes its first arrays, and restores it if the new run fails earlier.
+    Raises UserError if another process holds the folder, other flags or another script made it, or it cannot be written.
     """
 
     def __init__(self, path, script, flags, device, overwrite=False, tensorboard=False, **extra):
@@ -228,7 +226,7 @@ class Run:
         except OSError as error:
             self._lock.close()
             raise UserError(f"the file system of {self.path} has no locks ({os.strerror(error.errno)}); "
-                            "choose an --out on another") from error
+                            "choose an --out on another file system") from error
         try:
             self._claim()
             if self._open_board and not self.status:
@@ -251,7 +249,7 @@ class Run:
     _lock = _board = None
 
     def _files(self):
-        """What is in the folder beside the lock and what a killed write left."""
+        """The files of the folder, without the lock, the run moved aside and the remains of a killed write."""
         ours = (".lock", self.aside.name)
         try:
             return [file for file in self.path.iterdir() if file.name not in ours and file.suffix != ".tmp"] \
@@ -260,6 +258,7 @@ class Run:
             raise UserError(f"cannot read the output folder {self.path}: {os.strerror(error.errno)}") from error
 
     def _finished_on_a_disk_that_refuses(self):
+        """Whether the folder cannot be written, so that no lock is possible, but holds a finished run of these flags."""
         if self.overwrite or not (self.path / "config.json").exists():
             return False
         if os.access(self.path, os.W_OK) and self.path.stat().st_mode & 0o222:
@@ -268,10 +267,11 @@ class Run:
         return self.status is not None
 
     def _claim(self):
+        """Take the folder over, or move its run aside, and write config.json unless the run has finished."""
         for left in self.path.glob(".*.tmp"):
             left.unlink(missing_ok=True)
         if not (self.path / "config.json").exists():
-            self._restore()  # an --overwrite that was killed before the new run began
+            self._restore()  # undo an --overwrite that was killed before the new run began
         files = self._files()
         if files:
             old = load_config(self.path)
@@ -287,7 +287,7 @@ class Run:
         write_atomic(self.path / "config.json", json.dumps(self.config, indent=1).encode())
 
     def _take_over(self, old):
-        """Set the status of a run that has ended, and clear the pictures of a finished one that goes on."""
+        """Set the status of a run that has ended. If it continues with a larger budget, delete its pictures instead."""
         self._refuse_other_flags(old)
         status = status_of(self.path)
         if status is None:
@@ -298,17 +298,17 @@ class Run:
             if has < epochs:
                 for picture in self.path.glob("*.png"):
                     picture.unlink()
-                print(f"{self.path}: goes on from {has} epochs")
+                print(f"{self.path}: continues from {has} epochs")
                 return
         self.status = status
         more = f", and has {has} epochs already" if has and has > epochs else ""
         print(f"{self.path}: finished before ({status}){more}; --overwrite redoes it")
 
     def _move_aside(self, files):
-        """config.json goes first and comes back last, so that a kill in between leaves a folder that `_restore` completes."""
+        """Move the old run into `aside`, config.json first. `_restore` moves it back last and so completes a killed move."""
         files = sorted(files, key=lambda file: file.name != "config.json")
         if (self.aside / "config.json").exists() and not (self.path / "metrics.npz").exists():
-            for file in files:  # of an --overwrite that was killed before its first arrays: the run aside is worth more
+            for file in files:  # an --overwrite was killed before its first arrays; keep the run aside, not its remains
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
             return
         if self.aside.exists():
@@ -318,7 +318,7 @@ class Run:
             os.replace(file, self.aside / file.name)
 
     def _restore(self):
-        """Undo `_move_aside` where the new run has no config.json."""
+        """Undo `_move_aside` if the new run has no config.json."""
         if (self.aside / "config.json").exists() and not (self.path / "config.json").exists():
             with contextlib.suppress(OSError):
                 for file in sorted(self.aside.iterdir(), key=lambda file: file.name == "config.json"):
@@ -328,7 +328,7 @@ class Run:
     def _refuse_other_flags(self, old):
         mine, theirs = ({**config["flags"], "script": config["script"], "data": config.get("data")}
                         for config in (json.loads(json.dumps(self.config)), old))
-        for key in mine.keys() - theirs.keys():  # a flag that is younger than the folder
+        for key in mine.keys() - theirs.keys():  # flags younger than the folder
             theirs[key] = OLD_DEFAULTS.get(key, lambda flags: mine[key])(theirs)
         differ = [f"{key} was {theirs.get(key)!r}, is now {mine.get(key)!r}" for key in sorted(mine.keys() | theirs.keys())
                   if key not in (*NOT_IDENTITY, BUDGET) and mine.get(key) != theirs.get(key)]
@@ -337,18 +337,18 @@ class Run:
                             "choose another --out, or --overwrite to redo it")
 
     def identity(self):
-        """What a checkpoint must agree with, as a JSON string."""
+        """The script and the flags that a checkpoint must agree with, as a JSON string."""
         flags = {key: value for key, value in self.config["flags"].items() if key not in (*NOT_IDENTITY, BUDGET)}
         return json.dumps({"script": self.config["script"], **flags}, sort_keys=True)
 
     def save_checkpoint(self, state):
-        """`state` is a dict of tensors, containers and plain Python only, so that it loads with weights_only=True."""
+        """Write `state`, a dict of tensors, containers and plain Python values, so that it loads with weights_only=True."""
         buffer = io.BytesIO()
         torch.save(state | {"identity": self.identity()}, buffer)
         self._write("checkpoint.pt", buffer.getbuffer())
 
     def load_checkpoint(self, device="cpu"):
-        """The last checkpoint, or None. Raises UserError for a damaged one and for one of other flags, which are kept."""
+        """The last checkpoint, or None. Raises UserError for a damaged file or other flags, and keeps the file."""
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return None
@@ -360,15 +360,15 @@ class Run:
         return state
 
     def save_metrics(self, **arrays):
-        """`metrics.npz`; with a `status` among the arrays the run counts as finished."""
+        """Write `metrics.npz`. A `status` among the arrays marks the run as finished."""
         self._write("metrics.npz", packed(self.config, arrays))
         if self.aside.exists():
             shutil.rmtree(self.aside, ignore_errors=True)
 
     def log(self, history):
-        """log.csv from {name: a list of tensors, one per evaluation}; with --tensorboard its last line as events too.
+        """Write log.csv from {name: a list of tensors, one per evaluation}, and its last line to TensorBoard if that is on.
 
-        A line per evaluation: scalars as they are, of an ensemble's members the mean over those that are finite.
+        A line per evaluation holds the scalars, and for metrics of an ensemble's members the mean over the finite ones.
         """
         columns = {name: [scalar(value) for value in values] for name, values in history.items()
                    if values[0].dim() <= (name in OF_MEMBERS)}
@@ -379,7 +379,7 @@ class Run:
                 self._board.add_scalar(name, values[-1], int(columns["epoch"][-1]))
 
     def show(self, name, images):
-        """Images [n, C, H, W], uint8, to TensorBoard where --tensorboard is given."""
+        """Write images, uint8 [n, C, H, W], to TensorBoard if --tensorboard is given."""
         if self._board:
             self._board.add_images(name, images)
 
@@ -390,12 +390,13 @@ class Run:
 
 
 def scalar(value):
+    """The mean over the finite elements of a tensor, nan without any."""
     value = value.double().flatten()
     return value[value.isfinite()].mean().item() if value.isfinite().any() else float("nan")
 
 
 def tensorboard_writer():
-    """The class that writes for TensorBoard. Raises UserError where tensorboard is not installed."""
+    """The class that writes TensorBoard events. Raises UserError if tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -404,15 +405,15 @@ def tensorboard_writer():
 
 
 def load_checkpoint(path, device="cpu"):
-    """Tensors and plain Python of a checkpoint (`weights_only=True`). Raises UserError for a damaged or foreign file."""
+    """The content of a checkpoint, loaded with weights_only=True. Raises UserError for a missing or damaged file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load compares no checksum
+            if damaged := archive.testzip():  # torch.load does not check the checksums
                 raise ValueError(f"checksum of {damaged}")
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError, ... by how the file is damaged
+    except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError or others, depending on the damage
         reason = f"{type(error).__name__} {error}".splitlines()[0][:80]
         raise UserError(f"the checkpoint {path} is damaged ({reason}) and is kept as it is; "
                         "move it away or use --overwrite to start the run again") from error

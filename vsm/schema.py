@@ -1,13 +1,14 @@
-"""Is what was loaded of the form that it should have? One answer for checkpoints, flags and arrays."""
+"""Compare the form of loaded data (checkpoints, flags, arrays) with the form that is expected."""
 
 import torch
 
 
 def mismatch(value, like, name=""):
-    """None where `value` has the form of `like`, else where and how it first differs, in a few words.
+    """The first difference in form between `value` and `like`, in a few words with its place, or None if there is none.
 
-    `like` is an example or a type: a dict wants the same keys and a list the same length, each item checked in turn; a tensor wants
-    the same shape and kind of number; a type wants an instance of it; anything else wants the same type (an int passes for a float).
+    `like` is a type or an example. For a type, `value` must be an instance. For a dict it must have the same keys and for a list
+    the same length, and the items are compared in turn. For a tensor it must have the same shape and kind of number. For
+    anything else it must have the same type; an int passes for a float.
     """
     at = name or "it"
     if isinstance(like, type):
@@ -28,7 +29,8 @@ def mismatch(value, like, name=""):
             return f"{at} is {describe(value)}, not a list of {len(like)}"
         pairs = ((one, other, f"{name}[{i}]") for i, (one, other) in enumerate(zip(value, like)))
     elif isinstance(like, torch.Tensor):
-        same = isinstance(value, torch.Tensor) and value.shape == like.shape and value.is_floating_point() == like.is_floating_point()
+        same = isinstance(value, torch.Tensor) and value.shape == like.shape \
+            and value.is_floating_point() == like.is_floating_point()
         return None if same else f"{at} is {describe(value)}, not a {describe(like)}"
     else:
         numbers = type(like) is float and type(value) is int
@@ -37,6 +39,7 @@ def mismatch(value, like, name=""):
 
 
 def describe(value):
+    """A value in a few words, for a message."""
     if isinstance(value, torch.Tensor):
         return f"tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, (list, tuple, dict)):

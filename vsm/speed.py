@@ -1,4 +1,4 @@
-"""What makes training steps fast: `capture`, a CUDA graph, on a GPU and `compiled`, TorchInductor, on a CPU."""
+"""Fast training steps: CUDA graphs on a GPU (`Graphs`, `capture`) and TorchInductor on a CPU (`compiled`)."""
 
 import os
 import shutil
@@ -12,27 +12,28 @@ from vsm.cli import UserError
 
 
 class Graphs:
-    """The CUDA graphs of a trainer's updates, one per kind: captured at their first call and replayed from then on.
+    """The CUDA graphs of a trainer's updates, one per kind of update, captured at its first call and replayed afterwards.
 
-    They share a stream and a memory pool, since only one of them runs at a time. `state` is every tensor that an update changes.
+    They share a stream and a memory pool, because only one of them runs at a time.
     """
 
     def __init__(self, device):
         self.stream, self.pool, self.graphs = torch.cuda.Stream(device), torch.cuda.graph_pool_handle(), {}
 
     def run(self, kind, update, state, generators=()):
+        """update() as the graph of its `kind`. `state` holds every tensor that it changes, `generators` those that it draws from."""
         if kind not in self.graphs:
             self.graphs[kind] = capture(update, state, generators, self.stream, self.pool)
         self.graphs[kind].replay()
 
 
 def capture(update, state, generators, stream, pool):
-    """update() as a CUDA graph. The calls that warm it up are undone, so that a replayed run equals an eager one."""
+    """The CUDA graph of update(). The warm-up calls are undone, so that a replayed run equals an eager one."""
     before, drawn = [tensor.clone() for tensor in state.values()], [generator.get_state() for generator in generators]
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*capturable=True.*")  # Adam's, of steps that are not captured
+        warnings.filterwarnings("ignore", message=".*capturable=True.*")  # Adam warns of steps outside a capture
         for _ in range(3):
             update()
             for tensor, value in zip(state.values(), before):
@@ -41,7 +42,7 @@ def capture(update, state, generators, stream, pool):
     graph = torch.cuda.CUDAGraph()
     for generator, value in zip(generators, drawn):
         generator.set_state(value)
-        if TorchVersion(torch.__version__) < "2.14":  # later versions find the generators by themselves
+        if TorchVersion(torch.__version__) < "2.14":  # later versions register the generators by themselves
             graph.register_generator_state(generator)
     with torch.cuda.graph(graph, pool=pool, stream=stream):  # the warm-up's stream: library handles and workspaces are per stream
         update()
@@ -49,7 +50,7 @@ def capture(update, state, generators, stream, pool):
 
 
 class Method(torch.nn.Module):
-    """function(module, *tensors) as a module of its own, so that functional_call can put other parameters in its place."""
+    """function(module, *tensors) as a module, so that functional_call can replace the parameters of `module`."""
 
     def __init__(self, function, module):
         super().__init__()
@@ -60,12 +61,12 @@ class Method(torch.nn.Module):
 
 
 def compiled(function):
-    """function(module, *tensors) -> tensors, with its derivatives by the module's parameters, as one compiled function on a CPU.
+    """Compile function(module, *tensors) -> tensors for a CPU, together with the derivatives that it takes by autograd.
 
-    It is traced at the first call, with the shapes of that call and the parameters that require a gradient then; TorchInductor
-    keeps what it compiled on disk. Not for functions that change a buffer or draw random numbers.
+    The first call traces it, for the shapes of that call and the parameters that require a gradient at that time. TorchInductor
+    caches the compiled code on disk. The function may not change a buffer or draw random numbers.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # slow to import, and few runs compile
+    from torch.fx.experimental.proxy_tensor import make_fx  # here, because it is slow to import and few runs compile
 
     code = None
 
@@ -73,10 +74,10 @@ def compiled(function):
         nonlocal code
         params = {name: p.detach() for name, p in module.named_parameters()}
         if code is None:
-            moves = {name: p.requires_grad for name, p in module.named_parameters()}
+            trained = {name: p.requires_grad for name, p in module.named_parameters()}
 
             def pure(params, *tensors):
-                leaves = {f"module.{name}": p.detach().requires_grad_(moves[name]) for name, p in params.items()}
+                leaves = {f"module.{name}": p.detach().requires_grad_(trained[name]) for name, p in params.items()}
                 return functional_call(Method(function, module), leaves, tuple(tensor.detach() for tensor in tensors))
 
             code = torch._inductor.compile(make_fx(pure)(params, *tensors), [params, *tensors])
@@ -89,10 +90,11 @@ def compiled(function):
 def refuse_to_compile(device):
     """Raises UserError where `compiled` cannot work."""
     if device.type != "cpu":
-        raise UserError("--compile is for a CPU; on a GPU the updates are captured in CUDA graphs")
+        raise UserError("--compile works on a CPU only; on a GPU the updates are captured in CUDA graphs")
     if not cpp_compiler():
-        raise UserError("--compile needs a C++ compiler (g++ or clang++, or $CXX), and there is none")
+        raise UserError("--compile needs a C++ compiler (g++ or clang++, or $CXX), which was not found")
 
 
 def cpp_compiler():
+    """Whether there is a C++ compiler."""
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))

@@ -32,37 +32,49 @@ def interval_text(values, digits=3):
     return with_error(*interval(values), f".{digits}f")
 
 
-def pair_and_samples(arrays):
+def settings_of(loaded, keys):
+    """Of each run, what distinguishes it from other runs with the same pair, as in "init sd 0.4": those of the flags `keys` that vary."""
+    flags = [arrays["config"]["flags"] for arrays in loaded]
+    vary = [key for key in keys if len({run[key] for run in flags}) > 1]
+    return [", ".join(f"{key.replace('_', ' ')} {run[key]:g}" for key in vary) for run in flags]
+
+
+def pair_and_samples(arrays, settings=""):
     """The name of a row: "KLD-B unbiased, N = 5"."""
     flags = arrays["config"]["flags"]
     estimator = "" if flags["estimator"] == "plugin" else f" {flags['estimator']}"
-    return f"{arrays['config']['label']}{estimator}, N = {flags['samples']}"
+    return ", ".join(filter(None, (f"{arrays['config']['label']}{estimator}", f"N = {flags['samples']}", settings)))
 
 
 def table_of_2d_runs(loaded):
     """A row for each data set and pair: NLL above that of the data's law in nats, and what tells whether training converged.
 
-    Differences from KLD-ELBO are between members of the same seed.
+    Differences from KLD-ELBO are between members of the same seed, with the same N where KLD-ELBO has it.
     """
     lines = []
+    named = list(zip(loaded, settings_of(loaded, ("init_sd",))))
     for data in dict.fromkeys(arrays["config"]["flags"]["data"] for arrays in loaded):
-        group = sorted((arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data),
-                       key=lambda arrays: (pair_order(arrays["config"]["flags"]), pair_and_samples(arrays)))
-        (elbo,) = [arrays for arrays in group if arrays["config"]["label"] == "KLD-ELBO"] or [None]
-        for arrays in group:
+        group = sorted(((arrays, settings) for arrays, settings in named if arrays["config"]["flags"]["data"] == data),
+                       key=lambda run: (run[1], pair_order(run[0]["config"]["flags"]), pair_and_samples(*run)))
+        for arrays, settings in group:
+            samples = arrays["config"]["flags"]["samples"]
+            elbos = {run["config"]["flags"]["samples"]: run for run, other in group
+                     if run["config"]["label"] == "KLD-ELBO" and other == settings}
+            elbo = elbos.get(samples, next(iter(elbos.values()), None))
             excess, curve, sd = arrays["nll_excess"], arrays["excess_curve"], arrays["posterior_sd"][-1]
             quarter = len(curve) - 1 - (len(curve) - 1) // 4
             unused = (sd > COLLAPSED).sum(-1)
             lines.append([
-                data, pair_and_samples(arrays), np.isfinite(excess).sum(), interval_text(excess),
+                data, pair_and_samples(arrays, settings), np.isfinite(excess).sum(), interval_text(excess),
                 number_text(mean_and_error(excess)[2], ".3f"),
                 "" if elbo is None or arrays is elbo else interval_text(excess - elbo["nll_excess"]),
                 number_text(mean_and_error(curve[-1] - curve[quarter])[0], "+.3f"),
-                f"{(unused == 1).sum()}, {(unused == 2).sum()}",
+                f"{(unused == 1).sum()}, {(unused == 2).sum()}", interval_text(arrays["variance_ratio"]),
+                interval_text(arrays["second_moment"][sd <= COLLAPSED], 2),
                 number_text(mean_and_error(arrays["fisher_divergence"])[0], ".3g")])
     header = ["data", "pair", "n", "NLL above the truth", "median", "less KLD-ELBO's (paired)", "change in the last quarter",
-              "members with 1, 2 unused latents", "Fisher divergence"]
-    return markdown_table(header, lines, "llrrrrrrr")
+              "members with 1, 2 unused latents", "variance / data's", "E z^2, latents in use", "Fisher divergence"]
+    return markdown_table(header, lines, "llrrrrrrrrr")
 
 
 def table_of_image_runs(loaded):

@@ -34,15 +34,16 @@ def sweep_points(runs):
 
     nll and divergence: (mean, standard error, median) over the members. members: the values behind them. truth: the values of the
     data's law at the same test points. diverged, collapsed and half_collapsed: a flag for each member. Raises UserError for runs
-    that differ in more than SWEEP_AXES, or that share a seed.
+    of one data set that differ in more than SWEEP_AXES, or that share a seed.
     """
     opened = open_runs(runs)
     loaded = [run.finished() for run in opened]
-    fixed = [{key: value for key, value in arrays["config"]["flags"].items() if key not in SWEEP_AXES} for arrays in loaded]
-    differ = sorted(key for key in fixed[0] if any(flags.get(key) != fixed[0][key] for flags in fixed))
-    if differ:
-        raise UserError(f"the runs differ in {', '.join(differ)}; "
-                        "draw runs that differ in nothing but the objective, data, K, J and seeds")
+    first = {}
+    for flags in (arrays["config"]["flags"] for arrays in loaded):
+        reference = first.setdefault(flags["data"], flags)
+        if differ := sorted(key for key in reference if key not in SWEEP_AXES and flags.get(key) != reference[key]):
+            raise UserError(f"the runs of {flags['data']} differ in {', '.join(differ)}; "
+                            "draw runs that differ in nothing but the objective, data, K, J and seeds")
     groups = {}
     for run, arrays in zip(opened, loaded):
         flags = arrays["config"]["flags"]
@@ -64,6 +65,8 @@ def sweep_point(group):
     unused = np.concatenate([arrays["posterior_sd"][-1] > 0.9 for arrays in group])  # [members, 2]
     divergence = "fisher_divergence" if "fisher_divergence" in group[0] else "sm_loss"
     members = {"nll": of_members("nll"), "divergence": of_members(divergence)}
+    if all("variance_ratio" in arrays for arrays in group):
+        members["variance_ratio"] = of_members("variance_ratio")
     nll, loss = truth_of(group[0])
     return {
         "flags": group[0]["config"]["flags"],
@@ -115,9 +118,9 @@ def sweep_table(runs):
 
 
 def sweep_cell(point, metric):
+    """Mean ± standard error / median of a point's members, and how many of them did not end well."""
     if point is None:
         return ""
-    """Mean ± standard error / median of a point's members, and how many of them did not end well."""
     mean, error, median = point[metric]
     ends = [f"{sum(point[fate])} {fate[0]}" for fate in ("diverged", "collapsed", "half_collapsed") if any(point[fate])]
     return f"{with_error(mean, error, '.4g', '.2g')} / {number_text(median, '.4g')}" + (f" ({', '.join(ends)})" if ends else "")

@@ -12,8 +12,10 @@ from vsm.figures.images import limit_robustly
 from vsm.figures.style import (COLORS, color_of, dash_of, label_ticks, legend_below, letter_of, line_style, linear_around_zero,
                                new_figure, pair_order, save_figure)
 from vsm.laws import LAWS
+from vsm.linear import KAPPA_KNOWN, kappa
 from vsm.packs import of_member, open_runs, shown_member
 from vsm.sweep import name_order, objective_name, sweep_points
+from vsm.tables import mean_and_error
 
 MARKERS = {  # part of an objective's name: marker, legend; the first part that the name contains counts
     "step": ("D", "another encoder step"), "released": ("X", "released estimator"), "unbiased": ("v", "unbiased estimator"),
@@ -36,14 +38,26 @@ def synthetic(runs, save):
 
 
 def study(runs, save):
-    """NLL less that of the data's law, by objective, a panel per data set: seeds (dots), mean (bar), 2 standard errors (box)."""
+    """Final values by objective, a column of two panels per data set: seeds (dots), mean (bar), two standard errors (box).
+
+    Above, NLL less that of the data's law. Below, the total variance of the model over that of the data, and in grey what the theory
+    of linear VAEs predicts for it with an exact posterior, 1 / kappa. Runs without `variance_ratio` have no panel below.
+    """
     points = sweep_points(runs)
     panels = panels_of(points)
-    figure, axes = new_figure(1, len(panels), size=(max(2.2, 0.22 * largest_panel(panels) + 0.8), 3.2))
-    for ax, (title, panel) in zip(axes.flat, panels.items()):
-        draw_strip(ax, panel, "nll")
-        ax.set_title(title)
-    axes[0, 0].set_ylabel(axis_title(points[0], "nll"))
+    rows = 2 if all("variance_ratio" in point["members"] for point in points) else 1
+    figure, axes = new_figure(rows, len(panels), size=(max(2.2, 0.22 * largest_panel(panels) + 0.8), 5.2 / rows), sharex="col")
+    for column, (title, panel) in zip(axes.T, panels.items()):
+        column[0].set_title(title)
+        draw_strip(column[0], panel, "nll")
+        for ax in column[1:]:
+            draw_variance(ax, panel)
+        sizes = {point["flags"]["samples"] for point in panel}
+        suffix = f", N = {max(sizes)}" if len(sizes) == 1 else ""
+        column[0].set_title(title + suffix)
+        name_columns(column[-1], [point["name"].removesuffix(suffix) for point in panel])
+    for ax, ylabel in zip(axes[:, 0], (axis_title(points[0], "nll"), "variance of the model\nover the data's")):
+        ax.set_ylabel(ylabel)
     save_figure(figure, save)
 
 
@@ -87,20 +101,40 @@ def draw_strip(ax, points, metric):
     """Draw a column per objective: members, mean, two standard errors, and the number of members that diverged."""
     origin, width, values = values_above_origin(points, metric)
     for x, (point, members) in enumerate(zip(points, values)):
-        color, finite = color_of(point["flags"]), members[np.isfinite(members)]
-        ax.plot(x + np.linspace(-0.25, 0.25, len(members)), np.sort(members), "o", ms=2.5, alpha=0.7, mew=0.6, color=color,
-                mfc="white" if dash_of(point["flags"]) != "-" else None)
-        mean, error = point[metric][0], np.nan_to_num(point[metric][1])  # no box around a single member
-        if len(finite):
-            left, right = x - 0.35, x + 0.35
-            ax.hlines(mean - origin, left, right, color=color, lw=1.6)
-            ax.fill_between([left, right], mean - origin - 2 * error, mean - origin + 2 * error, color=color, alpha=0.2, lw=0)
+        draw_members(ax, x, members, point["flags"])
         if point["diverged"].any():
             ax.text(x, 0.99, f"{point['diverged'].sum()}", transform=ax.get_xaxis_transform(), ha="center", va="top",
                     fontsize=6.5, color="tab:red")
     excess_axis(ax, values, width)
-    ax.set_xticks(range(len(points)), [point["name"] for point in points], rotation=90, fontsize=7.5)
-    ax.set_xlim(-0.7, len(points) - 0.3)
+    name_columns(ax, [point["name"] for point in points])
+
+
+def draw_variance(ax, points):
+    """Draw a column per objective: the model's variance over the data's, and 1 / kappa (grey) where the objective has a kappa."""
+    for x, point in enumerate(points):
+        flags = point["flags"]
+        if flags["learn"] in KAPPA_KNOWN:
+            share = 1 / kappa(flags["learn"], flags["estimator"], flags["samples"], batch=flags["batch"])
+            ax.hlines(share, x - 0.45, x + 0.45, color="0.8", lw=6, zorder=0)
+        draw_members(ax, x, point["members"]["variance_ratio"], flags)
+    ax.set_ylim(0, None)
+
+
+def draw_members(ax, x, members, flags):
+    """Draw the values of one column: the members, and their mean with two standard errors to either side."""
+    color = color_of(flags)
+    ax.plot(x + np.linspace(-0.25, 0.25, len(members)), np.sort(members), "o", ms=2.5, alpha=0.7, mew=0.6, color=color,
+            mfc="white" if dash_of(flags) != "-" else None)
+    mean, error, _ = mean_and_error(members)
+    if np.isfinite(mean):
+        left, right, error = x - 0.35, x + 0.35, np.nan_to_num(error)  # no box around a single member
+        ax.hlines(mean, left, right, color=color, lw=1.6)
+        ax.fill_between([left, right], mean - 2 * error, mean + 2 * error, color=color, alpha=0.2, lw=0)
+
+
+def name_columns(ax, names):
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7.5)
+    ax.set_xlim(-0.7, len(names) - 0.3)
 
 
 # ------------------------------------------------------------------------------------------------------ several K: lines
