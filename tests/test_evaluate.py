@@ -344,7 +344,7 @@ def test_a_cache_that_cannot_be_written_costs_no_number(runs, tmp_path, capsys, 
     run_evaluate(tmp_path / "out", run, "--overwrite")
     reference_set.cache_clear()
     after = load_arrays(run / "eval.npz")
-    assert "goes on without a cache" in capsys.readouterr().err
+    assert "the result is not cached" in capsys.readouterr().err
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[key], after[key]) for key in before if key != "config")
 
