@@ -300,8 +300,8 @@ def test_groups_differ_in_their_seed_alone():
     folders = [Path(f"run{i}") for i in range(6)]
     assert group_by_seed(folders, configs) == [("F", [0, 1]), ("S", [2]), ("F", [3])]
     configs.append(config("F", seed=0, inner_steps=1))
-    assert group_by_seed(folders, configs) == [("F inner-steps=5", [0, 1]), ("S inner-steps=5", [2]), ("F", [3]),
-                                               ("F inner-steps=1", [4])]
+    assert group_by_seed(folders, configs) == [("F, inner-steps 5", [0, 1]), ("S, inner-steps 5", [2]), ("F", [3]),
+                                               ("F, inner-steps 1", [4])]
     with pytest.raises(UserError, match="run4 and run5 are the same experiment with the same seed 0"):
         group_by_seed(folders, [*configs, configs[-1]])
 

@@ -149,7 +149,8 @@ def group_by_seed(runs, configs):
     """Group runs that differ in their seed alone: a list of (name, indices into `runs` and their `configs`).
 
     The name is the label of the objectives with the flags in which the group differs from others of the same data and network:
-    "KLD-F" or "KLD-F inner-steps=1". Raises UserError if a group has a seed twice, which would make its spread too small.
+    "KLD-F", "KLD-B unbiased, N = 5" or "KLD-F, inner-steps 1". Raises UserError if a group has a seed twice, which would make its
+    spread too small.
     """
     identity = [{key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")}
                 for config in configs]
@@ -162,7 +163,9 @@ def group_by_seed(runs, configs):
         mine = identity[members[0]]
         rivals = [flags for flags in identity if (flags.get("data"), flags.get("net")) == (mine.get("data"), mine.get("net"))]
         differ = [key for key in mine if key not in ("learn", "infer") and any(flags.get(key) != mine[key] for flags in rivals)]
-        named.append((" ".join([configs[members[0]]["label"], *(f"{flag_name(key)}={mine[key]}" for key in differ)]), members))
+        estimator = f" {mine['estimator']}" if "estimator" in differ and mine["estimator"] != "plugin" else ""
+        others = [f"N = {mine[key]}" if key == "samples" else f"{flag_name(key)} {mine[key]}" for key in differ if key != "estimator"]
+        named.append((", ".join([configs[members[0]]["label"] + estimator, *others]), members))
     return named
 
 

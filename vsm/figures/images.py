@@ -18,6 +18,8 @@ CURVES = {  # metric: axis title, scale
     "latent_mmd": ("latent MMD$^2$, cubic", "symlog"),
     "posterior_fd": ("posterior FD", "log"),
     "fid": ("FID", "log"),
+    "fid_aggregate": ("FID, $z$ from the aggregate posterior", "log"),
+    "active_second_moment": ("$E z^2$ of latents in use", "linear"),
     "log_gamma": (r"$\log\,\gamma$", "linear"),
     "active_units": ("active latents", "linear"),
     "infer_loss": ("encoder's training loss", "symlog"),
@@ -88,14 +90,21 @@ def trajectories(runs, save):
 
 
 def fid_curves(runs, save):
-    """FID against epochs, a panel per data set and network, a band over seeds; epochs without a measurement are bridged."""
+    """FID by two laws of z, and E z^2 of the latents in use, against epochs: a row per data set and network, a band over seeds.
+
+    z comes from the prior, or from a Gaussian with the mean and variance of the aggregate posterior. The prior's E z^2 is 1 (grey).
+    """
     panels = grouped(runs)
     if not any(measured(groups, "fid") for groups in panels.values()):
         raise KeyError("fid")
-    figure, axes = new_figure(1, len(panels), size=(4.4, 2.8))
-    for ax, (title, groups) in zip(axes.flat, panels.items()):
-        draw_curves(ax, groups, "fid")
-        ax.set(title=title, ylabel="FID")
+    names = ("fid", "fid_aggregate", "active_second_moment")
+    figure, axes = new_figure(len(panels), len(names), size=(3.4, 2.8))
+    for row, (title, groups) in zip(axes, panels.items()):
+        for ax, name in zip(row, names):
+            draw_curves(ax, groups, name)
+        row[-1].axhline(1, color="0.8", lw=4, zorder=0)
+        row[-1].set_ylim(min(0.95, row[-1].get_ylim()[0]))
+        row[0].set_ylabel(title, fontweight="bold")
     legend(figure, axes)
     save_figure(figure, save)
 
@@ -118,7 +127,7 @@ def has_curve(arrays, name):
 def draw_curves(ax, groups, name):
     """Draw one metric against epochs. The ELBO and its two terms begin after the first epoch."""
     title, scale = CURVES[name]
-    if name == "fid":  # not measured at every evaluation
+    if name.startswith("fid"):  # not measured at every evaluation
         groups = measured(groups, name)
     lines = draw_lines(ax, groups, "epoch", name, start=1 if name in ("negative_elbo", "reconstruction", "kl") else 0)
     ax.set(xlabel="epoch", title=title)
