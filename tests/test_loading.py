@@ -1,10 +1,12 @@
 """load_vae: the model that was trained, in eval mode, from a run folder alone."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +19,14 @@ from data import load_images
 from metrics import evaluate_images, iw_log_likelihood
 from training import EVALUATION, seed_of
 from vsm.cli import UserError
-from vsm.loading import FLAGS, epochs_trained, flags_of, load_vae
+from vsm.laws import LAWS
+from vsm.loading import FLAGS, epochs_trained, export, flags_of, load_vae
+from vsm.packs import open_runs
 from vsm.runs import NOT_IDENTITY, load_arrays, load_checkpoint, load_config
 
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "results"
+DATA = Path(os.environ.get("VSM_DATA", ROOT / ".." / "shared" / "data"))
 IMAGE = ["--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "2", "--inner-steps", "2",
          "--eval-every", "1", "--lr", "1e-3", "--device", "cpu"]
 PLANE = ["--seeds", "3", "--batch", "20", "--epochs", "1", "--steps-per-epoch", "5", "--test-size", "50",
@@ -48,6 +55,40 @@ def test_an_image_run_reproduces_its_last_metrics(folders, digits, name):
     for key in ("negative_elbo", "reconstruction_mse", "kl_per_dim", "second_moment"):
         np.testing.assert_allclose(again[key], recorded[key][-1], rtol=1e-5, err_msg=key)
     assert epochs_trained(folders / name) == 2
+
+
+def recorded(name, pack):
+    """The flags of a published model and the metrics of the same run in a pack."""
+    flags = load_config(PUBLISHED / "models" / name)["flags"]
+    (found,) = [run for run in open_runs([PUBLISHED / pack])
+                if all(run.config["flags"][key] == value for key, value in flags.items() if key not in NOT_IDENTITY)]
+    return flags, found.arrays()
+
+
+def test_the_published_2d_models_reproduce_their_recorded_metrics():
+    vae, (flags, arrays) = load_vae(PUBLISHED / "models" / "mixture-bao"), recorded("mixture-bao", "study2d.npz")
+    test = LAWS[flags["data"]].sample(flags["test_size"], train_synthetic.evaluation_generator("cpu"))
+    again = train_synthetic.measure(SimpleNamespace(vae=vae), test, 100)
+    for key in ("negative_elbo", "posterior_sd", "log_gamma"):
+        np.testing.assert_allclose(again[key], arrays[key][-1], rtol=1e-5, err_msg=key)
+
+
+@pytest.mark.skipif(not (DATA / "MNIST").exists(), reason=f"no MNIST in {DATA}; $VSM_DATA may name another folder")
+def test_the_published_image_model_reproduces_its_recorded_metrics():
+    vae, (flags, arrays) = load_vae(PUBLISHED / "models" / "mnist-mlp-elbo"), recorded("mnist-mlp-elbo", "study_mnist.npz")
+    test = load_images("mnist", DATA, 0, flags["test_limit"]).test
+    again = evaluate_images(vae, test, flags["noise"], seed=seed_of(flags["seed"], EVALUATION))
+    for key in ("negative_elbo", "reconstruction_mse", "second_moment"):
+        np.testing.assert_allclose(again[key], arrays[key][-1], rtol=1e-4, err_msg=key)
+
+
+def test_an_exported_model_is_the_same_and_replaces_nothing(folders, tmp_path):
+    export(folders / "conv", tmp_path / "copy")
+    z = torch.randn(4, 3)
+    assert torch.equal(load_vae(tmp_path / "copy").decode(z), load_vae(folders / "conv").decode(z))
+    assert epochs_trained(tmp_path / "copy") == 2
+    with pytest.raises(UserError, match="exists and is kept"):
+        export(folders / "mlp", tmp_path / "copy")
 
 
 @pytest.mark.parametrize("name", ["conv", "mlp", "resnet"])

@@ -4,16 +4,22 @@
     vae = load_vae("runs/images/mnist-conv-kld-fd-seed0")             # an image run
     vae = load_vae("runs/synthetic/mixture-kld-fd-5-0-seed0", member=0)  # one member of a 2-D run
 
-docs/loading.md shows how to sample, encode, reconstruct and estimate log p(x) with it.
+docs/loading.md shows how to sample, encode, reconstruct and estimate log p(x) with it. The command
+
+    python -m vsm.loading RUN FOLDER
+
+writes what load_vae reads, config.json and the model's tensors, to a new folder: a third of a checkpoint, to be shared.
 """
 
+import argparse
+import io
 from pathlib import Path
 
 import torch
 
 from models import VAE, build_ensemble, build_vae, mlp
-from vsm.cli import UserError
-from vsm.runs import NOT_IDENTITY, flag_name, load_checkpoint, load_config
+from vsm.cli import UserError, command_line
+from vsm.runs import NOT_IDENTITY, flag_name, load_checkpoint, load_config, write_atomic
 from vsm.schema import mismatch
 
 # The flags of the two trainers with their defaults, which stand in for flags younger than a folder. A test compares them with the
@@ -91,6 +97,22 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
     return vae.to(memory_format=torch.channels_last) if config["script"] == "train_images" else vae
 
 
+def export(run, folder):
+    """Write the config.json and the model's tensors of a run to a new folder, which load_vae reads.
+
+    Raises UserError for a run that load_vae refuses, and for a folder that exists.
+    """
+    load_vae(run)
+    if (folder := Path(folder)).exists():
+        raise UserError(f"{folder} exists and is kept as it is; name a new folder")
+    trainer = trainer_of(Path(run) / "checkpoint.pt")
+    tensors = {name: tensor for name, tensor in trainer["tensors"].items() if name.startswith("vae.")}
+    buffer = io.BytesIO()
+    torch.save({"trainer": {"step": trainer["step"], "tensors": tensors}}, buffer)
+    write_atomic(folder / "config.json", (Path(run) / "config.json").read_bytes())
+    write_atomic(folder / "checkpoint.pt", buffer.getvalue())
+
+
 def tensors_of(path):
     """The trainer's tensors in a checkpoint, by name. Raises UserError for another kind of file."""
     tensors = trainer_of(path).get("tensors")
@@ -142,3 +164,14 @@ def member_of(ensemble, member):
     vae = VAE(*halves, ensemble.dim_z, std="softplus")
     vae.log_gamma.data = ensemble.log_gamma[member].detach().clone()
     return vae
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m vsm.loading", description="Copy the trained model of a run to a new folder.")
+    parser.add_argument("run", metavar="RUN", help="folder of a run of train_images.py or train_synthetic.py")
+    parser.add_argument("folder", metavar="FOLDER", help="new folder for config.json and the model's tensors, which load_vae reads")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    command_line(parse_args, lambda args: export(args.run, args.folder))
