@@ -137,7 +137,7 @@ def whole_number(low, bits=31):
 
 
 def real_number(accepts, name):
-    """An argparse type for finite numbers that float32 can hold and for which accepts(value) is true; `name` describes them."""
+    """An argparse type for finite numbers that float32 can hold and for which accepts(value) holds; `name` describes them."""
     def parse(text):
         with contextlib.suppress(ValueError):
             value = float(text)
