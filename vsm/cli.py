@@ -113,7 +113,8 @@ def sentence(error):
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or type(error) is RuntimeError and "can't allocate memory" in text:
+    on_a_cpu = type(error) is RuntimeError and "can't allocate memory" in text
+    if on_a_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "out of memory; use a smaller --batch, --samples, --width or --hidden"
     return f"{type(error).__name__}: {text[:300]} (set VSM_TRACEBACK=1 in the environment to see the traceback)"
 
