@@ -141,7 +141,7 @@ class Ledger:
             saved = {key: value for key, value in saved.items() if key != "generator"} | {"generators": [saved["generator"]]}
         mine = self.save()
         if difference := mismatch(saved, {**mine, "generators": [torch.Tensor] * len(mine["generators"])}):
-            raise UserError(f"the checkpoint holds another model than these flags make ({difference}) and is kept as it is; "
+            raise UserError(f"the checkpoint is of another model than that of these flags ({difference}) and is kept as it is; "
                             "move it away or use --overwrite to start the run again")
         for name, tensor in self.state().items():
             with torch.no_grad():

@@ -113,7 +113,8 @@ def sentence(error):
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or type(error) is RuntimeError and "can't allocate memory" in text:
+    on_a_cpu = type(error) is RuntimeError and "can't allocate memory" in text
+    if on_a_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "out of memory; use a smaller --batch, --samples, --width or --hidden"
     return f"{type(error).__name__}: {text[:300]} (set VSM_TRACEBACK=1 in the environment to see the traceback)"
 
@@ -137,7 +138,7 @@ def whole_number(low, bits=31):
 
 
 def real_number(accepts, name):
-    """An argparse type for finite numbers that float32 can hold and for which accepts(value) is true; `name` describes them."""
+    """An argparse type for finite numbers that float32 can hold and for which accepts(value) holds; `name` describes them."""
     def parse(text):
         with contextlib.suppress(ValueError):
             value = float(text)

@@ -1,4 +1,4 @@
-"""Every script imports this first, so that Ctrl-C during the other imports, which take seconds, prints one word and no traceback."""
+"""Every script imports this first, so that Ctrl-C during the other imports, which take seconds, prints no traceback."""
 
 import sys
 

@@ -21,7 +21,7 @@ class Graphs:
         self.stream, self.pool, self.graphs = torch.cuda.Stream(device), torch.cuda.graph_pool_handle(), {}
 
     def run(self, kind, update, state, generators=()):
-        """update() as the graph of its `kind`. `state` holds every tensor that it changes, `generators` those that it draws from."""
+        """Replay the graph of this `kind`. `state` holds every tensor that update() changes, `generators` those it draws from."""
         if kind not in self.graphs:
             self.graphs[kind] = capture(update, state, generators, self.stream, self.pool)
         self.graphs[kind].replay()
