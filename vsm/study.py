@@ -71,10 +71,11 @@ def table_of_2d_runs(loaded):
                 number_text(mean_and_error(curve[-1] - curve[quarter])[0], "+.3f"),
                 f"{(unused == 1).sum()}, {(unused == 2).sum()}", interval_text(arrays["variance_ratio"]),
                 interval_text(arrays["second_moment"][sd <= COLLAPSED], 2),
+                interval_text(arrays["negative_elbo"][-1] - arrays["nll"]),
                 number_text(mean_and_error(arrays["fisher_divergence"])[0], ".3g")])
     header = ["data", "pair", "n", "NLL above the truth", "median", "less KLD-ELBO's (paired)", "change in the last quarter",
-              "members with 1, 2 unused latents", "variance / data's", "E z^2, latents in use", "Fisher divergence"]
-    return markdown_table(header, lines, "llrrrrrrrrr")
+              "members with 1, 2 unused latents", "variance / data's", "E z^2, latents in use", "KL(q || p(z|x))", "Fisher divergence"]
+    return markdown_table(header, lines, "llrrrrrrrrrr")
 
 
 def table_of_image_runs(loaded):
