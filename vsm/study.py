@@ -74,7 +74,7 @@ def table_of_2d_runs(loaded):
                 interval_text(arrays["negative_elbo"][-1] - arrays["nll"]),
                 number_text(mean_and_error(arrays["fisher_divergence"])[0], ".3g")])
     header = ["data", "pair", "n", "NLL above the truth", "median", "less KLD-ELBO's (paired)", "change in the last quarter",
-              "members with 1, 2 unused latents", "variance / data's", "E z^2, latents in use", "KL(q || p(z|x))", "Fisher divergence"]
+              "members with 1, 2 unused latents", "variance / data's", "E z^2, latents in use", "KL from q to the posterior", "Fisher divergence"]
     return markdown_table(header, lines, "llrrrrrrrrrr")
 
 
