@@ -61,20 +61,22 @@ def table_of_2d_runs(loaded):
             elbos = {run["config"]["flags"]["samples"]: run for run, other in group
                      if run["config"]["label"] == "KLD-ELBO" and other == settings}
             elbo = elbos.get(samples, next(iter(elbos.values()), None))
-            excess, curve, sd = arrays["nll_excess"], arrays["excess_curve"], arrays["posterior_sd"][-1]
-            quarter = len(curve) - 1 - (len(curve) - 1) // 4
-            unused = (sd > COLLAPSED).sum(-1)
+            unknown = np.full_like(arrays["nll"], math.nan)  # the law's density, or what older versions did not measure
+            excess, curve = arrays.get("nll_excess", unknown), arrays.get("excess_curve", arrays["nll_curve"])
+            quarter, sd = len(curve) - 1 - (len(curve) - 1) // 4, arrays["posterior_sd"][-1]
+            unused, moment = (sd > COLLAPSED).sum(-1), arrays.get("second_moment", np.full_like(sd, math.nan))
             lines.append([
-                data, pair_and_samples(arrays, settings), np.isfinite(excess).sum(), interval_text(excess),
+                data, pair_and_samples(arrays, settings), np.isfinite(arrays["nll"]).sum(), interval_text(excess),
                 number_text(mean_and_error(excess)[2], ".3f"),
-                "" if elbo is None or arrays is elbo else interval_text(excess - elbo["nll_excess"]),
+                "" if elbo is None or arrays is elbo else interval_text(arrays["nll"] - elbo["nll"]),
                 number_text(mean_and_error(curve[-1] - curve[quarter])[0], "+.3f"),
-                f"{(unused == 1).sum()}, {(unused == 2).sum()}", interval_text(arrays["variance_ratio"]),
-                interval_text(arrays["second_moment"][sd <= COLLAPSED], 2),
+                f"{(unused == 1).sum()}, {(unused == 2).sum()}", interval_text(arrays.get("variance_ratio", unknown)),
+                interval_text(moment[sd <= COLLAPSED], 2),
                 interval_text(arrays["negative_elbo"][-1] - arrays["nll"]),
-                number_text(mean_and_error(arrays["fisher_divergence"])[0], ".3g")])
+                number_text(mean_and_error(arrays.get("fisher_divergence", unknown))[0], ".3g")])
     header = ["data", "pair", "n", "NLL above the truth", "median", "less KLD-ELBO's (paired)", "change in the last quarter",
-              "members with 1, 2 unused latents", "variance / data's", "E z^2, latents in use", "KL from q to the posterior", "Fisher divergence"]
+              "members with 1, 2 unused latents", "variance / data's", "E z^2, latents in use",
+              "KL from q to the posterior", "Fisher divergence"]
     return markdown_table(header, lines, "llrrrrrrrrrr")
 
 

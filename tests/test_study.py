@@ -1,0 +1,61 @@
+"""The table of the study: what is compared with what, and how missing or diverged values are shown."""
+
+import numpy as np
+import pytest
+
+from vsm.study import interval, settings_of, table_of_2d_runs, table_of_image_runs
+
+
+def plane(label="KLD-ELBO", learn="elbo", nll=(1.0, 2.0, 3.0), samples=5, **more):
+    flags = {"data": "ring", "learn": learn, "infer": "kld", "estimator": "plugin", "samples": samples, "init_sd": 0.1}
+    nll = np.array(nll)
+    return {"config": {"label": label, "flags": flags | more, "script": "train_synthetic"}, "nll": nll, "nll_excess": nll - 0.5,
+            "excess_curve": np.stack([nll + 4, nll + 3, nll + 2, nll + 0.25, nll]), "nll_curve": np.zeros((5, 3)),
+            "posterior_sd": np.tile([[0.1, 0.2], [0.1, 1.0], [1.0, 1.0]], (5, 1, 1)),
+            "negative_elbo": np.stack([nll, nll + 0.125]), "fisher_divergence": np.full(3, 7.0),
+            "variance_ratio": np.full(3, 0.5), "second_moment": np.array([[1.0, 2.0], [3.0, 9.0], [9.0, 9.0]])}
+
+
+def cells(table, row):
+    return [cell.strip() for cell in table.splitlines()[2 + row].strip("|").split("|")]
+
+
+def test_the_interval_is_students_over_the_finite_values():
+    mean, half = interval([1.0, 2.0, 3.0, np.nan])
+    assert mean == 2 and half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert interval([1.0, np.inf])[0] == 1 and np.isnan(interval([1.0])[1]) and np.isnan(interval([])[0])
+
+
+def test_a_row_of_the_2d_table():
+    row = cells(table_of_2d_runs([plane(), plane("KLD-B", "bao", nll=(1.5, 2.5, 3.5))]), 1)
+    assert row == ["ring", "KLD-B, N = 5", "3", "2.000 ± 2.484", "2.000", "0.500 ± 0.000", "-0.250", "1, 1", "0.500 ± 0.000",
+                   "2.00 ± 2.48", "0.125 ± 0.000", "7"]
+
+
+def test_a_run_is_compared_with_the_elbo_of_the_same_seeds_settings_and_samples():
+    runs = [plane(), plane(nll=(2.0, 3.0, 4.0), samples=1), plane("KLD-B", "bao", nll=(3.0, 4.0, 5.0), samples=1),
+            plane(nll=(4.0, 5.0, 6.0), init_sd=0.4), plane("KLD-S", "swersky", nll=(6.0, 7.0, 8.5), init_sd=0.4)]
+    assert settings_of(runs, ("init_sd",)) == ["init sd 0.1"] * 3 + ["init sd 0.4"] * 2
+    table = table_of_2d_runs(runs)
+    found = {cells(table, i)[1]: cells(table, i)[5] for i in range(5)}
+    assert found["KLD-B, N = 1, init sd 0.1"] == "1.000 ± 0.000" and found["KLD-S, N = 5, init sd 0.4"].startswith("2.167 ±")
+    assert found["KLD-ELBO, N = 5, init sd 0.4"] == ""
+
+
+def test_diverged_members_and_unmeasured_values_leave_no_nan():
+    old = plane(nll=(1.0, np.nan, 3.0))
+    for key in ("variance_ratio", "second_moment", "fisher_divergence", "nll_excess", "excess_curve"):
+        del old[key]
+    table = table_of_2d_runs([plane(nll=(1.0, np.nan, 3.0)), old | {"config": plane("KLD-S", "swersky")["config"]}])
+    assert "nan" not in table and cells(table, 0)[2] == "2" and cells(table, 1)[8:10] == ["-", "-"]
+
+
+def test_ratios_of_image_runs_are_of_the_same_seed():
+    def image(seed, fid, label="KLD-ELBO", learn="elbo"):
+        flags = {"data": "mnist", "learn": learn, "infer": "kld", "estimator": "plugin", "samples": 5, "seed": seed}
+        arrays = {key: np.array([9.0, 9.0, 9.0, 2 * fid, fid])
+                  for key in ("fid", "fid_aggregate", "fid_reconstruction", "negative_elbo", "reconstruction_mse")}
+        return {"config": {"label": label, "flags": flags}, **arrays, "second_moment": np.ones((5, 4))}
+
+    table = table_of_image_runs([image(0, 10.0), image(1, 20.0), image(1, 60.0, "KLD-S", "swersky"), image(0, 20.0, "KLD-S", "swersky")])
+    assert cells(table, 1)[:2] == ["KLD-S, N = 5", "2"] and cells(table, 1)[5].startswith("2.50 ±") and cells(table, 1)[6] == "-50 %"
