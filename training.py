@@ -340,6 +340,8 @@ def train(run, trainer, epochs, eval_every, evaluate):
             else:
                 continue
             last_save = time.monotonic()
+        if stop.requested:  # during the last update or evaluation
+            raise Stopped(stop.requested)
     return "ok", history
 
 
@@ -355,7 +357,8 @@ def resume(run, trainer, epochs, eval_every):
         raise UserError(f"{run.path}/checkpoint.pt is not a checkpoint of this script ({difference}) and is kept as it is; move it away")
     trainer.load(saved["trainer"])
     if trainer.step > epochs * trainer.steps_per_epoch:
-        raise UserError(f"{run.path} has more than {epochs} epochs already; --epochs of at least {trainer.step // trainer.steps_per_epoch + 1} goes on")
+        least = -(-trainer.step // trainer.steps_per_epoch)
+        raise UserError(f"{run.path} has more than {epochs} epochs already; --epochs of at least {least} goes on")
     history = saved["history"]
     last = int(history["epoch"][-1]) if history.get("epoch") else 0
     if last % eval_every and last < epochs:

@@ -40,7 +40,9 @@ def stopping():
         signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-        before.update({number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)})
+        before.update({number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)})
+        for number in before:
+            signal.signal(number, request)
     try:
         yield stop
     finally:
