@@ -1,4 +1,4 @@
-"""Figures and packs, from small arrays made here: no training."""
+"""Figures and packs are made from small arrays that these tests make, without any training."""
 
 import json
 import os
@@ -298,7 +298,8 @@ def test_every_published_figure_has_its_command():
     files = {path.name for path in (ROOT / "results").iterdir()} - {"README.md", "image_tables.md", "audit", "reproduce.sh"}
     assert {name for name in files if not name.endswith(".npz")} == found.keys()
     for command in found.values():
-        plots.parse_args(shlex.split(command) + (["--save", "a.md"] if command.startswith(("sweep_table", "study_table")) else []))
+        tables = command.startswith(("sweep_table", "study_table"))
+        plots.parse_args(shlex.split(command) + (["--save", "a.md"] if tables else []))
 
 
 @pytest.mark.slow
