@@ -355,6 +355,8 @@ def train(run, trainer, epochs, eval_every, evaluate):
             else:
                 continue
             last_save = time.monotonic()
+        if stop.requested:  # during the last update or evaluation
+            raise Stopped(stop.requested)
     return "ok", history
 
 
@@ -371,7 +373,7 @@ def resume(run, trainer, epochs, eval_every):
                         "move it away")
     trainer.load(saved["trainer"])
     if trainer.step > epochs * trainer.steps_per_epoch:
-        least = trainer.step // trainer.steps_per_epoch + 1
+        least = -(-trainer.step // trainer.steps_per_epoch)
         raise UserError(f"{run.path} has more than {epochs} epochs already; continue it with --epochs of at least {least}")
     history = saved["history"]
     last = int(history["epoch"][-1]) if history.get("epoch") else 0

@@ -1,4 +1,4 @@
-"""Every test is small: one thread is faster than two, and repeatable."""
+"""Fixtures of several files. Every test is small, so that one thread is faster than two, and repeatable."""
 
 import struct
 
@@ -23,14 +23,22 @@ def digits(tmp_path_factory):
         labels = rng.integers(0, 10, n).astype(np.uint8)
         centre = 6 + 1.6 * labels[:, None, None] + rng.normal(0, 1, (n, 1, 1))
         images = 255 * np.exp(-((rows - centre) ** 2 + (columns - 14) ** 2) / 30)
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + images.astype(np.uint8).tobytes())
+        header = struct.pack(">IIII", 2051, n, 28, 28)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images.astype(np.uint8).tobytes())
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
     return root
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """Training scripts draw nothing: their pictures take longer than the small runs of the tests."""
+    for name in ("synthetic_samples", "draw_run"):
+        monkeypatch.setattr(f"plots.{name}", lambda *_: None)
+
+
+@pytest.fixture
 def fails(capsys):
-    """fails(script, *argv) runs a script's command line in this process, expects exit code 2 and returns the one line on stderr."""
+    """fails(script, *argv) runs a command line in this process, expects exit code 2 and returns the one line on stderr."""
     def run(script, *argv):
         with pytest.raises(SystemExit) as error:
             command_line(lambda: script.parse_args([str(word) for word in argv]), script.main)

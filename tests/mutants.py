@@ -22,8 +22,10 @@ import torch
 import torchvision.models.resnet  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
-WIRING, OBJECTIVES = "tests/test_wiring.py", "tests/test_objectives.py"
-TESTS = {"training.py": [WIRING], "train_synthetic.py": [WIRING], "train_images.py": [WIRING],
+WIRING, OBJECTIVES, SPEED, CAPTURE = (f"tests/test_{name}.py" for name in ("wiring", "objectives", "speed", "capture"))
+STAND_IN = "tests/test_cuda.py::test_what_capture_does_besides_cuda"
+TESTS = {"training.py": [WIRING, STAND_IN, CAPTURE], "train_synthetic.py": [WIRING, SPEED, CAPTURE], "train_images.py": [WIRING],
+         "vsm/speed.py": [SPEED, STAND_IN],
          "objectives.py": [WIRING, OBJECTIVES], "models.py": ["tests/test_models.py", WIRING], "vsm/laws.py": [
              f"tests/test_importance.py::{name}" for name in ("test_densities_integrate_to_one_and_match_their_samples",
                                                               "test_integrated_densities_are_those_of_their_samples",
@@ -108,6 +110,27 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
      "functional_call(vae.encoder, here, x))\n    options"),
     ("train_synthetic.py", "{name: p - lr * g for", "{name: p - lr * g.detach() for"),
     ("train_synthetic.py", "q, vae.sample(q, noise), **options", "q, vae.sample(q, noise).detach(), **options"),
+    # Compiled and captured updates. Several are right on a CPU without graphs, and wrong in a graph.
+    ("vsm/speed.py", "        if code is None:", "        if True:"),
+    ("vsm/speed.py", "functional_call(Method(function, module), leaves,", "functional_call(Method(function, module), {},"),
+    ("vsm/speed.py", "torch._inductor.compile(make_fx(pure)(params, *tensors), [params, *tensors])",
+     "make_fx(pure)(params, *tensors)"),
+    ("vsm/speed.py", 'if device.type != "cpu":', "if False:"),
+    ("vsm/speed.py", "if not cpp_compiler():", "if False:"),
+    ("vsm/speed.py", "if kind not in self.graphs:", "if True:"),
+    ("vsm/speed.py", "        self.graphs[kind].replay()", "        pass"),
+    ("vsm/speed.py", "                tensor.copy_(value)", "                pass"),
+    ("vsm/speed.py", "        generator.set_state(value)", "        pass"),
+    ("train_synthetic.py", "compiled(self.infer), compiled(self.learn)", "compiled(self.infer), self.learn"),
+    ("train_synthetic.py", "if args.compile and args.bilevel_steps and args.lr_half_life:", "if False:"),
+    ("train_synthetic.py", "self.clock += 1", "self.clock = self.clock + 1"),
+    ("train_synthetic.py", "self.sums += torch.stack", "self.sums = self.sums + torch.stack"),
+    ("training.py", "self.clock += 1", "self.clock = self.clock + 1"),
+    ("training.py", "generator=self.generator, device=self.device)", "generator=self.generator)"),
+    ("training.py", '"order": self.order, "cursor": self.cursor}', '"order": self.order}'),
+    ("training.py", "torch.zeros((), dtype=torch.int64, device=device)", "torch.zeros((), dtype=torch.int64)"),
+    ("training.py", "self.captured_generators = self.generators", "pass"),
+    ("training.py", "self.state(), self.captured_generators)", "{}, self.captured_generators)"),
     # Objectives.
     ("objectives.py", "(q.base_dist.scale.detach() if", "(q.base_dist.scale if"),
     ("objectives.py", "(q.base_dist.scale.detach() if", "(q.base_dist.scale.detach() ** 2 if"),

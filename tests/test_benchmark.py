@@ -61,7 +61,7 @@ def test_the_trainer_computes_what_is_needed_and_no_more(pair):
 
 
 def test_a_quick_run_prints_its_ratios_and_leaves_its_arrays(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "cpp_compiler", lambda: False)  # compiled ensembles are tested with train_synthetic.py
+    monkeypatch.setattr(benchmark, "cpp_compiler", lambda: False)  # tests/test_speed.py compiles
     flags = ["--quick", "--part", "all", "--device", "cpu", "--out", str(tmp_path / "run")]
     benchmark.main(benchmark.parse_args(flags))
     table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| images")]

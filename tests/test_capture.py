@@ -103,7 +103,10 @@ def tensors(tree):
 
 
 def watch(trainer, update):
-    """Run update() by the rules, twice, since the first makes the gradients that the second finds. The number of operations."""
+    """Run update() twice by the rules, since the first makes the gradients that the second finds.
+
+    Returns the number of operations of the second.
+    """
     for _ in range(2):
         before = trainer.state()
         with Factories(), Operations(before, trainer.generators) as operations:
@@ -217,7 +220,7 @@ def test_kept_steps_and_a_schedule_keep_the_rules(learn, infer):
 
 
 def after_update(change):
-    """A fault: update() and then change(trainer)."""
+    """Returns a fault, which calls update() and then change(trainer)."""
     def inject(monkeypatch):
         update = Trainer.update
         monkeypatch.setattr(Trainer, "update", lambda trainer, with_decoder: (update(trainer, with_decoder), change(trainer)))

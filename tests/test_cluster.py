@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "cluster"
+PATIENCE = 600  # seconds: a busy machine may be slow
 NEEDS = {"xargs": ["xargs"], "ssh": ["parallel", "ssh", "sshd"], "slurm": ["slurmctld", "slurmd", "munged", "sbatch"]}
 
 
@@ -24,28 +25,27 @@ def start(tmp_path, *lines, task=1):
 
 
 def wait_for(path):
-    for _ in range(200):
-        if path.exists():
-            return
+    begun = time.monotonic()
+    while not path.exists():
+        assert time.monotonic() < begun + PATIENCE, f"{path} did not appear"
         time.sleep(0.05)
-    pytest.fail(f"{path} did not appear")
 
 
 def test_a_task_runs_its_line_and_ends_with_its_exit_code(tmp_path):
-    assert start(tmp_path, "exit 3", "echo 'one; two' >line.txt; exit 2", task=2).wait(20) == 2
+    assert start(tmp_path, "exit 3", "echo 'one; two' >line.txt; exit 2", task=2).wait(PATIENCE) == 2
     assert (tmp_path / "line.txt").read_text() == "one; two\n"
-    assert start(tmp_path, "true").wait(20) == 0
+    assert start(tmp_path, "true").wait(PATIENCE) == 0
     assert not (tmp_path / "calls.txt").exists()
 
 
 @pytest.mark.parametrize("word", ["", "true && "])  # bash becomes the single command; of two it is the parent
 def test_near_the_time_limit_the_command_gets_sigterm_and_the_task_is_requeued(tmp_path, word):
     python = "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); " \
-             "pathlib.Path('ready').touch(); time.sleep(60)"
+             "pathlib.Path('ready').touch(); time.sleep(600)"
     process = start(tmp_path, f'{word}{sys.executable} -c "{python}"')
     wait_for(tmp_path / "ready")
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(20) == 143
+    assert process.wait(PATIENCE) == 143
     assert (tmp_path / "calls.txt").read_text() == "requeue 7\n"
 
 
@@ -53,7 +53,7 @@ def test_a_command_that_ends_in_its_last_minute_is_not_requeued(tmp_path):
     process = start(tmp_path, "trap 'exit 0' TERM; touch ready; while :; do sleep 0.1; done")
     wait_for(tmp_path / "ready")
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(20) == 0
+    assert process.wait(PATIENCE) == 0
     assert not (tmp_path / "calls.txt").exists()
 
 

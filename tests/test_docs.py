@@ -4,7 +4,6 @@ import importlib
 import re
 import shlex
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted((ROOT / "results").glob("reproduce*.sh"))
+# Lines that begin with these are left out.
+OTHERS = r"git|pip|pytest|python3? -m|\.|source|export|sbatch|scontrol|parallel|xargs|apt|ssh|tail|VSM_\w+=\S+ pytest"
 # Commands are not run but printed, with their loops and variables expanded by a real shell.
 PRELUDE = """set -f
 python() { printf 'COMMAND'; printf '\\x1f%s' "$@"; printf '\\n'; }
@@ -23,15 +24,13 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
-def commands(shell):
-    """The argument lists that `python` gets in a piece of shell, everything else left out."""
+def commands(shell, folder):
+    """The argument lists that `python` gets in a piece of shell, everything else left out. What it redirects goes to `folder`."""
     if "python " not in shell:
         return []
-    lines = [line for line in shell.replace("\\\n", " ").splitlines()
-             if not re.match(r"\s*(?:[A-Z_]+=\S+ )*(git|pip|pytest|python3? -m|\.|source|export|sbatch|scontrol|parallel|xargs|apt|ssh|tail|VSM_\w+=\S+ pytest)\b", line)]
-    with tempfile.TemporaryDirectory() as folder:  # for files that the commands write
-        done = subprocess.run(["bash", "-c", PRELUDE + "\n".join(lines)], cwd=folder, capture_output=True, text=True, timeout=60,
-                              stdin=subprocess.DEVNULL)
+    lines = [line for line in shell.replace("\\\n", " ").splitlines() if not re.match(rf"\s*(?:[A-Z_]+=\S+ )*({OTHERS})\b", line)]
+    done = subprocess.run(["bash", "-c", PRELUDE + "\n".join(lines)], cwd=folder, capture_output=True, text=True,
+                          check=False, stdin=subprocess.DEVNULL)
     return [line.split("\x1f")[1:] for line in done.stdout.splitlines() if line.startswith("COMMAND\x1f")]
 
 
@@ -45,17 +44,17 @@ def test_links_resolve(page):
         path = (page.parent / file).resolve() if file else page
         assert path.exists(), f"{page.name} links to {target}"
         if anchor:
-            headings = [re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in path.read_text().splitlines()
-                        if line.startswith("#")]
+            headings = [re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                        for line in path.read_text().splitlines() if line.startswith("#")]
             assert anchor in headings, f"{page.name} links to {target}"
 
 
 @pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: page.name)
-def test_commands_parse(page, capsys):
+def test_commands_parse(page, capsys, tmp_path):
     shells = blocks(page, "bash") + blocks(page, "sh") if page.suffix == ".md" else [page.read_text()]
     for shell in shells:
-        assert subprocess.run(["bash", "-n"], input=shell, capture_output=True, text=True).returncode == 0, shell
-        for script, *argv in commands(shell):
+        assert subprocess.run(["bash", "-n"], input=shell, capture_output=True, text=True, check=False).returncode == 0, shell
+        for script, *argv in commands(shell, tmp_path):
             if not script.endswith(".py") or not (ROOT / script).exists():
                 assert script == "-c" or script.startswith("-"), f"{page.name}: python {script}"
                 continue

@@ -269,6 +269,7 @@ def test_the_gradients_mode_couples_data_and_leaves_the_model_as_it_was(runs, di
     assert not vae.training and not any(p.requires_grad for p in vae.parameters())
 
 
+@pytest.mark.slow
 def test_gradient_moments_are_unbiased_and_posterior_samples_lower_the_variance(runs, digits):
     config, vae = load_config(runs.a), load_vae(runs.a)
     vae.decoder.requires_grad_(True)

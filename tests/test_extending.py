@@ -1,8 +1,6 @@
-"""docs/extending.md does what it says: an objective, a network and a 2-D law of one's own, and the adapter for a stranger's VAE."""
+"""docs/extending.md does what it says: an objective, a network and a 2-D law of one's own, and the adapter for a foreign VAE."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,58 +8,74 @@ import pytest
 import torch
 from torch import nn
 
+import audit
+import benchmark
+import plots
+import train_images
+import train_synthetic
+from models import NETS
 from objectives import INFER, LEARN
+from vsm.cli import command_line
+from vsm.laws import LAWS
 from vsm.runs import load_arrays
 
-ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "extending.md").read_text(), re.M | re.S)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (Path(__file__).parent.parent / "docs" / "extending.md").read_text(), re.M | re.S)
 
 
-@pytest.fixture(scope="module")
-def mine(tmp_path_factory):
-    """The page's objective, network and law in one module, mine.py, and a function that runs a script with it."""
-    folder = tmp_path_factory.mktemp("mine")
-    (folder / "mine.py").write_text("\n\n".join(BLOCKS[:3]))
+@pytest.fixture
+def mine(tmp_path, monkeypatch, capsys):
+    """mine(script, *argv) runs a script with the page's objective, network and law, as VSM_IMPORT=mine does, and returns its
+    output. tests/test_kills.py gives $VSM_IMPORT to real processes.
+    """
+    (tmp_path / "mine.py").write_text("\n\n".join(BLOCKS[:3]))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("VSM_IMPORT", "mine")
+    before = [dict(table) for table in (LEARN, INFER, NETS, LAWS)]
 
     def run(script, *argv):
-        environment = os.environ | {"PYTHONPATH": str(folder), "VSM_IMPORT": "mine", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, ROOT / script, *map(str, argv)], cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        capsys.readouterr()
+        command_line(lambda: script.parse_args([*map(str, argv)]), script.main)
+        return capsys.readouterr().out
 
-    run.folder = folder
-    return run
+    yield run
+    for table, entries in zip((LEARN, INFER, NETS, LAWS), before):
+        table.clear()
+        table.update(entries)
+    sys.modules.pop("mine", None)
 
 
 SMALL = ["--seeds", 2, "--batch", 20, "--hidden", 6, "--inner-steps", 1, "--epochs", 1, "--steps-per-epoch", 3, "--test-size", 20,
-         "--importance-samples", 100]
+         "--importance-samples", 100, "--device", "cpu"]
 
 
-def test_a_new_law_and_objective_train_and_plot(mine):
-    out = mine.folder / "synthetic"
-    assert "KLD-F2 on stripe" in mine("train_synthetic.py", "--data", "stripe", "--learn", "fd2", *SMALL, "--out", out)
-    arrays = load_arrays(out / "metrics.npz")
+def test_a_new_law_and_objective_train_and_plot(mine, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "synthetic_samples", lambda runs, save: drawn.append(save))
+    argv = ["--data", "stripe", "--learn", "fd2", *SMALL, "--out", tmp_path / "run"]
+    assert "KLD-F2 on stripe" in mine(train_synthetic, *argv) and drawn
+    arrays = load_arrays(tmp_path / "run" / "metrics.npz")
     assert arrays["config"]["label"] == "KLD-F2" and str(arrays["status"]) == "ok" and "nll_excess" not in arrays
-    mine("plots.py", "learning_curves", out, "--save", mine.folder / "curves.png")
-    assert (mine.folder / "curves.png").exists()
+    mine(plots, "learning_curves", tmp_path / "run", "--save", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
 
 
-def test_a_new_network_trains(mine, digits):
-    out = mine.folder / "images"
-    mine("train_images.py", "--net", "linear", "--learn", "fd2", "--data-root", digits, "--dim-z", 3, "--samples", 1, "--inner-steps", 1,
-         "--limit", 100, "--test-limit", 20, "--epochs", 1, "--eval-every", 1, "--out", out)
-    assert (out / "training_curves.png").exists() and load_arrays(out / "metrics.npz")["config"]["flags"]["net"] == "linear"
+def test_a_new_network_trains(mine, digits, tmp_path, no_pictures):
+    out = tmp_path / "run"
+    mine(train_images, "--net", "linear", "--learn", "fd2", "--data-root", digits, "--dim-z", 3, "--samples", 1,
+         "--inner-steps", 1, "--limit", 100, "--test-limit", 20, "--epochs", 1, "--eval-every", 1, "--device", "cpu",
+         "--out", out)
+    arrays = load_arrays(out / "metrics.npz")
+    assert str(arrays["status"]) == "ok" and arrays["config"]["flags"]["net"] == "linear"
 
 
 @pytest.mark.slow
-def test_a_new_objective_is_audited_and_benchmarked(mine):
-    report = mine("audit.py", "fd2", "--no-training", "--out", mine.folder / "audit")
+def test_a_new_objective_is_audited_and_benchmarked(mine, tmp_path):
+    report = mine(audit, "fd2", "--no-training", "--out", tmp_path / "audit")
     assert "composition: 1.5 E 1/2 |a|^2 -0.5 1/2 |E a|^2 +1 lap" in report and "less 0.5 times half" in report
-    assert "KLD-F2" in mine("benchmark.py", "--quick", "--pairs", "KLD-F2", "--device", "cpu", "--out", mine.folder / "benchmark")
+    assert "KLD-F2" in mine(benchmark, "--quick", "--pairs", "KLD-F2", "--device", "cpu", "--out", tmp_path / "benchmark")
 
 
 def test_an_unknown_name_is_an_error(fails):
-    import train_synthetic
     assert "invalid choice: 'fd3'" in fails(train_synthetic, "--learn", "fd3")
 
 

@@ -1,4 +1,4 @@
-"""Importance sampling against a linear-Gaussian VAE, whose likelihood is known, and the laws of the 2-D data against quadrature."""
+"""Importance sampling against a linear-Gaussian VAE, whose likelihood is known, and the 2-D laws against quadrature."""
 
 import math
 import subprocess
@@ -30,7 +30,7 @@ class Affine(nn.Module):
 
 
 def linear_vae(gamma=0.3, inflate=1.0):
-    """g(z) = W z + b with orthogonal columns, so that the exact posterior factorises; q is that posterior with its std inflated."""
+    """g(z) = W z + b with orthogonal columns, so that the exact posterior factorises; q is that posterior with a larger std."""
     W = torch.tensor([[0.8, -0.3], [0.6, 0.4], [0.0, 1.2]], dtype=torch.float64)
     b = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
     W[:, 1] -= W[:, 0] * (W[:, 0] @ W[:, 1]) / (W[:, 0] @ W[:, 0])

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import REAL, one_line, real, scratch  # noqa: F401
 from torchvision import transforms
 
 import data
 import train_images
+from test_data import REAL, one_line, real, scratch  # noqa: F401
 from vsm.cli import UserError
 
 NUMBERS = [1, 7, 162770, 162771, 182637, 182638, 202599]  # the ends of the three official splits
@@ -41,7 +41,7 @@ def jpeg(number, **size):
 
 
 def write_celeba(root, layout, numbers=NUMBERS):
-    """CelebA in a layout; what to name as data root."""
+    """Write CelebA in a layout and return what a user names as data root."""
     files = {f"{number:06d}.jpg": jpeg(number) for number in reversed(numbers)}
     if layout.endswith("zip"):
         path = root / "celeba" / "img_align_celeba.zip"
@@ -169,7 +169,7 @@ def test_two_processes_share_one_conversion(tmp_path):
     root = write_celeba(tmp_path / "root", "folder")
     processes = [start_slow_conversion(root, tmp_path / f"log{i}") for i in range(2)]
     for process in processes:
-        process.join(timeout=60)
+        process.join()
     texts = [(tmp_path / f"log{i}").read_text() for i in range(2)]
     assert sum(text.count("making") for text in texts) == 1
     sums = [re.search(r"sum (\d+)", text)[1] for text in texts]
@@ -266,7 +266,7 @@ def bitmap(width, height):
 
 
 def refusal(path):
-    """What loading the pictures of a folder or zip says."""
+    """Returns the message with which loading the pictures of a folder or zip ends."""
     with pytest.raises(UserError) as error:
         data.load_images(f"folder:{path}")
     one_line(error)

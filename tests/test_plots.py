@@ -1,4 +1,4 @@
-"""Figures and packs, from small arrays made here: no training."""
+"""Figures and packs are made from small arrays that these tests make, without any training."""
 
 import json
 import os
@@ -148,7 +148,7 @@ FIGURES_OF = {
 }
 
 
-@pytest.mark.parametrize("kind", FIGURES_OF)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "images" else ()) for kind in FIGURES_OF])
 def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
     packed = tmp_path / "all.npz"
     draw(
@@ -295,10 +295,12 @@ def published_figures():
 
 def test_every_published_figure_has_its_command():
     found = dict(published_figures())
-    files = {path.name for path in (ROOT / "results").iterdir()} - {"README.md", "image_tables.md", "audit", "models", "reproduce.sh"}
+    others = {"README.md", "image_tables.md", "audit", "models", "reproduce.sh"}
+    files = {path.name for path in (ROOT / "results").iterdir()} - others
     assert {name for name in files if not name.endswith(".npz")} == found.keys()
     for command in found.values():
-        plots.parse_args(shlex.split(command) + (["--save", "a.md"] if command.startswith(("sweep_table", "study_table")) else []))
+        tables = command.startswith(("sweep_table", "study_table"))
+        plots.parse_args(shlex.split(command) + (["--save", "a.md"] if tables else []))
 
 
 @pytest.mark.slow

@@ -15,16 +15,16 @@ import plots
 import train_synthetic
 from models import build_ensemble
 from objectives import INFER, LEARN
+from small_runs import assert_equal_runs
 from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
 from training import infer_loss
 from vsm.laws import LAWS
 from vsm.runs import load_arrays, load_checkpoint, save_arrays
-from vsm.speed import cpp_compiler
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 CPU = torch.device("cpu")
-SMALL = ["--seeds", "2", "--batch", "20", "--hidden", "6", "--inner-steps", "2", "--epochs", "2", "--steps-per-epoch", "4", "--eval-every",
-         "1", "--test-size", "50", "--importance-samples", "300", "--device", "cpu"]
-TIMES = ("seconds", "peak_memory")
+SMALL = ["--seeds", "2", "--batch", "20", "--hidden", "6", "--inner-steps", "2", "--epochs", "2", "--steps-per-epoch", "4",
+         "--eval-every", "1", "--test-size", "50", "--importance-samples", "300", "--device", "cpu"]
 
 
 def arguments(*argv):
@@ -46,7 +46,8 @@ def train(out, *argv):
 # ------------------------------------------------------------------------------------------------------------ ensembles
 
 
-@pytest.mark.parametrize("argv", [["--learn", "elbo"], ["--learn", "bao", "--estimator", "unbiased", "--samples", 3, "--infer", "fd"],
+@pytest.mark.parametrize("argv", [["--learn", "elbo"],
+                                  ["--learn", "bao", "--estimator", "unbiased", "--samples", 3, "--infer", "fd"],
                                   ["--learn", "swersky", "--bilevel-steps", 2], ["--learn", "fae", "--data", "spiral"]])
 def test_a_member_equals_its_seed_alone(argv):
     together, alone = trainer("--seeds", 4, "--seed", 7, *argv, steps=15), trainer("--seeds", 1, "--seed", 9, *argv, steps=15)
@@ -54,22 +55,6 @@ def test_a_member_equals_its_seed_alone(argv):
         assert torch.allclose(mine[2], theirs[0], rtol=1e-3, atol=1e-6)
     assert not torch.allclose(together.vae.log_gamma[1], together.vae.log_gamma[2], rtol=1e-7)
     assert torch.allclose(together.averages()["learn_loss"][2], alone.averages()["learn_loss"][0], rtol=1e-4)
-
-
-@pytest.mark.skipif(not cpp_compiler(), reason="no C++ compiler")
-@pytest.mark.parametrize("argv", [["--learn", "fd"], pytest.param(["--learn", "bao", "--samples", 2, "--infer", "fd", "--bilevel-steps", 1],
-                                                                  marks=pytest.mark.slow)])
-def test_compiled_updates_equal_eager_ones(argv):
-    eager, fused = trainer(*argv, steps=6), trainer(*argv, "--compile", steps=6)
-    for mine, theirs in zip(fused.vae.parameters(), eager.vae.parameters()):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(fused.sums, eager.sums, rtol=1e-4, atol=1e-4)
-
-
-def test_to_compile_without_a_compiler_is_one_sentence(tmp_path, fails, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert "needs a C++ compiler" in fails(train_synthetic, *SMALL, "--compile", "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_one_members_nan_neither_stops_nor_touches_the_others():
@@ -159,7 +144,8 @@ def test_phi_depends_on_theta_after_one_kept_step_and_not_before(infer):
     phi = dict(vae.encoder.named_parameters())
     kept = kept_step(vae, phi, x, infer, noise[0], 0.03)
     for before, after in zip(phi.values(), kept.values()):
-        assert before.is_leaf and any(g.abs().max() > 0 for g in grad(after.sum(), list(vae.decoder.parameters()), retain_graph=True))
+        gradient = grad(after.sum(), list(vae.decoder.parameters()), retain_graph=True)
+        assert before.is_leaf and any(g.abs().max() > 0 for g in gradient)
 
 
 def test_without_kept_steps_nothing_of_theta_reaches_phi():
@@ -189,26 +175,19 @@ def test_unrolling_keeps_no_graph_from_one_update_to_the_next():
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
-def assert_equal_runs(first, second):
-    arrays = [load_arrays(run / "metrics.npz") for run in (first, second)]
-    tensors = [load_checkpoint(run / "checkpoint.pt")["trainer"]["tensors"] for run in (first, second)]
-    assert arrays[0].keys() == arrays[1].keys()
-    for name in arrays[0].keys() - {*TIMES, "config"}:
-        assert np.array_equal(arrays[0][name], arrays[1][name], equal_nan=arrays[0][name].dtype.kind == "f"), name
-    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
-
-
-def test_a_run_leaves_its_documented_files_and_arrays(tmp_path):
+def test_a_run_leaves_its_documented_files_and_arrays(tmp_path, monkeypatch):
+    monkeypatch.undo()  # this run draws its pictures
     arrays = train(tmp_path / "run")
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {".lock", "config.json", "checkpoint.pt", "metrics.npz", "log.csv", "samples.png"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        ".lock", "config.json", "checkpoint.pt", "metrics.npz", "log.csv", "samples.png"}
     shapes = {name: value.shape for name, value in arrays.items() if name != "config"}
-    members = ("nll", "nll_se", "nll_posterior", "nll_posterior_se", "sm_loss", "sm_loss_se", "fisher_divergence", "fisher_divergence_se",
-               "nll_excess", "nll_excess_se", "sm_excess", "sm_excess_se", "diverged_at", "member_status")
+    members = ("nll", "nll_se", "nll_posterior", "nll_posterior_se", "sm_loss", "sm_loss_se", "fisher_divergence",
+               "fisher_divergence_se", "nll_excess", "nll_excess_se", "sm_excess", "sm_excess_se", "diverged_at", "member_status")
     history = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss", "nll_curve", "excess_curve")
     assert shapes == {**dict.fromkeys(members, (2,)), **dict.fromkeys(history, (3, 2)), "posterior_sd": (3, 2, 2), "ess": (2, 3),
                       "model_samples": (2, 1000, 2), "test_data": (50, 2), "data_entropy": (), "epoch": (3,), "seconds": (3,),
-                      "peak_memory": (3,), "status": (), "density_grid": (1, 81, 81), "density_grid_of": (1,), "density_extent": (4,),
-                      "variance_ratio": (2,), "second_moment": (2, 2)}
+                      "peak_memory": (3,), "status": (), "density_grid": (1, 81, 81), "density_grid_of": (1,),
+                      "density_extent": (4,), "variance_ratio": (2,), "second_moment": (2, 2)}
     assert arrays["config"]["label"] == "KLD-F" and arrays["epoch"].tolist() == [0, 1, 2] and arrays["status"] == "ok"
     assert (arrays["nll"] > arrays["data_entropy"]).all() and (arrays["fisher_divergence"] > 0).all()
     assert (arrays["negative_elbo"][-1] > arrays["nll"] - 0.5).all()
@@ -249,8 +228,9 @@ def test_resumed_in_the_middle_of_an_epoch_equals_undisturbed(tmp_path, monkeypa
 
 
 BEHAVIOUR = {  # a non-default value of each flag changes the weights of a run
-    "--data": "ring", "--learn": "elbo", "--infer": "fd", "--samples": 3, "--seeds": 3, "--seed": 4, "--hidden": 7, "--init-sd": 0.2,
-    "--inner-steps": 3, "--bilevel-steps": 1, "--batch": 30, "--lr": 1e-3, "--inner-lr": 1e-3, "--steps-per-epoch": 5, "--epochs": 3}
+    "--data": "ring", "--learn": "elbo", "--infer": "fd", "--samples": 3, "--seeds": 3, "--seed": 4, "--hidden": 7,
+    "--init-sd": 0.2, "--inner-steps": 3, "--bilevel-steps": 1, "--batch": 30, "--lr": 1e-3, "--inner-lr": 1e-3,
+    "--steps-per-epoch": 5, "--epochs": 3}
 
 
 def test_every_flag_changes_config_and_behaviour(tmp_path):
@@ -267,7 +247,8 @@ def test_every_flag_changes_config_and_behaviour(tmp_path):
     for flag, value in (("--test-size", 40), ("--importance-samples", 200)):
         assert (train(tmp_path / flag.strip("-"), flag, value)["nll"] != base["nll"]).all(), flag
     assert len(train(tmp_path / "eval-every", "--eval-every", 2)["epoch"]) == 2
-    losses = [train(tmp_path / f"{learn}-{estimator}", "--learn", learn, "--estimator", estimator, "--samples", 1 if estimator == "released" else 2)["learn_loss"][-1, 0]
+    losses = [train(tmp_path / f"{learn}-{estimator}", "--learn", learn, "--estimator", estimator,
+                    "--samples", 1 if estimator == "released" else 2)["learn_loss"][-1, 0]
               for learn in ("swersky", "bao") for estimator in ("plugin", "unbiased", "released")]
     assert len(set(losses)) == 6
 
@@ -300,19 +281,22 @@ def test_bad_flags_get_one_sentence(tmp_path, fails, argv, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_figures_are_redrawn_from_the_arrays(tmp_path, fails):
+def test_figures_are_redrawn_from_the_arrays(tmp_path, fails, monkeypatch):
     runs = []
-    for argv in (["--learn", "elbo"], ["--learn", "bao"], ["--learn", "bao", "--estimator", "released"], ["--bilevel-steps", "1"]):
+    for argv in (["--learn", "elbo"], ["--learn", "bao"], ["--learn", "bao", "--estimator", "released"],
+                 ["--bilevel-steps", "1"]):
         for K in (1, 2):
             runs.append(tmp_path / f"run{len(runs)}")
             train(runs[-1], *argv, "--inner-steps", K)
+    monkeypatch.undo()
     for figure in ("synthetic", "synthetic_samples"):
         save = tmp_path / f"{figure}.png"
         plots.main(plots.parse_args([figure, *map(str, runs), "--save", str(save)]))
         assert save.stat().st_size > 10_000
     plots.main(plots.parse_args(["sweep_table", *map(str, runs), "--save", str(tmp_path / "synthetic.md")]))
     nll = load_arrays(runs[0] / "metrics.npz")["nll"]
-    rows = [line for line in (tmp_path / "synthetic.md").read_text().splitlines() if line.startswith("| mixture | 0 | KLD-ELBO |")]
+    table = (tmp_path / "synthetic.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| mixture | 0 | KLD-ELBO |")]
     assert len(rows) == 2 and f"| {nll.mean():.4g} ± {nll.std(ddof=1) / 2 ** 0.5:.2g} / {np.median(nll):.4g} |" in rows[0]
     half = {name: array for name, array in np.load(runs[0] / "metrics.npz").items() if name != "status"}
     (tmp_path / "half").mkdir()
@@ -360,7 +344,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, fails, flags, words)
     shutil.copy(other / "checkpoint.pt", mine)
     assert words in fails(train_synthetic, *SMALL, "--out", mine)
     saved = torch.load(mine / "checkpoint.pt", weights_only=True)
-    torch.save({key: value for key, value in saved.items() if key != "identity"}, mine / "checkpoint.pt")  # as earlier versions wrote it
+    del saved["identity"]  # which earlier versions did not write
+    torch.save(saved, mine / "checkpoint.pt")
     assert "of another model" in fails(train_synthetic, *SMALL, "--out", mine)
     torch.save({"weight": torch.ones(3)}, mine / "checkpoint.pt")
     assert "is not a checkpoint of this script" in fails(train_synthetic, *SMALL, "--out", mine)

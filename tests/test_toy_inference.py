@@ -183,7 +183,8 @@ def test_a_checkpoint_of_another_form_is_refused_in_one_sentence_and_kept(half_r
         before = path.read_bytes()
         with Run(path.parent, "toy_inference", vars(parsed(*argv)), CPU) as folder, pytest.raises(UserError) as error:
             loop.resume(descent, folder)
-        assert re.search("checkpoint.pt is not (of the fit that these flags make|a checkpoint of this script)", str(error.value)), saved
+        assert re.search("checkpoint.pt is not (of the fit that these flags make|a checkpoint of this script)",
+                         str(error.value)), saved
         assert path.read_bytes() == before
 
     descent = Descent(parsed(*argv), CPU)

@@ -6,10 +6,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_toy_inference import CPU, fit, parsed, run
 from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, Normal, kl_divergence
 
 import toy_inference as toy
+from test_toy_inference import CPU, fit, parsed, run
 from vsm.toys import plain
 from vsm.toys.descent import Descent
 from vsm.toys.ends import best_fits, kl_and_fd, location_gradients, noise_quadrature

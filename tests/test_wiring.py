@@ -384,7 +384,7 @@ def test_a_member_has_diverged_where_any_of_its_values_is_not_finite():
 
 
 class Memory:
-    """A run's folder without a disk."""
+    """Stands in for a run's folder and writes nothing."""
 
     path = "memory"
 

@@ -41,7 +41,9 @@ def stopping():
         signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():  # Python allows no handlers in other threads
-        before.update({number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)})
+        before.update({number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)})
+        for number in before:
+            signal.signal(number, request)
     try:
         yield stop
     finally:

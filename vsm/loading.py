@@ -169,7 +169,8 @@ def member_of(ensemble, member):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m vsm.loading", description="Copy the trained model of a run to a new folder.")
     parser.add_argument("run", metavar="RUN", help="folder of a run of train_images.py or train_synthetic.py")
-    parser.add_argument("folder", metavar="FOLDER", help="new folder for config.json and the model's tensors, which load_vae reads")
+    parser.add_argument("folder", metavar="FOLDER",
+                        help="new folder for config.json and the model's tensors, which load_vae reads")
     return parser.parse_args(argv)
 
 

@@ -164,7 +164,8 @@ def group_by_seed(runs, configs):
         rivals = [flags for flags in identity if (flags.get("data"), flags.get("net")) == (mine.get("data"), mine.get("net"))]
         differ = [key for key in mine if key not in ("learn", "infer") and any(flags.get(key) != mine[key] for flags in rivals)]
         estimator = f" {mine['estimator']}" if "estimator" in differ and mine["estimator"] != "plugin" else ""
-        others = [f"N = {mine[key]}" if key == "samples" else f"{flag_name(key)} {mine[key]}" for key in differ if key != "estimator"]
+        others = [f"N = {mine[key]}" if key == "samples" else f"{flag_name(key)} {mine[key]}"
+                  for key in differ if key != "estimator"]
         named.append((", ".join([configs[members[0]]["label"] + estimator, *others]), members))
     return named
 

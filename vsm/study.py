@@ -33,7 +33,7 @@ def interval_text(values, digits=3):
 
 
 def settings_of(loaded, keys):
-    """Of each run, what distinguishes it from other runs with the same pair, as in "init sd 0.4": those of the flags `keys` that vary."""
+    """For each run, those of the flags `keys` that vary among the runs, as in "init sd 0.4"."""
     flags = [arrays["config"]["flags"] for arrays in loaded]
     vary = [key for key in keys if len({run[key] for run in flags}) > 1]
     return [", ".join(f"{key.replace('_', ' ')} {run[key]:g}" for key in vary) for run in flags]

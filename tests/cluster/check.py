@@ -109,7 +109,7 @@ def process_of(work, run):
 
 
 def kill(work, run):
-    """SIGKILL to the command of a run when it is in the midst of its epochs."""
+    """Send SIGKILL to the command of a run when it is in the midst of its epochs."""
     wait_for(lambda: in_mid_run(work / f"runs/{run}"), f"run {run}")
     os.kill(process_of(work, run), signal.SIGKILL)
 
@@ -120,7 +120,7 @@ def quiet(command, work, **kwargs):
 
 
 def xargs(work, disturbed=()):
-    """The same line again until it ends with code 0; the runs in `disturbed` are killed once each."""
+    """Run the same line again until it ends with code 0; the runs in `disturbed` are killed once each."""
     events, todo = Events(work), list(disturbed)
     for _ in range(len(todo) + 1):
         with open(work / "commands.txt") as lines:

@@ -4,8 +4,17 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from data import short_name
-from vsm.figures.style import (COLORS, label_ticks, legend, line_style, linear_around_zero, new_figure, pair_order, save_figure,
-                               seeds_of)
+from vsm.figures.style import (
+    COLORS,
+    label_ticks,
+    legend,
+    line_style,
+    linear_around_zero,
+    new_figure,
+    pair_order,
+    save_figure,
+    seeds_of,
+)
 from vsm.packs import open_runs
 from vsm.runs import group_by_seed
 from vsm.tables import mean_and_error
@@ -92,7 +101,8 @@ def trajectories(runs, save):
 def fid_curves(runs, save):
     """FID by two laws of z, and E z^2 of the latents in use, against epochs: a row per data set and network, a band over seeds.
 
-    z comes from the prior, or from a Gaussian with the mean and variance of the aggregate posterior. The prior's E z^2 is 1 (grey).
+    z comes from the prior, or from a Gaussian with the mean and variance of the aggregate posterior. The prior's E z^2 is 1
+    (grey).
     """
     panels = grouped(runs)
     if not any(measured(groups, "fid") for groups in panels.values()):

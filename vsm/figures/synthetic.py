@@ -9,8 +9,19 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from objectives import LEARN
 from vsm.figures.images import limit_robustly
-from vsm.figures.style import (COLORS, color_of, dash_of, label_ticks, legend_below, letter_of, line_style, linear_around_zero,
-                               new_figure, pair_order, save_figure)
+from vsm.figures.style import (
+    COLORS,
+    color_of,
+    dash_of,
+    label_ticks,
+    legend_below,
+    letter_of,
+    line_style,
+    linear_around_zero,
+    new_figure,
+    pair_order,
+    save_figure,
+)
 from vsm.laws import LAWS
 from vsm.linear import KAPPA_KNOWN, kappa
 from vsm.packs import of_member, open_runs, shown_member
@@ -40,8 +51,8 @@ def synthetic(runs, save):
 def study(runs, save):
     """Final values by objective, a column of two panels per data set: seeds (dots), mean (bar), two standard errors (box).
 
-    Above, NLL less that of the data's law. Below, the total variance of the model over that of the data, and in grey what the theory
-    of linear VAEs predicts for it with an exact posterior, 1 / kappa. Runs without `variance_ratio` have no panel below.
+    Above, NLL less that of the data's law. Below, the total variance of the model over that of the data, and in grey what the
+    theory of linear VAEs predicts for it with an exact posterior, 1 / kappa. Runs without `variance_ratio` have no panel below.
     """
     points = sweep_points(runs)
     panels = panels_of(points)
@@ -99,7 +110,7 @@ def strip_figure(points, save):
 
 def draw_strip(ax, points, metric):
     """Draw a column per objective: members, mean, two standard errors, and the number of members that diverged."""
-    origin, width, values = values_above_origin(points, metric)
+    _, width, values = values_above_origin(points, metric)
     for x, (point, members) in enumerate(zip(points, values)):
         draw_members(ax, x, members, point["flags"])
         if point["diverged"].any():
