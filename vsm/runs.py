@@ -248,9 +248,12 @@ class Run:
             if kind is not None and self.aside.exists() and not (self.path / "metrics.npz").exists():
                 (self.path / "config.json").unlink(missing_ok=True)
                 self._restore()
+            elif kind is not None and issubclass(kind, UserError) and self._config_before:  # such as for fewer epochs than it has
+                with contextlib.suppress(UserError):
+                    write_atomic(self.path / "config.json", self._config_before)
             self._lock.close()
 
-    _lock = _board = None
+    _lock = _board = _config_before = None
 
     def _files(self):
         """The files of the folder, without the lock, the run moved aside and the remains of a killed write."""
@@ -288,6 +291,7 @@ class Run:
                 self._take_over(old)
                 if self.status:
                     return
+                self._config_before = (self.path / "config.json").read_bytes()
         write_atomic(self.path / "config.json", json.dumps(self.config, indent=1).encode())
 
     def _take_over(self, old):
