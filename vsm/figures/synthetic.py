@@ -408,9 +408,12 @@ def law_density(name, x, y):
 
 
 def panels_of_runs(runs):
-    """A figure with a panel per run, its axes, and the arrays of the runs."""
-    loaded = [run.finished() for run in open_runs(runs)]
-    columns = min(len(loaded), 5)
+    """A figure with a panel per run, its axes, and the arrays of the runs. Data sets with equally many runs have a row each."""
+    loaded = sorted((run.finished() for run in open_runs(runs)),
+                    key=lambda arrays: (arrays["config"]["flags"]["data"], pair_order(arrays["config"]["flags"])))
+    datas = [arrays["config"]["flags"]["data"] for arrays in loaded]
+    counts = {datas.count(data) for data in datas}
+    columns = min(5, *counts, len(loaded)) if len(counts) == 1 else min(len(loaded), 5)
     figure, axes = new_figure(-(-len(loaded) // columns), columns, size=(2.3, 2.7))
     for ax in axes.flat[len(loaded):]:
         ax.set_axis_off()
@@ -421,8 +424,8 @@ def frame_data(ax, arrays):
     """Set limits around the test data, and a title with the objective, K, J and the median NLL."""
     data, nll, flags = arrays["test_data"], arrays["nll"], arrays["config"]["flags"]
     result = f"NLL {np.nanmedian(nll):.2f}" if np.isfinite(nll).any() else "diverged"
-    title = f"{objective_name(arrays['config'])}\nK = {flags['inner_steps']}, J = {flags['bilevel_steps']}: {result}"
-    ax.set_title(title, fontsize=8)
+    steps = f"K = {flags['inner_steps']}, J = {flags['bilevel_steps']}"
+    ax.set_title(f"{flags['data']}, {objective_name(arrays['config'])}\n{steps}: {result}", fontsize=8)
     low, high = np.quantile(data, [0.002, 0.998], axis=0)
     margin = 0.3 * (high - low).max()
     ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), aspect="equal")
