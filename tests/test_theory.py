@@ -97,6 +97,19 @@ def test_the_expected_gradient_is_that_of_fd_with_kappa_before_the_posterior_cov
 
 
 @pytest.mark.parametrize("objective, estimator, N", MODELS)
+@pytest.mark.parametrize("v1", [1.2, 4.5, 5.5, 20.0])
+def test_a_collapsed_model_with_learnt_gamma_is_stable_up_to_kappa_times_the_mean_variance(objective, estimator, N, v1):
+    C = torch.tensor([v1, 1.0], dtype=torch.float64).diag()
+    gamma, direction = (v1 + 1) / 2, torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    collapsed, near = linear_vae(torch.zeros(2, 2, dtype=torch.float64), gamma), linear_vae(1e-3 * direction, gamma)
+    collapsed.log_gamma.requires_grad_(True)
+    loss = expected_loss(collapsed, objective, estimator, C, N, 1.0)
+    assert torch.autograd.grad(loss, collapsed.log_gamma)[0].abs() < 1e-12
+    slope = torch.autograd.grad(expected_loss(near, objective, estimator, C, N, 1.0), near.decoder.weight)[0][0, 0]
+    assert (slope > 0) == (v1 < kappa(objective, estimator, N) * gamma)  # a positive slope leads back to the collapsed model
+
+
+@pytest.mark.parametrize("objective, estimator, N", MODELS)
 def test_spectrum_second_moment_and_gamma_at_the_fixed_point(objective, estimator, N):
     v, gamma, alpha = torch.tensor([9.0, 5.0, 0.7, 0.2, 0.1], dtype=torch.float64), 0.5, 1.0
     Q = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
