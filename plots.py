@@ -73,15 +73,17 @@ def __getattr__(name):
 
 
 def draw_run(run):
-    """Draw the PNGs of one finished image run that are not there yet. A diverged run has curves only."""
+    """Draw the PNGs of one finished image run that are missing, or older than its arrays. A diverged run has curves only."""
     (opened,) = open_runs([run])
     arrays = opened.finished()
     names = ["training_curves"]
     if str(arrays["status"]) == "ok":
         names += ["samples", "reconstructions", "interpolations", "posterior_sd", "posterior_mean"]
+    written = (Path(run) / "metrics.npz").stat().st_mtime_ns
     for name in names:
         save = Path(run) / f"{name}.png"
-        if not save.exists() and (name == "training_curves" or name in arrays):
+        current = save.exists() and save.stat().st_mtime_ns >= written
+        if not current and (name == "training_curves" or name in arrays):
             FIGURES[name]([opened], save)
 
 
@@ -98,7 +100,8 @@ def parse_args(argv=None):
                         help="leave out the runs whose names match one of these patterns")
     parser.add_argument("--keep", nargs="+", default=[], choices=HEAVY, metavar="KEY",
                         help=f"pack: large arrays to keep, of {', '.join(HEAVY)}; "
-                             "model_samples and density_grid are kept for the member that figures show")
+                             "of model_samples it keeps the member that figures show, of density_grid the members that the run "
+                             "stored: those with the median and with the least NLL")
     parser.add_argument("--keep-of", default="*", metavar="GLOB",
                         help="pack: keep the large arrays only in runs whose names match this pattern")
     parser.add_argument("--drop", nargs="+", default=[], metavar="KEY", help="pack: arrays to leave out")

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The commands of every published figure and table. `results/reproduce.sh PART` runs one part, `results/reproduce.sh PART -n` prints its
-# commands, one a line, for xargs, GNU parallel or a Slurm array (docs/cluster.md). Runs resume and finished ones are skipped.
-# Times are those of one core of a CPU. Set DATA to the folder of MNIST and Fashion-MNIST.
+# The command of every published run, in parts named after figures, tables and packs. `results/reproduce.sh PART` runs one part,
+# `results/reproduce.sh PART -n` prints its commands, one a line, for xargs, GNU parallel or a Slurm array (docs/cluster.md).
+# Runs resume and finished ones are skipped. Times are those of training on one core of a CPU.
+# Set DATA to the folder of MNIST, Fashion-MNIST and CelebA. --compile needs a C++ compiler; without it a run takes 1.7 times as long.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-data}
-if [ "${2:-}" = -n ]; then python() { echo "python $*"; }; fi
+if [ "${2:-}" = -n ]; then set -f; python() { echo "python $*"; }; fi
 
 figure1() {  # Figure 1 and every rule: 1 min
     python param_recovery.py --stochastic --out runs/figure1
@@ -17,14 +18,14 @@ spectrum() {  # linear VAEs of MNIST, 22 models: 5 min
 
 toys() {  # Figures 2 and 5, basins of attraction, A.5.1, A.5.3: 10 min
     python toy_inference.py --out runs/figure2
-    python toy_inference.py --grid 31 --iterations 100000 --frames 20 --out runs/basins
+    python toy_inference.py --grid 31 --iterations 100000 --frames 2 --out runs/basins
     python toy_inference.py --likelihoods sym --grid 31 --lr 2e-5 --samples 4 --iterations 300000 --frames 20 --out runs/basins_sym
     python toy_inference.py --family mixture --out runs/figure5
     python toy_inference.py --family laplace --out runs/a53_laplace
     python toy_inference.py --gradients --out runs/a51_gradients
 }
 
-study2d() {  # 2-D runs to convergence, ten seeds each: 2 min a run (4 min without --compile, which needs a C++ compiler)
+study2d() {  # 2-D runs to convergence, ten seeds each: 35 runs of 3 to 6 min
     local budget="--samples 5 --infer-samples 1 --batch 100 --test-size 1000 --importance-samples 20000 --compile"
     local data pair schedule
     for data in mixture banana ring spiral sparse; do
@@ -37,7 +38,7 @@ study2d() {  # 2-D runs to convergence, ten seeds each: 2 min a run (4 min witho
     done
 }
 
-study2d_variants() {  # the same with other initial standard deviations of p(x|z), FD inference of S and B, and N = 1: 2 min a run
+study2d_variants() {  # the same with other initial standard deviations of p(x|z), FD inference of S and B, and N = 1: 19 runs of 3 to 6 min
     local budget="--infer-samples 1 --batch 100 --lr 1e-3 --lr-half-life 60 --epochs 300 --eval-every 10"
     budget="$budget --test-size 1000 --importance-samples 20000 --compile"
     local data learn pair sd
@@ -58,7 +59,7 @@ study2d_variants() {  # the same with other initial standard deviations of p(x|z
 mnist_budget="--net mlp --width 128 --dim-z 16 --infer-samples 1 --inner-steps 1 --batch 50 --lr 1e-3 --lr-half-life 2 --epochs 8"
 mnist_budget="$mnist_budget --eval-every 1 --fid-every 1 --test-limit 2000"
 
-study_mnist() {  # mnist, MLP of width 128, 9600 updates, five seeds: 2 to 3 min a run
+study_mnist() {  # mnist, MLP of width 128, 9600 updates, five seeds: 41 runs of 2 to 8 min
     local seed pair
     for seed in 0 1 2 3 4; do
         for pair in "elbo kld" "swersky kld" "bao kld" "fd kld" "bao kld --estimator unbiased" "bao kld --estimator released" "fd fd-weighted" "fd fd"; do
@@ -69,34 +70,118 @@ study_mnist() {  # mnist, MLP of width 128, 9600 updates, five seeds: 2 to 3 min
     python train_images.py --data mnist --data-root "$DATA" --learn fd --infer fd-repar $mnist_budget --samples 5
 }
 
-study_samples() {  # the same with N = 1 and 2, three seeds: 2 min a run
+study_samples() {  # the same with N = 1 and 2, three seeds: 12 runs of 2 min
     local seed samples learn
     for seed in 0 1 2; do for samples in 1 2; do for learn in swersky bao; do
         python train_images.py --data mnist --data-root "$DATA" --learn $learn --infer kld $mnist_budget --samples $samples --seed $seed
     done; done; done
 }
 
-figure3() {  # Figure 3, transients of 10,000 updates at step 1e-4: 154 runs of 1 to 3 min
-    local budget="--batch 100 --eval-every 20 --test-size 1000 --importance-samples 20000"
+transient() { python train_synthetic.py --eval-every 20 --importance-samples 20000 "$@"; }  # 10,000 updates at step 1e-4
+
+figure3() {  # Figure 3, transients: 154 runs of 12 s to 6 min
     local data J K flags
     for data in mixture sparse; do for J in 0 5; do for K in 1 2 5 10; do
-        for flags in "--learn elbo" "--learn fd" "--learn fd --infer fd" "--learn swersky --samples 5" "--learn swersky --samples 5 --infer fd" \
-                "--learn bao --samples 5" "--learn bao --samples 5 --infer fd" "--learn elbo --samples 5" "--learn bao" \
-                "--learn swersky --estimator released" "--learn bao --estimator released"; do
-            python train_synthetic.py --data $data --inner-steps $K --bilevel-steps $J $budget $flags
+        set -- "--learn elbo" "--learn fd" "--learn fd --infer fd" "--learn swersky --samples 5" "--learn swersky --samples 5 --infer fd" \
+            "--learn bao --samples 5" "--learn bao --samples 5 --infer fd"
+        if [ $J = 0 ]; then
+            set -- "$@" "--learn elbo --samples 5" "--learn bao" "--learn swersky --estimator released" "--learn bao --estimator released"
+        fi
+        if [ $J = 0 ] && [ $K = 5 ]; then
+            set -- "$@" "--learn fd --samples 5" "--learn swersky --infer fd --estimator released" "--learn bao --infer fd" \
+                "--learn bao --infer fd --estimator released" "--learn bao --samples 5 --estimator unbiased"
+        fi
+        for flags in "$@"; do
+            transient --data $data --inner-steps $K --bilevel-steps $J --batch 100 --test-size 1000 --compile $flags
         done
     done; done; done
 }
 
-images() {  # image tables, transients of 1000 updates, two seeds: 70 to 150 s a run
-    local data seed pair
-    for data in mnist fashion; do for seed in 0 1; do
-        for pair in "elbo kld" "fd kld" "fd fd" "swersky kld" "swersky fd" "bao kld" "bao fd" "fae fae"; do
-            set -- $pair
-            python train_images.py --data $data --data-root "$DATA" --limit 10000 --test-limit 1000 --width 16 --dim-z 16 --batch 50 --inner-steps 1 \
-                --lr 2e-3 --epochs 5 --eval-every 1 --learn $1 --infer $2 --seed $seed
+figure7() {  # Figure 7, transients, of which figure3 has those of mixture and sparse: 45 runs of 24 s to 3 min
+    local data flags
+    for data in mixture banana ring spiral sparse; do
+        for flags in "elbo" "elbo --samples 5" "fd" "fd --samples 5" "fd --infer fd" "swersky --samples 5" \
+                "swersky --samples 5 --infer fd" "bao --samples 5" "bao --samples 5 --infer fd"; do
+            transient --data $data --batch 100 --test-size 1000 --compile --learn $flags
         done
+    done
+}
+
+encoder_step() {  # transients with the encoder's default step and a fifth of it: 13 runs of 30 s to 10 min
+    local flags step learn
+    for flags in "fd" "swersky --samples 5" "bao --samples 5"; do
+        for step in "mixture --inner-lr 1e-3" "mixture --inner-lr 2e-4" "sparse --inner-lr 2e-4"; do
+            transient --data $step --batch 100 --test-size 1000 --compile --infer fd --learn $flags
+        done
+    done
+    for learn in swersky bao; do for step in 1e-2 2e-3; do
+        transient --data mixture --batch 100 --test-size 1000 --compile --learn $learn --samples 5 --bilevel-steps 5 --inner-lr $step
     done; done
+}
+
+figure3_batch200() {  # transients of minibatch 200 on mixture: 17 runs of 1 to 9 min
+    local flags
+    for flags in "elbo" "elbo --samples 5" "fd" "fd --infer fd" "fd --infer fd --inner-lr 1e-2" \
+            "swersky --estimator released" "swersky --samples 5" "swersky --samples 5 --infer fd" "swersky --samples 5 --bilevel-steps 5" \
+            "bao" "bao --estimator released" "bao --samples 5" "bao --samples 5 --infer fd" "bao --samples 5 --bilevel-steps 5"; do
+        transient --data mixture --batch 200 --test-size 2000 --learn $flags
+    done
+    for flags in "--inner-lr 1e-4" "--inner-lr 1e-4 --inner-steps 20" "--init-sd 0.5"; do
+        transient --data mixture --batch 200 --test-size 2000 --learn fd --infer fd $flags --eval-every 10
+    done
+}
+
+pairs=("elbo" "fd" "fd --infer fd" "swersky" "swersky --infer fd" "bao" "bao --infer fd" "fae")
+few_images() { python train_images.py --data-root "$DATA" --dim-z 16 --inner-steps 1 --batch 50 --lr 2e-3 --eval-every 1 "$@"; }
+
+images() {  # image tables, transients of 1000 updates, two seeds, also with group norm: 38 runs of 1 to 7 min
+    local budget="--limit 10000 --test-limit 1000 --width 16 --epochs 5"
+    local seed data flags
+    for seed in 0 1; do
+        for data in mnist fashion; do for flags in "${pairs[@]}"; do
+            few_images --data $data $budget --seed $seed --learn $flags
+        done; done
+        for flags in "elbo" "fd --infer fd" "bao"; do
+            few_images --data mnist $budget --norm group --seed $seed --learn $flags
+        done
+    done
+}
+
+images_resnet() {  # image tables, ResNets, transients of 1000 updates, two seeds: 14 runs of 2 to 10 min
+    local seed flags
+    for seed in 0 1; do for flags in "${pairs[@]:0:7}"; do
+        few_images --data mnist --net resnet --limit 10000 --test-limit 1000 --width 8 --epochs 5 --seed $seed --learn $flags
+    done; done
+}
+
+images_celeba() {  # image tables, transients of 240 updates: 16 ConvNets of 30 to 70 s, 13 ResNets of 2 to 3 min
+    local budget="--data celeba --limit 4000 --test-limit 500 --samples 2 --width 8 --epochs 3"
+    local net flags
+    for net in "conv --seed 0" "conv --seed 1" "resnet --seed 0"; do for flags in "${pairs[@]}"; do
+        few_images $budget --net $net --learn $flags
+    done; done
+    for flags in "elbo" "fd" "fd --infer fd" "swersky" "bao"; do
+        few_images $budget --net resnet --seed 1 --learn $flags
+    done
+}
+
+images_mlp() {  # claim 8, an MLP with 100 latents, transients of 4000 updates, two seeds: 8 runs of 1 to 2 min
+    local budget="--net mlp --limit 20000 --test-limit 1000 --samples 1 --inner-steps 1 --lr 1e-3 --epochs 20 --eval-every 5"
+    local seed flags
+    for seed in 0 1; do for flags in "elbo" "elbo --latent bernoulli" "fd" "fd --infer fd"; do
+        python train_images.py --data mnist --data-root "$DATA" $budget --seed $seed --learn $flags
+    done; done
+}
+
+evaluations() {  # tables and gradient SNR of the finished runs of the four parts above: seconds a run, 2 min for the SNR of each of two
+    local runs=runs/images budget=limit10000-test-limit1000
+    python evaluate.py $runs/mnist-conv-*-$budget-width16-dim-z16-* --images 200 --iw-samples 100 --out runs/evaluation/mnist
+    python evaluate.py $runs/mnist-conv-{kld-elbo,fd-fd,kld-bao}-$budget-width16-* --images 200 --iw-samples 100 --out runs/evaluation/group
+    python evaluate.py $runs/mnist-resnet-*-$budget-width8-* --images 200 --iw-samples 100 --out runs/evaluation/resnet
+    python evaluate.py $runs/fashion-conv-*-$budget-width16-* --images 200 --iw-samples 100 --out runs/evaluation/fashion
+    python evaluate.py $runs/mnist-mlp-*-limit20000-* --images 200 --iw-samples 100 --out runs/evaluation/mlp
+    python evaluate.py $runs/celeba-*-limit4000-* --images 100 --iw-samples 30 --out runs/evaluation/celeba
+    python evaluate.py --gradient-snr --snr-draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
 }
 
 figure6() {  # the larger network of Figure 6: not run here
@@ -119,7 +204,9 @@ speed() {  # the performance table: 20 min, with nothing else running
     python benchmark.py --part ensemble --members 3 10 30 --threads 2 --repeats 7
 }
 
-case "${1:-}" in
-    figure1 | spectrum | toys | study2d | study2d_variants | study_mnist | study_samples | figure3 | images | figure6 | audits | speed) "$1" ;;
-    *) echo "usage: results/reproduce.sh figure1|spectrum|toys|study2d|study2d_variants|study_mnist|study_samples|figure3|images|figure6|audits|speed [-n]" >&2; exit 2 ;;
+parts="figure1 spectrum toys study2d study2d_variants study_mnist study_samples figure3 figure7 encoder_step figure3_batch200"
+parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed"
+case " $parts " in
+    *" ${1:-} "*) "$1" ;;
+    *) echo "usage: results/reproduce.sh ${parts// /|} [-n]" >&2; exit 2 ;;
 esac

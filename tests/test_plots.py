@@ -214,6 +214,21 @@ def test_curves_of_a_run_that_has_not_ended(runs, tmp_path, kind, fails):
     assert ("has not ended" if kind == "half" else "has no 'samples'") in fails(plots, other, *runs[kind])
 
 
+def test_a_finished_run_replaces_pictures_that_are_older_than_its_arrays(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.Figure, "__call__", lambda figure, runs, save: (drawn.append(figure.name), save.write_text("")))
+    run = image_run(tmp_path / "run", finished=False)
+    (run / "training_curves.png").write_text("half of the curves")
+    image_run(run)
+    before = (run / "metrics.npz").stat().st_mtime_ns - 10**6
+    os.utime(run / "training_curves.png", ns=(before, before))
+    (run / "samples.png").write_text("drawn since")
+    plots.draw_run(run)
+    assert drawn == ["training_curves", "reconstructions", "interpolations", "posterior_sd"]
+    plots.draw_run(run)
+    assert len(drawn) == 4
+
+
 def test_bad_input_gets_one_sentence(runs, tmp_path, fails):
     image, synthetic = runs["images"][0], runs["2d"][0]
     save = tmp_path / "a.png"
