@@ -182,6 +182,7 @@ evaluations() {  # tables and gradient SNR of the finished runs of the four part
     python evaluate.py $runs/mnist-mlp-*-limit20000-* --images 200 --iw-samples 100 --out runs/evaluation/mlp
     python evaluate.py $runs/celeba-*-limit4000-* --images 100 --iw-samples 30 --out runs/evaluation/celeba
     python evaluate.py --gradient-snr --snr-draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
+    python evaluate.py --gradient-snr $runs/mnist-mlp-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-*-seed[23]
 }
 
 figure6() {  # the larger network of Figure 6: not run here

@@ -21,7 +21,7 @@ from vsm.cli import UserError
 from vsm.runs import load_arrays, load_config, save_arrays
 
 PARTS = ("metrics", "eval", "gradient_snr", "gradient_snr_train")
-OF_MEMBERS = ("model_samples", "density_grid")  # arrays of 2-D runs, kept only for the member that figures show
+OF_MEMBERS = ("model_samples", "density_grid")  # arrays of 2-D runs, kept for the members that figures show
 HEAVY = (*OF_MEMBERS, "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept only on request
 
 
@@ -143,8 +143,8 @@ def of_member(arrays, key, member):
 def pack(paths, save, keep=(), keep_of="*", drop=()):
     """Write runs into one pack, without the arrays that `drop` lists.
 
-    The large arrays of HEAVY are kept where `keep` lists them and the run's name matches the glob `keep_of`. Model samples and
-    density grids are kept only for the member that figures show. Raises UserError for two runs of the same name.
+    The large arrays of HEAVY are kept where `keep` lists them and the run's name matches the glob `keep_of`. Model samples
+    are kept only for the member that figures show. Raises UserError for two runs of the same name.
     """
     runs = open_runs(paths)
     names = [run.short_name for run in runs]
@@ -178,7 +178,8 @@ def _record(run, keep, drop):
             record[f"{part}.config"] = np.array(json.dumps(config))
         member = shown_member(arrays["nll"]) if "nll" in arrays else None
         for key, value in arrays.items():
-            if key in drop or key in HEAVY and key not in keep or key in OF_MEMBERS and member is None:
+            heavy = part == "metrics" and key in HEAVY  # the `samples` of gradient_snr.npz are numbers of samples
+            if key in drop or heavy and key not in keep or key in OF_MEMBERS and member is None:
                 continue
             if key in OF_MEMBERS and f"{key}_of" not in arrays:
                 record[f"{part}.{key}_of"], value = np.array([member]), value[member : member + 1]
