@@ -305,7 +305,7 @@ def test_figures_are_redrawn_from_the_arrays(tmp_path, fails, monkeypatch):
     assert "has not ended" in fails(plots, "synthetic", tmp_path / "half")
     assert "not a run folder" in fails(plots, "synthetic", tmp_path / "nowhere")
     train(tmp_path / "wider", "--hidden", 7)
-    assert "the runs differ in hidden" in fails(plots, "synthetic", runs[0], tmp_path / "wider")
+    assert "the runs of mixture differ in hidden" in fails(plots, "synthetic", runs[0], tmp_path / "wider")
 
 
 @pytest.mark.parametrize("data", LAWS)
