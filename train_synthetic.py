@@ -144,8 +144,8 @@ class EnsembleTrainer(Ledger):
     def learn(self, vae, x, kept_noise, noise):
         """The loss of theta per member [S], its gradients, and phi after the J kept steps; kept_noise [J, M, S, B, Dz]."""
         args, phi = self.args, dict(vae.encoder.named_parameters())
-        lr = args.inner_lr * self.rate if args.lr_half_life else args.inner_lr
         for step_noise in kept_noise:
+            lr = args.inner_lr * self.rate if args.lr_half_life else args.inner_lr
             phi = kept_step(vae, phi, x, args.infer, step_noise, lr)
         if args.bilevel_steps:
             loss = bilevel_loss(vae, phi, x, args.learn, noise, args.estimator).mean(-1)

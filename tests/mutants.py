@@ -19,6 +19,9 @@ import matplotlib.pyplot  # noqa: F401  (imported once here, so that the forked 
 import pytest
 import scipy.optimize  # noqa: F401
 import torch
+import torch._dynamo  # noqa: F401  (Adam's first step imports it, which takes seconds)
+import torch._inductor  # noqa: F401
+import torch.fx.experimental.proxy_tensor  # noqa: F401
 import torchvision.models.resnet  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent

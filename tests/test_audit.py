@@ -18,7 +18,8 @@ def findings(name, **options):
 @pytest.mark.parametrize("name, options, notes", [pytest.param("elbo", {}, set(), marks=pytest.mark.slow),
                                                   pytest.param("fd", {}, {"target"}, marks=pytest.mark.slow),
                                                   ("swersky", {"estimator": "plugin"}, {"bias", "estimator"}),
-                                                  ("bao", {"estimator": "plugin"}, {"estimator"}),
+                                                  pytest.param("bao", {"estimator": "plugin"}, {"estimator"},
+                                                               marks=pytest.mark.slow),
                                                   ("bao", {"estimator": "unbiased"}, set())])
 def test_right_objectives_pass(name, options, notes):
     found = findings(name, **options)
@@ -87,6 +88,7 @@ def test_the_script_writes_its_report(tmp_path, capsys):
     assert "kappa: for N = 1, 2, 5, 20: alpha 0.5: 1.500, 1.250, 1.100, 1.025" in capsys.readouterr().out
     arrays = load_arrays(tmp_path / "run" / "metrics.npz")
     np.testing.assert_allclose(arrays["kappa"][1], [2, 1.5, 1.2, 1.05], rtol=1e-6)
+    assert arrays["verdict"].tolist().count("note") == 1
     assert (tmp_path / "run" / "audit.png").exists() and "| kappa |" in (tmp_path / "run" / "audit.md").read_text()
 
 

@@ -9,6 +9,7 @@ import torch
 
 import benchmark
 import plots
+import vsm.timing
 from benchmark import pairs
 from models import build_vae
 from training import Trainer, infer_loss, joint_loss, learn_loss
@@ -60,8 +61,22 @@ def test_the_trainer_computes_what_is_needed_and_no_more(pair):
     assert flops_of_two_steps(plain) > 1.05 * 2 * floor.flops
 
 
-def test_a_quick_run_prints_its_ratios_and_leaves_its_arrays(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "cpp_compiler", lambda: False)  # tests/test_speed.py compiles
+@pytest.fixture
+def short(monkeypatch):
+    """Two steps a turn, nothing compiled (tests/test_speed.py compiles), and no large matrix product."""
+    monkeypatch.setattr(benchmark, "cpp_compiler", lambda: False)
+    monkeypatch.setattr(benchmark, "matrix_rate", lambda device, precision: np.full(5, 1e9))
+    time_in_turns = vsm.timing.time_in_turns
+    monkeypatch.setattr(benchmark, "time_in_turns", lambda makers, calls, *rest: time_in_turns(makers, min(calls, 2), *rest))
+
+
+@pytest.mark.slow
+def test_the_rate_of_a_matrix_product():
+    rates = vsm.timing.matrix_rate(torch.device("cpu"), "float32")
+    assert rates.shape == (5,) and (rates > 1e8).all()
+
+
+def test_a_quick_run_prints_its_ratios_and_leaves_its_arrays(tmp_path, capsys, short):
     flags = ["--quick", "--part", "all", "--device", "cpu", "--out", str(tmp_path / "run")]
     benchmark.main(benchmark.parse_args(flags))
     table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| images")]
@@ -96,7 +111,7 @@ def test_kept_memory_costs_no_page_faults():
     assert faults() < given_back / 10
 
 
-def test_quick_sets_defaults_only_and_bf16_alone_is_drawn(tmp_path):
+def test_quick_sets_defaults_only_and_bf16_alone_is_drawn(tmp_path, short):
     argv = ["--quick", "--pairs", "FD-S", "--precision", "bf16", "--device", "cpu", "--out", str(tmp_path / "run")]
     benchmark.main(benchmark.parse_args(argv))
     arrays, picture = load_arrays(tmp_path / "run" / "metrics.npz"), tmp_path / "run" / "benchmark.png"

@@ -74,7 +74,7 @@ def run_evaluate(out, *argv, figures=False):
         evaluate.main(evaluate.parse_args([*QUICK, *map(str, argv), "--out", str(out)]))
 
 
-def test_table_and_figures_over_seeds(runs, tmp_path, capsys):
+def test_table_and_figures_over_seeds_and_figures_redrawn_from_the_arrays_alone(runs, tmp_path, capsys):
     run_evaluate(tmp_path / "out", runs.a, runs.b, runs.diverged, figures=True)
     printed = capsys.readouterr().out
     each, table = [load_arrays(run / "eval.npz") for run in (runs.a, runs.b)], load_arrays(tmp_path / "out" / "table.npz")
@@ -92,6 +92,9 @@ def test_table_and_figures_over_seeds(runs, tmp_path, capsys):
         "table.md", "table.npz", "trajectories.png", "posterior_sd.png", "samples.png", "importance_bound.png", "denoising.png",
         "aggregate_posterior.png"}
     assert not (runs.diverged / "eval.npz").exists()
+    for figure, drawn in (("trajectories", (runs.a, runs.b, runs.diverged)), ("denoising", (runs.a, runs.b))):
+        plots.main(plots.parse_args([figure, *map(str, drawn), "--save", str(tmp_path / f"{figure}.png")]))
+        assert (tmp_path / f"{figure}.png").read_bytes() == (tmp_path / "out" / f"{figure}.png").read_bytes()
 
 
 def test_eval_npz_holds_what_the_readme_says_and_the_bound_tightens(runs, tmp_path):
@@ -147,7 +150,7 @@ def test_a_run_whose_checkpoint_is_gone_keeps_its_evaluation(runs, tmp_path, cap
 
 
 def test_the_note_on_mmd_tells_latent_spaces_apart(runs, digits, tmp_path):
-    wide = train(tmp_path / "wide", "--data-root", digits, "--dim-z", 12)
+    wide = train(tmp_path / "wide", "--data-root", digits, "--dim-z", 12, "--epochs", 1)
     run_evaluate(tmp_path / "out", runs.a, wide)
     sds = [f"{load_arrays(run / 'eval.npz')['latent_mmd_null_sd']:.2g} ({n} gaussian latents)"
            for run, n in ((runs.a, 4), (wide, 12))]
@@ -241,13 +244,13 @@ def test_without_inception_every_other_number_is_there(tmp_path, capsys):
 
 
 def test_gradient_snr(runs, monkeypatch):
+    monkeypatch.setattr("vsm.gradient_snr.SAMPLES", (1, 2))
     evaluate.main(evaluate.parse_args([str(runs.a), "--gradient-snr", "--snr-draws", "2", "--device", "cpu"]))
     arrays = load_arrays(runs.a / "gradient_snr.npz")
     names = ["ELBO", "F", "S plugin", "S unbiased", "B plugin", "B unbiased", "B released", "FAE"]
-    assert arrays["objectives"].tolist() == names and arrays["samples"].tolist() == [1, 2, 5, 10]
+    assert arrays["objectives"].tolist() == names and arrays["samples"].tolist() == [1, 2]
     assert [name for name, snr in zip(names, arrays["snr"]) if np.isnan(snr[0])] == ["S unbiased", "B unbiased"]
     assert np.isfinite(arrays["snr"][:, 1:]).all() and (runs.a / "gradient_snr.png").exists()
-    monkeypatch.setattr("vsm.gradient_snr.SAMPLES", (1, 2))
     evaluate.main(evaluate.parse_args([str(runs.half), "--gradient-snr", "--snr-draws", "3", "--snr-mode", "train", "--device",
                                        "cpu"]))
     trained = load_arrays(runs.half / "gradient_snr_train.npz")
@@ -305,13 +308,6 @@ def test_groups_differ_in_their_seed_alone():
                                                ("F, inner-steps 1", [4])]
     with pytest.raises(UserError, match="run4 and run5 are the same experiment with the same seed 0"):
         group_by_seed(folders, [*configs, configs[-1]])
-
-
-def test_figures_are_redrawn_from_the_arrays_alone(runs, tmp_path):
-    run_evaluate(tmp_path / "out", runs.a, runs.b, figures=True)
-    for figure in ("trajectories", "posterior_sd", "importance_bound", "denoising"):
-        plots.main(plots.parse_args([figure, str(runs.a), str(runs.b), "--save", str(tmp_path / f"{figure}.png")]))
-        assert (tmp_path / f"{figure}.png").read_bytes() == (tmp_path / "out" / f"{figure}.png").read_bytes()
 
 
 # -------------------------------------------------------------------------------------- nothing stale, lost or silent

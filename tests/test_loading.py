@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,10 +186,3 @@ def test_another_checkpoint_of_the_folder_and_a_member_of_an_image_run(folders, 
         load_vae(folders / "mlp", member=0)
     with pytest.raises(UserError, match="is not a run folder"):
         load_vae(tmp_path)
-
-
-def test_evaluation_and_benchmark_do_not_import_train_images():
-    code = "import sys, evaluate, benchmark; print('train_images' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-                          check=True)
-    assert done.stdout.strip() == "False"

@@ -68,12 +68,12 @@ def closed_forms(linear):
 
 
 def test_every_term_equals_its_closed_form(linear):
-    vae, x, n = linear[0], linear[-1], 100_000
+    vae, x, n = linear[0], linear[-1], 20_000
     q, z = posterior_draws(vae, x, n)
     terms, exact = objective_terms(vae, x, q, z), closed_forms(linear)
     assert terms.keys() == exact.keys()
     for name, value in exact.items():
-        torch.testing.assert_close(terms[name], value, rtol=0.03, atol=0.03, msg=lambda message, name=name: f"{name}: {message}")
+        torch.testing.assert_close(terms[name], value, rtol=0.05, atol=0.05, msg=lambda message, name=name: f"{name}: {message}")
 
 
 def test_the_objectives_are_the_sums_of_the_terms(linear):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import param_recovery
-import plots
 import vsm.spectrum
 from models import EnsembleVAE
 from objectives import LEARN
@@ -109,8 +108,8 @@ def test_held_and_following_rules_are_stationary_and_increase_beyond(rule, alpha
     assert slopes[1] > 1e-5
 
 
-@pytest.mark.parametrize("rule", ["JFD", "held S", *(pytest.param(rule, marks=pytest.mark.slow) for rule in (
-    "JKLD", "following B", "held S, N = 2", "held B, N = 1"))])
+@pytest.mark.parametrize("rule", ["held S", *(pytest.param(rule, marks=pytest.mark.slow) for rule in (
+    "JFD", "JKLD", "following B", "held S, N = 2", "held B, N = 1"))])
 def test_samples_and_adam_reach_the_closed_forms(rule):
     args = param_recovery.parse_args(["--stochastic", "--iterations", "1200", "--batch", "200", "--lr", "0.1"])
     alpha, w_star = np.array([0.5, 2.0, 0.5]), np.array([1.5, 1.5, 0.5])
@@ -130,8 +129,6 @@ def test_the_script_writes_its_keys_and_figures_and_does_not_run_twice(tmp_path,
     assert arrays["sampled_w"].shape == arrays["checked_w"].shape == (len(RULES), 3, 5)
     assert arrays["sweep_w"].shape == (len(RULES), len(arrays["sweep_alpha"]))
     assert {"param_recovery.png", "recovery_rules.png"} <= {file.name for file in out.iterdir()}
-    plots.main(plots.parse_args(["recovery_rules", str(out), "--save", str(tmp_path / "again.png")]))
-    assert (tmp_path / "again.png").stat().st_size > 10_000
     capsys.readouterr()
     param_recovery.main(param_recovery.parse_args(argv))
     assert "finished before" in capsys.readouterr().out
@@ -223,7 +220,6 @@ def test_the_spectra_of_images(tmp_path, capsys, digits, monkeypatch):
     assert np.abs(arrays["expected"] / np.maximum(v / arrays["kappa"][:, None], arrays["gamma"]) - 1).max() < 0.02
     assert (out / "spectrum.png").stat().st_size > 10_000
     assert "largest error" in capsys.readouterr().out
-    plots.main(plots.parse_args(["spectrum", str(out), "--save", str(tmp_path / "again.png")]))
     param_recovery.main(param_recovery.parse_args(argv))
     assert "finished before" in capsys.readouterr().out
 

@@ -33,7 +33,7 @@ def train(digits, out, *argv):
     return load_arrays(out / "metrics.npz"), load_checkpoint(out / "checkpoint.pt")["trainer"]
 
 
-def test_fids_along_training_change_no_weight(digits, tmp_path):
+def test_fids_along_training_change_no_weight(digits, tmp_path, no_pictures):
     plain, weights = train(digits, tmp_path / "plain")
     measured, same = train(digits, tmp_path / "measured", "--fid-every", 2)
     assert all(torch.equal(tensor, same["tensors"][name]) for name, tensor in weights["tensors"].items())

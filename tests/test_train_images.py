@@ -77,7 +77,7 @@ def test_same_seed_equal_other_seed_different_and_evaluation_changes_nothing(dig
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if name != "sums")
 
 
-@pytest.mark.parametrize("learn", ["bao", "fae"])
+@pytest.mark.parametrize("learn", ["bao", pytest.param("fae", marks=pytest.mark.slow)])
 def test_resumed_equals_undisturbed_in_process(digits, tmp_path, monkeypatch, learn):
     """The run stops in the middle of an epoch, after a checkpoint at an arbitrary step."""
     import training
