@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from models import VAE, build_ensemble, build_vae
-from objectives import ESTIMATORS, INFER, LEARN, label, latent_score_gap, likelihood_score, posterior_score
+from objectives import ESTIMATORS, INFER, LEARN, label, latent_score_gap, likelihood_score, mean_product, posterior_score
 
 D, DZ = 4, 3
 
@@ -340,6 +340,12 @@ def test_batch_norm_couples_the_scores_in_training_mode():
     vae.eval()
     values = [INFER["fd"](vae, data, vae.encode(data), z)[0].item() for data in (x, other)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_released_product_on_images_pairs_every_a_with_every_b():
+    a, b = torch.randn(2, 3, 4, 5, dtype=torch.float64)  # [N, B, D] each
+    expected = sum((a_n * b_m).sum(-1) for a_n in a for b_m in b) / 3
+    assert torch.allclose(mean_product(a, b, "released"), expected)
 
 
 @pytest.mark.slow
