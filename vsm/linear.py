@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 from torch import nn
 
 from models import VAE, EnsembleVAE
@@ -144,6 +143,8 @@ def measured_kappa(objective, N, alpha=1.0, v=25.0, gamma=1.0, **options):
     Returns inf if the latent is pruned (kappa above v / gamma), 0 if w grows without bound, nan if the gradient is not finite,
     and the least kappa if there are several stable fixed points.
     """
+    from scipy.optimize import brentq  # slow to import, and figures of 2-D runs need `kappa` alone
+
     def slope(t):  # linear in t = gamma + w^2 for an objective with a constant kappa, so that one secant step finds the root
         w = math.sqrt(t - gamma)
         return expected_gradient(objective, w, v, N, alpha, gamma, **options) * t / w
