@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import VAE
+from models import VAE, build_vae
 from objectives import INFER, LEARN
 from vsm.linear import expected_slope, kappa, linear_vae, matched_noise, measured_kappa, second_moment, set_posterior, split_kappa
 
@@ -69,9 +69,10 @@ def test_kappa_of_a_function_and_of_one_that_is_not_finite():
     assert math.isnan(measured_kappa(lambda vae, x, q, z: math.nan * LEARN["fd"](vae, x, q, z), 2))
 
 
-def expected_loss(vae, objective, estimator, C, N, alpha):
-    """The exact mean of a loss over x ~ N(0, C) and q; it moves with the decoder and gamma, not with q and z."""
-    set_posterior(vae, alpha)
+def expected_loss(vae, objective, estimator, C, N, alpha, held=False):
+    """The exact mean of a loss over x ~ N(0, C) and q; it moves with the decoder and gamma, not with q and z. held: keep q."""
+    if not held:
+        set_posterior(vae, alpha)
     D, Dz = vae.decoder.weight.shape
     noise = matched_noise(2 * (D + N * Dz), D + N * Dz)
     x = (noise[:, :D] @ torch.linalg.cholesky(C).T).requires_grad_()
@@ -128,6 +129,53 @@ def test_spectrum_second_moment_and_gamma_at_the_fixed_point(objective, estimato
     assert max(slope.abs().max() for slope in slopes) < 1e-9
     phi, s2 = vae.encoder.phi.detach(), (2 * vae.encoder.log_std.detach()).exp()
     assert np.allclose((phi @ C * phi).sum(1) + s2, second_moment(k, alpha, gamma, v[:2].numpy()))
+
+
+@pytest.mark.parametrize("objective, estimator, N", MODELS)
+def test_a_decoder_that_is_refitted_to_a_narrow_posterior_moves_slowly(objective, estimator, N):
+    v, gamma, distance = 4.0, 0.05, 1e-4
+    fixed = math.sqrt(v / kappa(objective, estimator, N) - gamma)
+    w, C = fixed * math.exp(distance), torch.full((1, 1), v, dtype=torch.float64)
+    vae = linear_vae(torch.full((1, 1), w, dtype=torch.float64), gamma)
+    set_posterior(vae)
+
+    def slope(weight):  # linear in the weight, because q is held
+        vae.decoder.weight.data.fill_(weight)
+        return torch.autograd.grad(expected_loss(vae, objective, estimator, C, N, 1.0, held=True), vae.decoder.weight)[0].item()
+
+    refitted = w - slope(w) / (slope(w + 1) - slope(w))
+    V = gamma / (gamma + fixed**2)
+    share = 2 * V * (1 - V) * (v / (v - gamma) if objective == "bao" else 1)
+    assert 1 - math.log(refitted / fixed) / distance == pytest.approx(share, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- the scale of the latents
+
+
+def gaussian_posterior(scale, dims=3, data=12):
+    generator = torch.Generator().manual_seed(0)
+    mean, sd = (torch.rand(data, dims, generator=generator, dtype=torch.float64) + 0.2 for _ in range(2))
+    return torch.cat((scale * mean, (scale * sd).log()), -1), (mean.square() + sd.square()).mean(0)
+
+
+@pytest.mark.parametrize("net, norm, blind", [("conv", "batch", True), ("conv", "none", False), ("resnet", "batch", False)])
+def test_batch_norm_makes_a_conv_decoder_blind_to_the_scale_of_the_latents(net, norm, blind):
+    torch.manual_seed(0)
+    vae = build_vae(net, (1, 32, 32), 3, width=4, norm=norm).double()
+    z = torch.randn(2, 12, 3, dtype=torch.float64)
+    assert torch.allclose(vae.decode(2 * z), vae.decode(z), rtol=1e-3) == blind
+
+
+def test_kld_inference_under_a_decoder_blind_to_scale_puts_the_mean_of_e_z2_at_one():
+    torch.manual_seed(0)
+    vae = build_vae("conv", (1, 32, 32), 3, width=4).double()
+    vae.decoder[2].eps = 1e-12  # batch norm divides by the square root of the variance plus eps
+    x, noise = torch.rand(12, 1, 32, 32, dtype=torch.float64), torch.randn(2, 12, 3, dtype=torch.float64)
+    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    outputs, second = gaussian_posterior(log_scale.exp())
+    q = vae.posterior(outputs)
+    loss = INFER["kld"](vae, x, q, vae.sample(q, noise)).mean()
+    assert torch.autograd.grad(loss, log_scale)[0] == pytest.approx((second - 1).sum().item())  # it vanishes at a mean of 1
 
 
 # ------------------------------------------------------------------------------------------------- FD inference and KLD inference
