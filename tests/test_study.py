@@ -50,13 +50,33 @@ def test_diverged_members_and_unmeasured_values_leave_no_nan():
     assert "nan" not in table and cells(table, 0)[2] == "2" and cells(table, 1)[8:10] == ["-", "-"]
 
 
-def test_ratios_of_image_runs_are_of_the_same_seed():
-    def image(seed, fid, label="KLD-ELBO", learn="elbo"):
-        flags = {"data": "mnist", "learn": learn, "infer": "kld", "estimator": "plugin", "samples": 5, "seed": seed}
-        arrays = {key: np.array([9.0, 9.0, 9.0, 2 * fid, fid])
-                  for key in ("fid", "fid_aggregate", "fid_reconstruction", "negative_elbo", "reconstruction_mse")}
-        return {"config": {"label": label, "flags": flags}, **arrays, "second_moment": np.ones((5, 4))}
+def image(seed, fid, label="KLD-ELBO", learn="elbo", samples=5, **more):
+    flags = {"data": "mnist", "learn": learn, "infer": "kld", "estimator": "plugin", "samples": samples, "seed": seed,
+             "net": "conv", "norm": "batch", "init_sd": 0.1, "epochs": 5}
+    keys = ("fid", "fid_aggregate", "fid_reconstruction", "negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
+    arrays = {key: np.array([9.0, 9.0, 9.0, 2 * fid, fid]) for key in keys}
+    return {"config": {"label": label, "flags": flags | more}, **arrays, "second_moment": np.ones((5, 4))}
 
+
+def test_ratios_of_image_runs_are_of_the_same_seed():
     swersky = [image(1, 60.0, "KLD-S", "swersky"), image(0, 20.0, "KLD-S", "swersky")]
     row = cells(table_of_image_runs([image(0, 10.0), image(1, 20.0), *swersky]), 1)
     assert row[:2] == ["KLD-S, N = 5", "2"] and row[5].startswith("2.50 ±") and row[6] == "-50 %"
+
+
+def test_image_runs_are_grouped_and_compared_within_their_setting_and_samples():
+    runs = [image(0, 10.0), image(0, 20.0, norm="none"), image(0, 60.0, "KLD-B", "bao", norm="none"),
+            image(0, 40.0, samples=1, norm="none"), image(0, 60.0, "KLD-B", "bao", samples=1, norm="none"),
+            image(0, 7.0, "KLD-B", "bao", net="mlp", init_sd=1.0)]
+    found = {row[0]: row[5] for row in (cells(table_of_image_runs(runs), i) for i in range(6))}
+    assert found["KLD-B, N = 5, conv, norm none, init sd 0.1"] == "3.00"
+    assert found["KLD-B, N = 1, conv, norm none, init sd 0.1"] == "1.50"
+    assert found["KLD-B, N = 5, mlp, norm batch, init sd 1"] == "-"
+    assert found["KLD-ELBO, N = 5, conv, norm batch, init sd 0.1"] == ""
+
+
+def test_image_runs_without_fid_leave_no_nan():
+    pairs = ("KLD-ELBO", "elbo"), ("KLD-S", "swersky")
+    celeba = [image(seed, np.nan, label, learn) for label, learn in pairs for seed in (0, 1)]
+    table = table_of_image_runs(celeba)
+    assert "nan" not in table and cells(table, 1)[2:7] == ["-"] * 5

@@ -33,10 +33,16 @@ def interval_text(values, digits=3):
 
 
 def settings_of(loaded, keys):
-    """For each run, those of the flags `keys` that vary among the runs, as in "init sd 0.4"."""
+    """For each run, those of the flags `keys` that vary among the runs, as in "conv, norm none, init sd 0.4"."""
     flags = [arrays["config"]["flags"] for arrays in loaded]
     vary = [key for key in keys if len({run[key] for run in flags}) > 1]
-    return [", ".join(f"{key.replace('_', ' ')} {run[key]:g}" for key in vary) for run in flags]
+
+    def text(key, value):
+        if key in ("data", "net"):
+            return value
+        return f"{key.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
+
+    return [", ".join(text(key, run[key]) for key in vary) for run in flags]
 
 
 def pair_and_samples(arrays, settings=""):
@@ -81,25 +87,38 @@ def table_of_2d_runs(loaded):
 
 
 def table_of_image_runs(loaded):
-    """A row for each pair: final metrics over seeds, FID over KLD-ELBO's of the same seed, FID's change in the last quarter."""
-    groups = {}
-    for arrays in sorted(loaded, key=lambda arrays: pair_order(arrays["config"]["flags"])):
-        groups.setdefault(pair_and_samples(arrays), []).append(arrays)
-    elbo_fid = {arrays["config"]["flags"]["seed"]: arrays["fid"][-1]
-                for arrays in loaded if arrays["config"]["label"] == "KLD-ELBO"}
+    """A row for each pair and setting: final metrics over seeds, FID over KLD-ELBO's, FID's change in the last quarter.
+
+    A ratio is of two runs of the same seed and setting, with the same N where KLD-ELBO has it.
+    """
+    groups, elbos = {}, {}
+    for arrays, settings in zip(loaded, settings_of(loaded, ("data", "net", "norm", "init_sd", "epochs"))):
+        flags = arrays["config"]["flags"]
+        groups.setdefault((settings, *pair_order(flags), pair_and_samples(arrays, settings)), []).append(arrays)
+        if arrays["config"]["label"] == "KLD-ELBO":
+            elbos.setdefault((settings, flags["seed"]), {})[flags["samples"]] = arrays["fid"][-1]
+
+    def ratio(arrays, settings):
+        flags = arrays["config"]["flags"]
+        found = elbos.get((settings, flags["seed"]), {})
+        return arrays["fid"][-1] / found.get(flags["samples"], next(iter(found.values()), math.nan))
+
     lines = []
-    for name, members in groups.items():
+    for (settings, *_, name), members in sorted(groups.items()):
         quarter = -1 - (len(members[0]["fid"]) - 1) // 4
-        ratios = [arrays["fid"][-1] / elbo_fid.get(arrays["config"]["flags"]["seed"], math.nan) for arrays in members]
         change = 100 * np.mean([arrays["fid"][-1] / arrays["fid"][quarter] - 1 for arrays in members])
+        is_elbo = members[0]["config"]["label"] == "KLD-ELBO"
         lines.append([
             name, len(members),
             *(interval_text([arrays[key][-1] for arrays in members], 2)
               for key in ("fid", "fid_aggregate", "fid_reconstruction")),
-            "" if name.startswith("KLD-ELBO") else interval_text(ratios, 2), f"{number_text(change, '+.0f')} %",
+            "" if is_elbo else interval_text([ratio(arrays, settings) for arrays in members], 2),
+            number_text(change, "+.0f") + (" %" if np.isfinite(change) else ""),
             interval_text([arrays["second_moment"][-1].mean() for arrays in members], 2),
             interval_text([arrays["negative_elbo"][-1] for arrays in members], 1),
-            interval_text([100 * arrays["reconstruction_mse"][-1] for arrays in members], 2)])
+            interval_text([100 * arrays["reconstruction_mse"][-1] for arrays in members], 2),
+            interval_text([arrays["latent_mmd"][-1] for arrays in members], 1),
+            interval_text([arrays["posterior_fd"][-1] for arrays in members], 0)])
     header = ["pair", "n", "FID", "FID, aggregate posterior", "FID, reconstructions", "FID / KLD-ELBO's",
-              "change in the last quarter", "E z^2", "negative ELBO", "MSE x 100"]
-    return markdown_table(header, lines, "lrrrrrrrrr")
+              "change in the last quarter", "E z^2", "negative ELBO", "MSE x 100", "latent MMD^2", "posterior FD"]
+    return markdown_table(header, lines, "lrrrrrrrrrrr")

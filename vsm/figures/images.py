@@ -17,6 +17,7 @@ from vsm.figures.style import (
 )
 from vsm.packs import open_runs
 from vsm.runs import group_by_seed
+from vsm.study import settings_of
 from vsm.tables import mean_and_error
 
 CURVES = {  # metric: axis title, scale
@@ -41,14 +42,23 @@ MARKERS = ".xsv^"
 FEW_GAP = 6  # `gap` of robust_limits where there are few values
 
 
-def grouped(runs, part="metrics"):
-    """{data set and network: [(name, arrays of the runs that differ only in their seed)]}, in the order of LEARN and INFER."""
+def grouped(runs, part="metrics", split=()):
+    """{data set and network: [(name, arrays of the runs that differ only in their seed)]}, in the order of LEARN and INFER.
+
+    With `split`, names of flags, runs that differ in these flags are apart too, and the values are in the title's second line.
+    """
     opened = open_runs(runs)
     loaded, panels = [run.arrays(part) for run in opened], {}
-    for name, members in group_by_seed([run.name for run in opened], [arrays["config"] for arrays in loaded]):
-        panels.setdefault(title_of(loaded[members[0]]["config"]["flags"]), []).append((name, [loaded[i] for i in members]))
-    return {title: sorted(groups, key=lambda group: pair_order(group[1][0]["config"]["flags"]))
-            for title, groups in panels.items()}
+    for i, settings in enumerate(settings_of(loaded, split)):
+        title = "\n".join(filter(None, (title_of(loaded[i]["config"]["flags"]), settings)))
+        panels.setdefault(title, []).append(i)
+
+    def groups_of(mine):
+        found = group_by_seed([opened[i].name for i in mine], [loaded[i]["config"] for i in mine])
+        groups = [(name, [loaded[mine[i]] for i in members]) for name, members in found]
+        return sorted(groups, key=lambda group: pair_order(group[1][0]["config"]["flags"]))
+
+    return {title: groups_of(mine) for title, mine in panels.items()}
 
 
 def title_of(flags):
@@ -99,12 +109,12 @@ def trajectories(runs, save):
 
 
 def fid_curves(runs, save):
-    """FID by two laws of z, and E z^2 of the latents in use, against epochs: a row per data set and network, a band over seeds.
+    """FID by two laws of z, and E z^2 of the latents in use, against epochs, a band over seeds.
 
-    z comes from the prior, or from a Gaussian with the mean and variance of the aggregate posterior. The prior's E z^2 is 1
+    A row is a data set and a network, and where they vary a norm and an initial standard deviation of p(x|z). z comes from the prior, or from a Gaussian with the mean and variance of the aggregate posterior. The prior's E z^2 is 1
     (grey).
     """
-    panels = grouped(runs)
+    panels = grouped(runs, split=("norm", "init_sd"))
     if not any(measured(groups, "fid") for groups in panels.values()):
         raise KeyError("fid")
     names = ("fid", "fid_aggregate", "active_second_moment")
