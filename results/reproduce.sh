@@ -59,7 +59,7 @@ study2d_variants() {  # the same with other initial standard deviations of p(x|z
 mnist_budget="--net mlp --width 128 --dim-z 16 --infer-samples 1 --inner-steps 1 --batch 50 --lr 1e-3 --lr-half-life 2 --epochs 8"
 mnist_budget="$mnist_budget --eval-every 1 --fid-every 1 --test-limit 2000"
 
-study_mnist() {  # mnist, MLP of width 128, 9600 updates, five seeds: 41 runs of 2 to 8 min
+study_mnist() {  # mnist, MLP of width 128, 9600 updates, five or three seeds: 49 runs of 2 to 8 min
     local seed pair
     for seed in 0 1 2 3 4; do
         for pair in "elbo kld" "swersky kld" "bao kld" "fd kld" "bao kld --estimator unbiased" "bao kld --estimator released" "fd fd-weighted" "fd fd"; do
@@ -67,7 +67,10 @@ study_mnist() {  # mnist, MLP of width 128, 9600 updates, five seeds: 41 runs of
             python train_images.py --data mnist --data-root "$DATA" --learn $1 --infer $2 ${3:-} ${4:-} $mnist_budget --samples 5 --seed $seed
         done
     done
-    python train_images.py --data mnist --data-root "$DATA" --learn fd --infer fd-repar $mnist_budget --samples 5
+    for seed in 0 1 2; do for pair in "fd fd-repar" "swersky fd" "bao fd"; do
+        set -- $pair
+        python train_images.py --data mnist --data-root "$DATA" --learn $1 --infer $2 $mnist_budget --samples 5 --seed $seed
+    done; done
 }
 
 study_samples() {  # the same with N = 1 and 2, three seeds: 12 runs of 2 min
@@ -75,6 +78,59 @@ study_samples() {  # the same with N = 1 and 2, three seeds: 12 runs of 2 min
     for seed in 0 1 2; do for samples in 1 2; do for learn in swersky bao; do
         python train_images.py --data mnist --data-root "$DATA" --learn $learn --infer kld $mnist_budget --samples $samples --seed $seed
     done; done; done
+}
+
+study_start() {  # the MLP from an initial standard deviation of 1, and from 0.1 for twice as long: 30 runs of 2 to 4 min
+    local long="${mnist_budget/half-life 2/half-life 4}" seed pair
+    long="${long/epochs 8/epochs 16}"
+    for seed in 0 1 2 3 4; do for pair in elbo swersky bao; do
+        python train_images.py --data mnist --data-root "$DATA" --learn $pair $long --samples 5 --init-sd 1 --seed $seed
+    done; done
+    for seed in 0 1 2; do for pair in "fd" "bao --estimator unbiased"; do
+        python train_images.py --data mnist --data-root "$DATA" --learn $pair $long --samples 5 --init-sd 1 --seed $seed
+    done; done
+    for seed in 0 1; do for pair in elbo swersky bao; do
+        python train_images.py --data mnist --data-root "$DATA" --learn $pair $long --samples 5 --seed $seed
+    done; done
+    for pair in elbo swersky bao; do
+        python train_images.py --data mnist --data-root "$DATA" --learn $pair $mnist_budget --samples 5 --init-sd 1
+    done
+}
+
+small_nets="--width 8 --dim-z 16 --infer-samples 1 --inner-steps 1 --batch 50 --eval-every 1 --fid-every 1 --test-limit 2000"
+from_sd_1="$small_nets --lr 2e-3 --lr-half-life 1.5 --init-sd 1"
+
+study_conv() {  # ConvNets of width 8 on mnist, 6000 or 7200 updates, with and without batch norm: 33 runs of 4 to 6 min
+    local budget="$small_nets --net conv --lr 1e-3 --lr-half-life 1.25 --epochs 5 --samples 5"
+    local seed pair
+    for seed in 0 1 2; do for pair in "elbo" "swersky" "bao" "fd" "bao --estimator unbiased" "fd --infer fd"; do
+        python train_images.py --data mnist --data-root "$DATA" --learn $pair $budget --seed $seed
+    done; done
+    for seed in 0 1 2; do for pair in elbo swersky bao; do
+        python train_images.py --data mnist --data-root "$DATA" --net conv --norm none --learn $pair $from_sd_1 --epochs 6 --samples 5 --seed $seed
+    done; done
+    for pair in elbo swersky bao; do
+        python train_images.py --data mnist --data-root "$DATA" --net conv --norm none --learn $pair $budget
+        python train_images.py --data mnist --data-root "$DATA" --net conv --learn $pair $from_sd_1 --epochs 6 --samples 5
+    done
+}
+
+study_resnet() {  # ResNets of width 8 on mnist, 6000 updates, with N = 1 and 5: 8 runs of 8 to 20 min
+    local seed pair
+    for pair in elbo swersky bao; do for seed in 0 1; do
+        python train_images.py --data mnist --data-root "$DATA" --net resnet --learn $pair $from_sd_1 --epochs 5 --samples 1 --seed $seed
+    done; done
+    for pair in swersky bao; do
+        python train_images.py --data mnist --data-root "$DATA" --net resnet --learn $pair $from_sd_1 --epochs 5 --samples 5
+    done
+}
+
+study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds: 10 runs of 8 min
+    local budget="--width 8 --dim-z 32 --samples 5 --infer-samples 1 --inner-steps 1 --batch 25 --lr 1e-3 --lr-half-life 1.5 --epochs 6"
+    local seed pair
+    for seed in 0 1; do for pair in "elbo" "swersky" "bao" "bao --estimator unbiased" "fd"; do
+        python train_images.py --data celeba --data-root "$DATA" --net conv $budget --eval-every 1 --test-limit 500 --learn $pair --seed $seed
+    done; done
 }
 
 transient() { python train_synthetic.py --eval-every 20 --importance-samples 20000 "$@"; }  # 10,000 updates at step 1e-4
@@ -205,7 +261,7 @@ speed() {  # the performance table: 20 min, with nothing else running
     python benchmark.py --part ensemble --members 3 10 30 --threads 2 --repeats 7
 }
 
-parts="figure1 spectrum toys study2d study2d_variants study_mnist study_samples figure3 figure7 encoder_step figure3_batch200"
+parts="figure1 spectrum toys study2d study2d_variants study_mnist study_samples study_start study_conv study_resnet study_celeba figure3 figure7 encoder_step figure3_batch200"
 parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;

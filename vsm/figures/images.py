@@ -111,10 +111,11 @@ def trajectories(runs, save):
 def fid_curves(runs, save):
     """FID by two laws of z, and E z^2 of the latents in use, against epochs, a band over seeds.
 
-    A row is a data set and a network, and where they vary a norm and an initial standard deviation of p(x|z). z comes from the prior, or from a Gaussian with the mean and variance of the aggregate posterior. The prior's E z^2 is 1
-    (grey).
+    A row is a data set and a network; where norm, initial standard deviation of p(x|z) or epochs vary, it has one value of each.
+    z comes from the prior, or from a Gaussian with the mean and variance of the aggregate posterior. The prior's E z^2 is 1, in
+    grey.
     """
-    panels = grouped(runs, split=("norm", "init_sd"))
+    panels = grouped(runs, split=("norm", "init_sd", "epochs"))
     if not any(measured(groups, "fid") for groups in panels.values()):
         raise KeyError("fid")
     names = ("fid", "fid_aggregate", "active_second_moment")
