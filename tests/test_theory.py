@@ -178,6 +178,67 @@ def test_kld_inference_under_a_decoder_blind_to_scale_puts_the_mean_of_e_z2_at_o
     assert torch.autograd.grad(loss, log_scale)[0] == pytest.approx((second - 1).sum().item())  # it vanishes at a mean of 1
 
 
+class Rescaled(nn.Module):
+    """A decoder of scale * z."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder, self.scale = decoder, nn.Parameter(torch.ones(()))
+
+    def forward(self, z):
+        return self.decoder(self.scale * z)
+
+
+def nonlinear_vae(gamma, D=3, K=2):
+    torch.manual_seed(0)
+    encoder, decoder = (nn.Sequential(nn.Linear(n, 6), nn.Tanh(), nn.Linear(6, m)) for n, m in ((D, 2 * K), (K, D)))
+    vae = VAE(encoder, Rescaled(decoder), K).double()
+    vae.log_gamma.requires_grad_(False).fill_(math.log(gamma))
+    return vae, torch.randn(5, D, dtype=torch.float64)
+
+
+def test_the_scale_of_q_changes_the_negative_elbo_by_reconstruction_and_second_moment():
+    vae, x = nonlinear_vae(gamma := 0.5)
+    noise, log_scale = torch.randn(4, 5, 2, dtype=torch.float64), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    q = vae.encode(x).base_dist
+    scaled = vae.posterior(torch.cat((log_scale.exp() * q.loc, q.scale.log() + log_scale), -1))
+    z = vae.sample(scaled, noise)
+    slope = torch.autograd.grad(INFER["kld"](vae, x, scaled, z).mean(), log_scale, retain_graph=True)[0]
+    r = (x - vae.decode(z)).square().sum(-1).mean() / (2 * gamma)
+    excess = (q.loc.square() + q.scale.square() - 1).sum(-1).mean()
+    assert torch.allclose(slope, torch.autograd.grad(r, log_scale)[0] + excess)
+
+
+@pytest.mark.parametrize("learn", ["elbo", "fd", "swersky", "bao"])
+def test_the_scale_of_the_decoders_input_changes_its_loss_as_in_equation_6(learn):
+    vae, x = nonlinear_vae(gamma := 0.5)
+    N, M = 3, 20_000
+    x = x[:1].expand(M, -1).clone().requires_grad_()
+    q = vae.encode(x)
+    z = vae.sample(q, torch.randn(N, M, 2, dtype=torch.float64))
+    loss = LEARN[learn](vae, x, q, z.detach())
+    mean = vae.decode(z.detach())
+    r = (x.detach() - mean).square().sum(-1).mean(0) / (2 * gamma)
+    T = mean.var(0).sum(-1)
+    predicted = r if learn == "elbo" else r / gamma
+    if learn == "swersky":
+        predicted = predicted + (1 - 1 / N) * T / (2 * gamma**2)
+    if learn == "bao":
+        h = vae.decode(z).mean(0)  # the divergence of its mean over draws is that of E_q g
+        divergence = sum(torch.autograd.grad(h[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(3))
+        predicted = predicted - (1 - 1 / N) * T / (2 * gamma**2) + divergence / gamma
+    slopes = []
+    for value in (loss, predicted):  # at 20 groups of draws, for a standard error
+        slopes.append(torch.stack([torch.autograd.grad(part.mean(), vae.decoder.scale, retain_graph=True)[0]
+                                   for part in value.unflatten(0, (20, -1))]))
+    difference = slopes[0] - slopes[1]
+    if learn == "bao":
+        error = (difference.std() / 20**0.5).item()
+        assert abs(difference.mean().item()) < 4 * error and error < 0.05 * slopes[0].mean().abs().item()
+    else:
+        assert difference.abs().max() < 1e-10
+
+
 # ------------------------------------------------------------------------------------------------- FD inference and KLD inference
 
 
