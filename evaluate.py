@@ -6,6 +6,8 @@ The same in seconds on a CPU, after the quick run of train_images.py:
     python evaluate.py runs/images/*glyphs* --images 20 --iw-samples 10
 Measure the signal-to-noise ratio of every objective's decoder gradient at one trained model:
     python evaluate.py --gradient-snr runs/images/RUN
+Compare the second moment of the latents with that at which the theory says that training ends:
+    python evaluate.py --latent-scale runs/images/RUN
 
 A RUN is a run folder, or a pack of runs (.npz), whose stored arrays give the table again. Each folder gets an eval.npz, which is
 used again while its checkpoint, the test images and the settings stay the same. The folder --out gets the table and the figures.
@@ -29,7 +31,7 @@ import metrics
 import plots
 from data import load_images
 from training import EVALUATION, seed_of
-from vsm import gradient_snr
+from vsm import gradient_snr, latent_scale
 from vsm.cli import Formatter, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
 from vsm.image_table import Measured, by_data_and_pair, write_table
@@ -50,6 +52,8 @@ def parse_args(argv=None):
     flag("--iw-samples", type=positive, default=100, help="posterior samples of the importance-weighted bound")
     flag("--gradient-snr", action="store_true",
          help="measure only the signal-to-noise ratio of the decoder's gradient; the result goes to each run's folder")
+    flag("--latent-scale", action="store_true",
+         help="measure only E z^2 and the value that the theory predicts for it; the result goes to each run's folder")
     flag("--snr-draws", type=positive, default=100, help="minibatches that the gradient's mean and variance are taken over")
     flag("--snr-mode", choices=gradient_snr.MODES, default="eval",
          help="mode of batch norm: eval, in which it couples no data, or train")
@@ -72,16 +76,17 @@ def parse_args(argv=None):
 def main(args):
     device = pick_device(args.device)
     set_precision("float32", device)
+    evaluate = write_gradient_snr if args.gradient_snr else write_latent_scale if args.latent_scale else measured_run
     runs, measured = [], []
     for path in dict.fromkeys(args.runs):
         with skipping(path):
             runs += open_runs([path])
     for run in runs:
         with skipping(run):
-            measured.append(write_gradient_snr(run, args, device) if args.gradient_snr else measured_run(run, args, device))
+            measured.append(evaluate(run, args, device))
     if not measured:
         raise UserError("none of these runs could be evaluated")
-    if not args.gradient_snr:
+    if evaluate is measured_run:
         measured.sort(key=by_data_and_pair)
         write_table(measured, Path(args.out))
         draw_figures(measured, Path(args.out))
@@ -228,23 +233,40 @@ def data_metrics(vae, images, noise, samples, generator, block=100):
             "noise_levels": np.array(NOISE_LEVELS), "denoising_mse": torch.cat(errors, 1).mean(1).cpu()}
 
 
-def write_gradient_snr(run, args, device):
-    """Write gradient_snr.npz (gradient_snr_train.npz in mode train) of the last checkpoint and its figure to the run's folder."""
-    folder, config = Path(run.name), checked_config(run)
-    status = run_status(run)
+def trained_model(run, args, device):
+    """The model of a run's last checkpoint, its training images on the device, its flags, config and status."""
+    config, status = checked_config(run), run_status(run)
     if status.startswith("diverged@"):
         raise UserError("it diverged, so there is no trained model")
-    vae, flags = load_vae(folder, device), flags_of(config)
+    vae, flags = load_vae(Path(run.name), device), flags_of(config)
     data = load_images(flags["data"], args.data_root or flags["data_root"], flags["limit"], flags["test_limit"])
-    arrays = gradient_snr.measure_gradient_snr(vae, data.train.to(device), flags, args.snr_draws, args.snr_mode,
+    return vae, data.train.to(device), flags, config, status
+
+
+def write_gradient_snr(run, args, device):
+    """Write gradient_snr.npz (gradient_snr_train.npz in mode train) of the last checkpoint and its figure to the run's folder."""
+    vae, images, flags, config, status = trained_model(run, args, device)
+    arrays = gradient_snr.measure_gradient_snr(vae, images, flags, args.snr_draws, args.snr_mode,
                                                tell=lambda line: print(f"{run}: {line}", flush=True))
-    save = folder / ("gradient_snr.npz" if args.snr_mode == "eval" else "gradient_snr_train.npz")
+    save = Path(run.name) / ("gradient_snr.npz" if args.snr_mode == "eval" else "gradient_snr_train.npz")
     config = {**config, "evaluation": {"draws": args.snr_draws, "mode": args.snr_mode}}
     save_arrays(save, config, status=status, **arrays)
     stored = StoredRun(run.name, lambda: config, lambda part: load_arrays(save), ["gradient_snr"])
     plots.gradient_snr([stored], save.with_suffix(".png"))
     print(save.with_suffix(".png"))
     return stored
+
+
+def write_latent_scale(run, args, device):
+    """Write latent_scale.npz of the last checkpoint to the run's folder and print what it says."""
+    vae, images, flags, config, status = trained_model(run, args, device)
+    if vae.latent != "gaussian":
+        raise UserError("its latents are not Gaussian, so their scale is fixed")
+    arrays = latent_scale.measure_latent_scale(vae, images, flags)
+    settings = {"minibatches": latent_scale.MINIBATCHES, "samples": latent_scale.SAMPLES}
+    save_arrays(Path(run.name) / "latent_scale.npz", {**config, "evaluation": settings}, status=status, **arrays)
+    print(f"{run}: {latent_scale.sentence_of(arrays)}", flush=True)
+    return run
 
 
 # --------------------------------------------------------------------------------------------------------- the figures

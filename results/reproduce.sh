@@ -229,7 +229,7 @@ images_mlp() {  # claim 8, an MLP with 100 latents, transients of 4000 updates, 
     done; done
 }
 
-evaluations() {  # tables and gradient SNR of the finished runs of the four parts above: seconds a run, 2 min for the SNR of each of two
+evaluations() {  # tables, gradient SNR and scale of the latents of finished runs: seconds a run, 2 min for the SNR
     local runs=runs/images budget=limit10000-test-limit1000
     python evaluate.py $runs/mnist-conv-*-$budget-width16-dim-z16-* --images 200 --iw-samples 100 --out runs/evaluation/mnist
     python evaluate.py $runs/mnist-conv-{kld-elbo,fd-fd,kld-bao}-$budget-width16-* --images 200 --iw-samples 100 --out runs/evaluation/group
@@ -239,6 +239,7 @@ evaluations() {  # tables and gradient SNR of the finished runs of the four part
     python evaluate.py $runs/celeba-*-limit4000-* --images 100 --iw-samples 30 --out runs/evaluation/celeba
     python evaluate.py --gradient-snr --snr-draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
     python evaluate.py --gradient-snr $runs/mnist-mlp-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-*-seed[23]
+    python evaluate.py --latent-scale $runs/mnist-{mlp,conv,resnet}-kld-*-test-limit2000-*
 }
 
 figure6() {  # the larger network of Figure 6: not run here

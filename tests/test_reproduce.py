@@ -83,11 +83,13 @@ def test_stored_evaluations_have_their_command(commands, runs):
     """A command of the part `evaluations` reads the folder of each evaluated run, with the stored settings."""
     folders = {key: flags["out"] for part in commands.values() for key, flags in part.items()}
     for _, run, key in runs:
-        for part, names in (("eval", {"images": "images", "iw_samples": "iw_samples"}), ("gradient_snr", {"draws": "snr_draws"})):
+        for part, names in (("eval", {"images": "images", "iw_samples": "iw_samples"}), ("gradient_snr", {"draws": "snr_draws"}),
+                            ("latent_scale", {})):
             if not run.has(part):
                 continue
             stored = run.arrays(part)["config"]["evaluation"]
-            wanted = {flag: stored[setting] for setting, flag in names.items()} | {"gradient_snr": part == "gradient_snr"}
+            wanted = {flag: stored[setting] for setting, flag in names.items()}
+            wanted |= {mode: part == mode for mode in ("gradient_snr", "latent_scale")}
             assert any(wanted.items() <= flags.items() and any(fnmatch.fnmatch(folders[key], glob) for glob in flags["runs"])
                        for flags in commands["evaluations"].values()), (str(run), part)
 

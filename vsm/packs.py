@@ -20,7 +20,7 @@ import numpy as np
 from vsm.cli import UserError
 from vsm.runs import load_arrays, load_config, save_arrays
 
-PARTS = ("metrics", "eval", "gradient_snr", "gradient_snr_train")
+PARTS = ("metrics", "eval", "gradient_snr", "gradient_snr_train", "latent_scale")
 OF_MEMBERS = ("model_samples", "density_grid")  # arrays of 2-D runs, kept for the members that figures show
 HEAVY = (*OF_MEMBERS, "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept only on request
 
@@ -48,7 +48,7 @@ class StoredRun:
         return part in self._parts
 
     def arrays(self, part="metrics"):
-        """The arrays of a part (metrics, eval, gradient_snr) and its `config`, a dict. Raises UserError where it is missing."""
+        """The arrays of a part (a name in PARTS) and its `config`, a dict. Raises UserError where it is missing."""
         return self._read_part(part)
 
     def finished(self):

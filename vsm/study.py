@@ -13,9 +13,15 @@ COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over th
 
 def study_table(runs):
     """The Markdown table of finished runs of one script, 2-D or image runs. Intervals are 95 %, by Student's t over seeds."""
-    loaded = [run.arrays() for run in runs]
+    loaded = [run.arrays() | latent_scale_of(run) for run in runs]
     table = table_of_2d_runs(loaded) if loaded[0]["config"]["script"] == "train_synthetic" else table_of_image_runs(loaded)
     return table + "\n"
+
+
+def latent_scale_of(run):
+    """What evaluate.py --latent-scale measured of a run, under names of their own; nothing where it did not."""
+    names = {"second_moment": "training_moment", "predicted_moment": "predicted_moment"}
+    return {mine: run.arrays("latent_scale")[key] for key, mine in names.items()} if run.has("latent_scale") else {}
 
 
 def interval(values):
@@ -103,6 +109,8 @@ def table_of_image_runs(loaded):
         found = elbos.get((settings, flags["seed"]), {})
         return arrays["fid"][-1] / found.get(flags["samples"], next(iter(found.values()), math.nan))
 
+    scale = {"training_moment": "E z^2, training images", "predicted_moment": "its end by equation (6)"}
+    scale = scale if any("predicted_moment" in arrays for arrays in loaded) else {}
     lines = []
     for (settings, *_, name), members in sorted(groups.items()):
         quarter = -1 - (len(members[0]["fid"]) - 1) // 4
@@ -115,10 +123,11 @@ def table_of_image_runs(loaded):
             "" if is_elbo else interval_text([ratio(arrays, settings) for arrays in members], 2),
             number_text(change, "+.0f") + (" %" if np.isfinite(change) else ""),
             interval_text([arrays["second_moment"][-1].mean() for arrays in members], 2),
+            *(interval_text([arrays.get(key, math.nan) for arrays in members], 2) for key in scale),
             interval_text([arrays["negative_elbo"][-1] for arrays in members], 1),
             interval_text([100 * arrays["reconstruction_mse"][-1] for arrays in members], 2),
             interval_text([arrays["latent_mmd"][-1] for arrays in members], 1),
             interval_text([arrays["posterior_fd"][-1] for arrays in members], 0)])
     header = ["pair", "n", "FID", "FID, aggregate posterior", "FID, reconstructions", "FID / KLD-ELBO's",
-              "change in the last quarter", "E z^2", "negative ELBO", "MSE x 100", "latent MMD^2", "posterior FD"]
-    return markdown_table(header, lines, "lrrrrrrrrrrr")
+              "change in the last quarter", "E z^2", *scale.values(), "negative ELBO", "MSE x 100", "latent MMD^2", "posterior FD"]
+    return markdown_table(header, lines, "l" + "r" * (len(header) - 1))
