@@ -129,5 +129,6 @@ def table_of_image_runs(loaded):
             interval_text([arrays["latent_mmd"][-1] for arrays in members], 1),
             interval_text([arrays["posterior_fd"][-1] for arrays in members], 0)])
     header = ["pair", "n", "FID", "FID, aggregate posterior", "FID, reconstructions", "FID / KLD-ELBO's",
-              "change in the last quarter", "E z^2", *scale.values(), "negative ELBO", "MSE x 100", "latent MMD^2", "posterior FD"]
+              "change in the last quarter", "E z^2", *scale.values(), "negative ELBO", "MSE x 100", "latent MMD^2",
+              "posterior FD"]
     return markdown_table(header, lines, "l" + "r" * (len(header) - 1))
