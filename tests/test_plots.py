@@ -11,7 +11,7 @@ import pytest
 
 import plots
 from vsm.cli import UserError
-from vsm.figures.images import robust_limits
+from vsm.figures.images import grouped, robust_limits
 from vsm.figures.style import color_of, letter_of
 from vsm.packs import of_member, open_runs, pack, shown_member
 from vsm.runs import save_arrays
@@ -68,9 +68,10 @@ def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, 
     return write_run(folder, "train_synthetic", flags, f"{infer.upper()}-{'B' if learn == 'bao' else 'F'}", **arrays)
 
 
-def image_run(folder, learn="fd", infer="kld", seed=0, finished=True, scale=1.0):
+def image_run(folder, learn="fd", infer="kld", seed=0, finished=True, scale=1.0, **more):
     rng = np.random.default_rng(seed)
     flags = {"data": "glyphs", "net": "conv", "learn": learn, "infer": infer, "estimator": "plugin", "samples": 5, "seed": seed}
+    flags |= more
     T = 5
     names = (
         "negative_elbo",
@@ -257,6 +258,15 @@ def test_bad_input_gets_one_sentence(runs, tmp_path, fails):
     assert "leave no run" in fails(plots, "study", synthetic, "--only", "nothing")
     assert "named b5" in fails(plots, "pack", synthetic, synthetic_run(tmp_path / "b5"), "--save", tmp_path / "twins.npz")
     assert not save.exists()
+
+
+def test_runs_of_another_setting_have_a_panel_of_their_own(tmp_path):
+    runs = [image_run(tmp_path / "a", norm="batch")]
+    runs += [image_run(tmp_path / f"b{seed}", norm="none", seed=seed) for seed in (0, 1)]
+    panels = grouped(runs, split=("norm", "init_sd"))
+    assert list(panels) == ["glyphs, conv\nnorm batch", "glyphs, conv\nnorm none"]
+    assert [(name, len(members)) for name, members in panels["glyphs, conv\nnorm none"]] == [("KLD-F", 2)]
+    draw("samples", *runs, "--save", tmp_path / "samples.png")
 
 
 def test_one_seed_twice_is_refused(runs, tmp_path):

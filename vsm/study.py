@@ -41,14 +41,14 @@ def interval_text(values, digits=3):
 def settings_of(loaded, keys):
     """For each run, those of the flags `keys` that vary among the runs, as in "conv, norm none, init sd 0.4"."""
     flags = [arrays["config"]["flags"] for arrays in loaded]
-    vary = [key for key in keys if len({run[key] for run in flags}) > 1]
+    vary = [key for key in keys if len({run.get(key) for run in flags}) > 1]
 
     def text(key, value):
         if key in ("data", "net"):
             return value
         return f"{key.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
 
-    return [", ".join(text(key, run[key]) for key in vary) for run in flags]
+    return [", ".join(text(key, run[key]) for key in vary if key in run) for run in flags]
 
 
 def pair_and_samples(arrays, settings=""):

@@ -33,7 +33,7 @@ def interpolations(runs, save):
 
 def grids(runs, save, make):
     """Draw one picture for each run, that of make(arrays), under the run's name."""
-    panels = grouped(runs)
+    panels = grouped(runs, split=("norm", "init_sd"))
     named = []
     for panel, groups in panels.items():
         for name, members in groups:
@@ -42,7 +42,8 @@ def grids(runs, save, make):
     pages = [make(arrays) for _, arrays in named]
     rows, scale = -(-len(named) // 4), 1 if len(named) > 2 else 2  # scale: dots per pixel
     height, width = pages[0].shape[:2]
-    figure, axes = new_figure(rows, -(-len(named) // rows), size=(scale * width / 150, scale * height / 150 + 0.2))
+    head = 0.2 + 0.13 * max(title.count("\n") for title, _ in named)  # inches
+    figure, axes = new_figure(rows, -(-len(named) // rows), size=(scale * width / 150, scale * height / 150 + head))
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, (title, _), page in zip(axes.flat, named, pages):
