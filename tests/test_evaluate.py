@@ -1,7 +1,6 @@
 """evaluate.py as its user meets it: what it writes, what it leaves out, and that it measures the models that were trained."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +20,6 @@ from vsm import features
 from vsm.cli import UserError
 from vsm.figures import style
 from vsm.gradient_snr import differentiable_decoder, gradient_moments
-from vsm.latent_scale import measure_latent_scale
-from vsm.linear import linear_vae, set_posterior
 from vsm.loading import load_vae, vae_of
 from vsm.packs import pack
 from vsm.quality import prior_metrics, reference_set
@@ -271,25 +268,6 @@ def test_latent_scale(runs, capsys, monkeypatch):
         assert f"the mean E z^2 is {arrays['second_moment']:.3g}; where" in out and arrays["second_moment"] > 0
         assert arrays["variance_slope"] == pytest.approx(0, abs=1e-2)  # batch norm: the decoder does not feel the scale
     assert arrays["config"]["evaluation"] == {"minibatches": 3, "samples": 16} and arrays["status"] == "unfinished@8"
-
-
-SCALES = [("elbo", "plugin", 0), ("swersky", "plugin", 0.8), ("swersky", "unbiased", 1), ("bao", "plugin", 0.2),
-          ("bao", "unbiased", 0)]
-
-
-@pytest.mark.parametrize("learn, estimator, excess", SCALES)
-def test_the_scale_of_a_linear_vae_is_that_of_the_contraction(learn, estimator, excess):
-    W = torch.linalg.qr(torch.randn(16, 2, generator=torch.Generator().manual_seed(0)))[0] * torch.tensor([0.8, 0.4])
-    vae = linear_vae(W, gamma := 0.05, (1, 4, 4))
-    set_posterior(vae)
-    active = (W.square().sum(0) / (W.square().sum(0) + gamma)).mean().item()  # trace(Cov_q g) / gamma and div_x E_q g, over Dz
-    images = torch.randint(0, 256, (200, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    flags = {"learn": learn, "infer": "kld", "estimator": estimator, "samples": 5, "batch": 50, "noise": 0.1, "seed": 0}
-    measured = measure_latent_scale(vae, images, flags)
-    error = measured["predicted_moment_se"]
-    assert abs(measured["predicted_moment"] - 1 - excess * active) <= 4 * error <= 0.1
-    assert measured["divergence_slope"] == pytest.approx(2 * active, abs=4 * measured["divergence_slope_se"])
-    assert math.isnan(measure_latent_scale(vae, images, flags | {"infer": "fd"})["predicted_moment"])
 
 
 def test_the_gradients_mode_couples_data_and_leaves_the_model_as_it_was(runs, digits):
