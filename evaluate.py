@@ -66,6 +66,8 @@ def parse_args(argv=None):
     flag("--out", default="runs/evaluation", help="folder for the table and the figures")
     flag("--overwrite", action="store_true", help="evaluate runs again that have been evaluated")
     args = parser.parse_args(argv)
+    if args.gradient_snr and args.latent_scale:
+        parser.error("--gradient-snr and --latent-scale are two measurements; give one of them")
     if args.snr_draws < 2:
         parser.error("--snr-draws must be at least 2: the variance divides by the number of draws less one")
     if args.inception_weights and not Path(args.inception_weights).is_file():

@@ -268,6 +268,9 @@ def test_latent_scale(runs, capsys, monkeypatch):
         assert f"the mean E z^2 is {arrays['second_moment']:.3g}; where" in out and arrays["second_moment"] > 0
         assert arrays["variance_slope"] == pytest.approx(0, abs=1e-2)  # batch norm: the decoder does not feel the scale
     assert arrays["config"]["evaluation"] == {"minibatches": 3, "samples": 16} and arrays["status"] == "unfinished@8"
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.parse_args([str(runs.a), "--latent-scale", "--gradient-snr"])
+    assert "give one of them" in capsys.readouterr().err
 
 
 def test_the_gradients_mode_couples_data_and_leaves_the_model_as_it_was(runs, digits):
