@@ -115,7 +115,7 @@ study_conv() {  # ConvNets of width 8 on mnist, 6000 or 7200 updates, with and w
     done
 }
 
-study_resnet() {  # ResNets of width 8 on mnist, 6000 updates, with N = 1 and 5: 8 runs of 8 to 20 min
+study_resnet() {  # ResNets of width 8 on mnist, 6000 updates, with N = 1 and 5: 8 runs of 8 to 21 min
     local seed pair
     for pair in elbo swersky bao; do for seed in 0 1; do
         python train_images.py --data mnist --data-root "$DATA" --net resnet --learn $pair $from_sd_1 --epochs 5 --samples 1 --seed $seed

@@ -114,11 +114,16 @@ def gradient_moments(vae, images, flags, learn, estimator, samples, draws, gener
     return Moments(total / draws, signal, variance, torch.stack(ratios).std(0, correction=0) * (blocks - 1) ** 0.5)
 
 
-def minibatch_gradient(vae, theta, images, flags, learn, estimator, samples, generator):
-    """The gradient d loss / d theta of one random minibatch, a float64 vector [P]."""
+def noisy_minibatch(images, flags, generator):
+    """A random minibatch of `images`, uint8, in [0, 1] and with the run's noise."""
     rows = torch.randint(len(images), (flags["batch"],), generator=generator, device=images.device)
     x = images[rows].float() / 255
-    x = x + flags["noise"] * torch.randn(x.shape, generator=generator, device=x.device)
+    return x + flags["noise"] * torch.randn(x.shape, generator=generator, device=x.device)
+
+
+def minibatch_gradient(vae, theta, images, flags, learn, estimator, samples, generator):
+    """The gradient d loss / d theta of one random minibatch, a float64 vector [P]."""
+    x = noisy_minibatch(images, flags, generator)
 
     def noise(q):
         return vae.noise(q, samples, generator)

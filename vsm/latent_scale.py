@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from training import EVALUATION, seed_of
-from vsm.gradient_snr import differentiable_decoder
+from vsm.gradient_snr import differentiable_decoder, noisy_minibatch
 
 MINIBATCHES, SAMPLES = 40, 16  # minibatches of training images; posterior samples of each image
 
@@ -36,9 +36,7 @@ def measure_latent_scale(vae, images, flags):
 
 def slopes(vae, images, flags, generator):
     """E z^2 (mean over latents) and the slopes of reconstruction, variance and divergence of one minibatch, four numbers."""
-    rows = torch.randint(len(images), (flags["batch"],), generator=generator, device=images.device)
-    x = images[rows].float() / 255
-    x = (x + flags["noise"] * torch.randn(x.shape, generator=generator, device=x.device)).requires_grad_()
+    x = noisy_minibatch(images, flags, generator).requires_grad_()
     q = vae.encode(x)
     t = torch.ones((), device=x.device, requires_grad=True)
     g = vae.decode(t * vae.sample(q, vae.noise(q, SAMPLES, generator)))  # [SAMPLES, B, C, H, W]
