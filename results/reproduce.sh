@@ -38,10 +38,13 @@ study2d() {  # 2-D runs to convergence, ten seeds each: 35 runs of 3 to 6 min
     done
 }
 
-study2d_variants() {  # the same with other initial standard deviations of p(x|z), FD inference of S and B, and N = 1: 19 runs of 3 to 6 min
-    local budget="--infer-samples 1 --batch 100 --lr 1e-3 --lr-half-life 60 --epochs 300 --eval-every 10"
-    budget="$budget --test-size 1000 --importance-samples 20000 --compile"
+study2d_variants() {  # the same with other initial standard deviations of p(x|z), FD inference of S and B, N = 1, minibatches of 1000: 22 runs of 3 to 6 min
+    local budget="--infer-samples 1 --lr 1e-3 --lr-half-life 60 --epochs 300 --eval-every 10 --test-size 1000 --importance-samples 20000 --compile"
     local data learn pair sd
+    for learn in elbo swersky bao; do
+        python train_synthetic.py --data banana --learn $learn --infer kld --samples 5 $budget --batch 1000 --seeds 3
+    done
+    budget="$budget --batch 100"
     for sd in 0.05 0.2 0.4; do for learn in elbo swersky bao; do
         python train_synthetic.py --data mixture --learn $learn --infer kld --samples 5 $budget --init-sd $sd
     done; done
@@ -73,9 +76,9 @@ study_mnist() {  # mnist, MLP of width 128, 9600 updates, five or three seeds: 4
     done; done
 }
 
-study_samples() {  # the same with N = 1 and 2, three seeds: 12 runs of 2 min
+study_samples() {  # the same with N = 1, 2 and 20, three seeds: 18 runs of 2 to 6 min
     local seed samples learn
-    for seed in 0 1 2; do for samples in 1 2; do for learn in swersky bao; do
+    for seed in 0 1 2; do for samples in 1 2 20; do for learn in swersky bao; do
         python train_images.py --data mnist --data-root "$DATA" --learn $learn --infer kld $mnist_budget --samples $samples --seed $seed
     done; done; done
 }
@@ -97,13 +100,24 @@ study_start() {  # the MLP from an initial standard deviation of 1, and from 0.1
     done
 }
 
+study_fashion() {  # the MLP on fashion from an initial standard deviation of 1, 19,200 updates, three seeds: 9 runs of 3 min
+    local long="${mnist_budget/half-life 2/half-life 4}" seed pair
+    long="${long/epochs 8/epochs 16}"
+    for seed in 0 1 2; do for pair in elbo swersky bao; do
+        python train_images.py --data fashion --data-root "$DATA" --learn $pair $long --samples 5 --init-sd 1 --seed $seed
+    done; done
+}
+
 small_nets="--width 8 --dim-z 16 --infer-samples 1 --inner-steps 1 --batch 50 --eval-every 1 --fid-every 1 --test-limit 2000"
 from_sd_1="$small_nets --lr 2e-3 --lr-half-life 1.5 --init-sd 1"
 
-study_conv() {  # ConvNets of width 8 on mnist, 6000 or 7200 updates, with and without batch norm: 33 runs of 4 to 6 min
+study_conv() {  # ConvNets of width 8 on mnist, 6000 or 7200 updates, with and without batch norm: 42 runs of 4 to 6 min
     local budget="$small_nets --net conv --lr 1e-3 --lr-half-life 1.25 --epochs 5 --samples 5"
     local seed pair
     for seed in 0 1 2; do for pair in "elbo" "swersky" "bao" "fd" "bao --estimator unbiased" "fd --infer fd"; do
+        python train_images.py --data mnist --data-root "$DATA" --learn $pair $budget --seed $seed
+    done; done
+    for seed in 0 1 2; do for pair in "bao --estimator released" "swersky --infer fd" "bao --infer fd"; do
         python train_images.py --data mnist --data-root "$DATA" --learn $pair $budget --seed $seed
     done; done
     for seed in 0 1 2; do for pair in elbo swersky bao; do
@@ -125,12 +139,15 @@ study_resnet() {  # ResNets of width 8 on mnist, 6000 updates, with N = 1 and 5:
     done
 }
 
-study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds: 10 runs of 8 min
-    local budget="--width 8 --dim-z 32 --samples 5 --infer-samples 1 --inner-steps 1 --batch 25 --lr 1e-3 --lr-half-life 1.5 --epochs 6"
+study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with batch norm and one without: 13 runs of 8 min
+    local budget="--net conv --width 8 --dim-z 32 --samples 5 --infer-samples 1 --inner-steps 1 --batch 25 --epochs 6 --eval-every 1 --test-limit 500"
     local seed pair
     for seed in 0 1; do for pair in "elbo" "swersky" "bao" "bao --estimator unbiased" "fd"; do
-        python train_images.py --data celeba --data-root "$DATA" --net conv $budget --eval-every 1 --test-limit 500 --learn $pair --seed $seed
+        python train_images.py --data celeba --data-root "$DATA" $budget --lr 1e-3 --lr-half-life 1.5 --learn $pair --seed $seed
     done; done
+    for pair in elbo swersky bao; do
+        python train_images.py --data celeba --data-root "$DATA" $budget --norm none --init-sd 1 --lr 2e-3 --lr-half-life 2 --learn $pair
+    done
 }
 
 transient() { python train_synthetic.py --eval-every 20 --importance-samples 20000 "$@"; }  # 10,000 updates at step 1e-4
@@ -242,12 +259,15 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python evaluate.py --latent-scale $runs/mnist-{mlp,conv,resnet}-kld-*-test-limit2000-*
 }
 
-figure6() {  # the larger network of Figure 6: not run here
-    local J K pair
-    for J in 0 5 20; do for K in 5 20 50; do for pair in "elbo 1" "fd 1" "swersky 5" "bao 5"; do
-        set -- $pair
-        python train_synthetic.py --data sparse --learn $1 --samples $2 --inner-steps $K --bilevel-steps $J --hidden 100 --epochs 1000
-    done; done; done
+figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 15,000 updates, three seeds: 13 runs of 2 to 20 min
+    local budget="--data banana --hidden 100 --seeds 3 --samples 5 --infer-samples 1 --batch 100 --lr 1e-3 --lr-half-life 30 --epochs 150 --eval-every 10"
+    budget="$budget --test-size 1000 --importance-samples 20000"
+    local pair
+    for pair in elbo fd swersky bao "bao --estimator unbiased" "swersky --inner-steps 20" "bao --inner-steps 20"; do
+        python train_synthetic.py $budget --compile --learn $pair
+    done
+    for pair in swersky bao fd "bao --estimator unbiased"; do python train_synthetic.py $budget --learn $pair --bilevel-steps 5; done
+    for pair in swersky bao; do python train_synthetic.py $budget --learn $pair --bilevel-steps 20; done
 }
 
 audits() {  # the reports of docs/audit.md: 30 s each
@@ -262,7 +282,7 @@ speed() {  # the performance table: 20 min, with nothing else running
     python benchmark.py --part ensemble --members 3 10 30 --threads 2 --repeats 7
 }
 
-parts="figure1 spectrum toys study2d study2d_variants study_mnist study_samples study_start study_conv study_resnet study_celeba figure3 figure7 encoder_step figure3_batch200"
+parts="figure1 spectrum toys study2d study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba figure3 figure7 encoder_step figure3_batch200"
 parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;

@@ -9,7 +9,9 @@ from torch import nn
 
 from models import VAE, build_vae
 from objectives import INFER, LEARN
-from vsm.linear import expected_slope, kappa, linear_vae, matched_noise, measured_kappa, second_moment, set_posterior, split_kappa
+from train_synthetic import bilevel_loss, kept_step
+from vsm.linear import (bilevel_kappa, expected_slope, kappa, linear_vae, matched_noise, measured_kappa, second_moment,
+                        set_posterior, split_kappa)
 
 ROWS = [("elbo", None), ("fd", None), ("swersky", "plugin"), ("swersky", "unbiased"), ("swersky", "released"),
         ("bao", "plugin"), ("bao", "unbiased"), ("bao", "released")]
@@ -147,6 +149,41 @@ def test_a_decoder_that_is_refitted_to_a_narrow_posterior_moves_slowly(objective
     V = gamma / (gamma + fixed**2)
     share = 2 * V * (1 - V) * (v / (v - gamma) if objective == "bao" else 1)
     assert 1 - math.log(refitted / fixed) / distance == pytest.approx(share, rel=1e-3)
+
+
+def bilevel_slope(objective, estimator, infer, w, v, gamma, N, steps, lr):
+    """d E[loss] / dw of a one-dimensional linear VAE from the exact posterior on, through kept encoder steps."""
+    noise = matched_noise(64, 1 + N)[..., None]
+    x, noise = math.sqrt(v) * noise[:, 0], noise[:, 1:].transpose(0, 1)
+    vae = linear_vae(torch.full((1, 1), w, dtype=torch.float64), gamma)
+    set_posterior(vae)
+    phi = dict(vae.encoder.named_parameters())
+    for _ in range(steps):
+        phi = kept_step(vae, phi, x, infer, noise[:1], lr)
+    loss = bilevel_loss(vae, phi, x, objective, noise, estimator or "plugin").mean()
+    return torch.autograd.grad(loss, vae.decoder.weight)[0].item()
+
+
+@pytest.mark.parametrize("infer, lr", [("kld", 0.01), ("fd", 0.002)])
+@pytest.mark.parametrize("objective, estimator, N", MODELS)
+def test_bilevel_steps_change_kappa_as_in_equation_7(objective, estimator, N, infer, lr):
+    v, gamma = 4.0, 0.2
+    for w, steps in ((0.5, 1), (1.0, 1), (1.0, 5), (1.0, 20), (1.4, 5)):
+        sigma = gamma + w * w
+        V = gamma / sigma
+        curvatures = (v / V, 2) if infer == "kld" else (v / V**2, 4 / V)  # of the encoder's loss in phi and in log s
+        shares = [1 - (1 - lr * curvature) ** steps for curvature in curvatures]
+        predicted = bilevel_kappa(objective, estimator, N, *shares, V)
+        factor = w / sigma * (1 if objective == "elbo" else (1 - shares[0] * (1 - 2 * V)) / gamma)
+        measured = v / sigma + bilevel_slope(objective, estimator, infer, w, v, gamma, N, steps, lr) / factor
+        assert measured == pytest.approx(predicted, rel=1e-6), (w, steps)
+
+
+def test_with_many_bilevel_steps_s_and_unbiased_b_are_exact_score_matching():
+    for objective, estimator, N, end in (("swersky", "unbiased", 2, 1), ("swersky", "plugin", 5, 0.9), ("bao", "unbiased", 2, 1),
+                                         ("bao", "plugin", 5, 1.1), ("fd", None, 5, 0.5)):
+        w = math.sqrt(4.0 / end - 1)
+        assert abs(bilevel_slope(objective, estimator, "kld", w, 4.0, 1.0, N, 200, 0.05)) < 1e-8, objective
 
 
 # ------------------------------------------------------------------------------------------------------- the scale of the latents

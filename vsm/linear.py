@@ -42,6 +42,16 @@ def kappa(objective, estimator="plugin", N=math.inf, alpha=1.0, batch=None):
     return B + alpha / N
 
 
+def bilevel_kappa(objective, estimator, N, mean_share, variance_share, V):
+    """The contraction where the decoder's gradient flows through encoder steps, by (7) of docs/theory.md, for alpha = 1.
+
+    mean_share, variance_share: the shares of the change of the exact posterior's mean and variance with the decoder that those
+    steps carry; 0 without such steps, 1 if they are infinitely many. V: the posterior's variance, gamma / (gamma + w^2).
+    """
+    held = 1.0 if objective in ("elbo", "bao") else 0.0
+    return held + (kappa(objective, estimator, N) - held) * (1 - variance_share * (1 - V)) / (1 - mean_share * (1 - 2 * V))
+
+
 def second_moment(kappa, alpha, gamma, v):
     """E z^2 of the aggregate posterior along an active latent (v > kappa gamma): kappa, less a term of the order of gamma / v."""
     return kappa - (kappa - alpha) * kappa * gamma / v
