@@ -56,6 +56,7 @@ FIGURES = [
     *figures_of("train_images", "pictures", "samples", "reconstructions", "interpolations"),
     *figures_of("train_images", "latents", "posterior_sd", "posterior_mean", "aggregate_posterior"),
     *figures_of("train_synthetic", "synthetic", "synthetic", "study", "learning_curves", "synthetic_samples", "density"),
+    *figures_of("train_synthetic", "bilevel", "bilevel"),
     *figures_of("param_recovery", "recovery", "param_recovery", "recovery_rules", "spectrum", many=False),
     *figures_of("toy_inference", "toys", "toy_trajectories", "toy_basins", "toy_mixtures", "toy_gradients", many=False),
     *figures_of("benchmark", "benchmark", "benchmark", many=False),

@@ -55,6 +55,8 @@ def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, 
         grid = rng.normal(size=(2, 9, 9)).astype(np.float16)
         arrays |= {
             "nll": nll,
+            "nll_excess": nll - 0.5,
+            "second_moment": rng.uniform(0.5, 2, (seeds, 2)),
             "fisher_divergence": rng.uniform(1, 2, seeds),
             "sm_loss": rng.uniform(1, 2, seeds),
             "diverged_at": np.array([7] + [-1] * (seeds - 1)),
@@ -129,7 +131,7 @@ def draw(figure, *argv):
 
 
 FIGURES_OF = {
-    "2d": ("synthetic", "study", "learning_curves", "synthetic_samples", "density", "training_curves"),
+    "2d": ("synthetic", "study", "bilevel", "learning_curves", "synthetic_samples", "density", "training_curves"),
     "images": (
         "training_curves",
         "trajectories",

@@ -1,9 +1,14 @@
 """The table of the study: what is compared with what, and how missing or diverged values are shown."""
 
+import json
+
 import numpy as np
 import pytest
 
-from vsm.study import interval, settings_of, table_of_2d_runs, table_of_image_runs
+from vsm.cli import UserError
+from vsm.packs import open_runs
+from vsm.runs import save_arrays
+from vsm.study import interval, settings_of, study_table, table_of_2d_runs, table_of_image_runs
 
 
 def plane(label="KLD-ELBO", learn="elbo", nll=(1.0, 2.0, 3.0), samples=5, **more):
@@ -40,6 +45,14 @@ def test_a_run_is_compared_with_the_elbo_of_the_same_seeds_settings_and_samples(
     found = {cells(table, i)[1]: cells(table, i)[5] for i in range(5)}
     assert found["KLD-B, N = 1, init sd 0.1"] == "1.000 ± 0.000" and found["KLD-S, N = 5, init sd 0.4"].startswith("2.167 ±")
     assert found["KLD-ELBO, N = 5, init sd 0.4"] == ""
+
+
+def test_a_run_with_bilevel_steps_is_compared_with_the_elbo_without_them():
+    model = {"hidden": 100, "batch": 100, "inner_steps": 5}
+    runs = [plane(**model, bilevel_steps=0), plane("KLD-S", "swersky", nll=(2.0, 3.0, 4.0), **model, bilevel_steps=20),
+            plane(nll=(0.0, 0.0, 0.0), **model | {"hidden": 30}, bilevel_steps=20)]
+    found = {row[1]: row[5] for row in (cells(table_of_2d_runs(runs), i) for i in range(3))}
+    assert found["KLD-S, N = 5, hidden 100, bilevel steps 20"] == "1.000 ± 0.000" and list(found.values()).count("") == 2
 
 
 def test_diverged_members_and_unmeasured_values_leave_no_nan():
@@ -80,3 +93,12 @@ def test_image_runs_without_fid_leave_no_nan():
     celeba = [image(seed, np.nan, label, learn) for label, learn in pairs for seed in (0, 1)]
     table = table_of_image_runs(celeba)
     assert "nan" not in table and cells(table, 1)[2:7] == ["-"] * 5
+
+
+def test_a_run_that_has_not_ended_is_named(tmp_path):
+    config = {"script": "train_synthetic", "flags": {"data": "ring"}}
+    (tmp_path / "ring").mkdir()
+    (tmp_path / "ring" / "config.json").write_text(json.dumps(config))
+    save_arrays(tmp_path / "ring" / "metrics.npz", config, nll_curve=np.zeros((2, 3)))
+    with pytest.raises(UserError, match="ring has not ended"):
+        study_table(open_runs([tmp_path / "ring"]))

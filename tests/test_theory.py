@@ -10,8 +10,18 @@ from torch import nn
 from models import VAE, build_vae
 from objectives import INFER, LEARN
 from train_synthetic import bilevel_loss, kept_step
-from vsm.linear import (bilevel_kappa, expected_slope, kappa, linear_vae, matched_noise, measured_kappa, second_moment,
-                        set_posterior, split_kappa)
+from vsm.linear import (
+    bilevel_end,
+    bilevel_kappa,
+    expected_slope,
+    kappa,
+    linear_vae,
+    matched_noise,
+    measured_kappa,
+    second_moment,
+    set_posterior,
+    split_kappa,
+)
 
 ROWS = [("elbo", None), ("fd", None), ("swersky", "plugin"), ("swersky", "unbiased"), ("swersky", "released"),
         ("bao", "plugin"), ("bao", "unbiased"), ("bao", "released")]
@@ -184,6 +194,16 @@ def test_with_many_bilevel_steps_s_and_unbiased_b_are_exact_score_matching():
                                          ("bao", "plugin", 5, 1.1), ("fd", None, 5, 0.5)):
         w = math.sqrt(4.0 / end - 1)
         assert abs(bilevel_slope(objective, estimator, "kld", w, 4.0, 1.0, N, 200, 0.05)) < 1e-8, objective
+
+
+def test_a_few_bilevel_steps_raise_kappa_and_many_lower_it():
+    for objective, estimator, kappas in (("swersky", "plugin", (1.80, 2.22, 3.24, 4.66, 4.32, 2.86, 1.44, 0.91)),
+                                         ("bao", "plugin", (1.20, 1.31, 1.75, 2.35, 1.98, 1.52, 1.17, 1.10)),
+                                         ("fd", "plugin", (1.00, 1.45, 2.40, 3.64, 3.18, 2.05, 0.95, 0.51)),
+                                         ("bao", "unbiased", (1.00,) * 8)):  # the table of docs/theory.md
+        ends = [bilevel_end(objective, estimator, 5, J, 0.01, 1.0, 0.02) for J in (0, 1, 5, 20, 50, 100, 200, 400)]
+        assert ends == pytest.approx(kappas, abs=0.006), objective
+    assert bilevel_end("swersky", "plugin", 5, 0, 0.01, v=1.0, gamma=0.6) == pytest.approx(1 / 0.6)  # pruned
 
 
 # ------------------------------------------------------------------------------------------------------- the scale of the latents

@@ -52,6 +52,18 @@ def bilevel_kappa(objective, estimator, N, mean_share, variance_share, V):
     return held + (kappa(objective, estimator, N) - held) * (1 - variance_share * (1 - V)) / (1 - mean_share * (1 - 2 * V))
 
 
+def bilevel_end(objective, estimator, N, steps, lr, v, gamma):
+    """The largest kappa that solves (7) after so many kept steps of gradient descent of KLD inference.
+
+    It is v / gamma, and the latent is pruned, where no kappa does for which the steps are stable, lr v / V < 2.
+    """
+    grid = np.geomspace(v / gamma, lr * v**2 / (2 * gamma), 20_000)  # of kappa; the posterior's variance is gamma kappa / v
+    V = gamma * grid / v
+    found = bilevel_kappa(objective, estimator, N, 1 - (1 - lr * v / V) ** steps, 1 - (1 - 2 * lr) ** steps, V) - grid
+    solved = np.flatnonzero((found[:-1] < 0) & (found[1:] >= 0))
+    return grid[solved[0] + 1] if len(solved) else grid[0]
+
+
 def second_moment(kappa, alpha, gamma, v):
     """E z^2 of the aggregate posterior along an active latent (v > kappa gamma): kappa, less a term of the order of gamma / v."""
     return kappa - (kappa - alpha) * kappa * gamma / v

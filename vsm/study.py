@@ -13,7 +13,7 @@ COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over th
 
 def study_table(runs):
     """The Markdown table of finished runs of one script, 2-D or image runs. Intervals are 95 %, by Student's t over seeds."""
-    loaded = [run.arrays() | latent_scale_of(run) for run in runs]
+    loaded = [run.finished() | latent_scale_of(run) for run in runs]
     table = table_of_2d_runs(loaded) if loaded[0]["config"]["script"] == "train_synthetic" else table_of_image_runs(loaded)
     return table + "\n"
 
@@ -61,17 +61,18 @@ def pair_and_samples(arrays, settings=""):
 def table_of_2d_runs(loaded):
     """A row for each data set and pair: NLL above that of the data's law in nats, and what tells whether training converged.
 
-    Differences from KLD-ELBO are between members of the same seed, with the same N where KLD-ELBO has it.
+    Differences from KLD-ELBO are between members of the same seed and model, with the same N where KLD-ELBO has it.
     """
     lines = []
-    named = list(zip(loaded, settings_of(loaded, ("init_sd",))))
+    models = settings_of(loaded, ("init_sd", "hidden", "batch"))
+    named = list(zip(loaded, settings_of(loaded, ("init_sd", "hidden", "batch", "inner_steps", "bilevel_steps")), models))
     for data in dict.fromkeys(arrays["config"]["flags"]["data"] for arrays in loaded):
-        group = sorted(((arrays, settings) for arrays, settings in named if arrays["config"]["flags"]["data"] == data),
-                       key=lambda run: (run[1], pair_order(run[0]["config"]["flags"]), pair_and_samples(*run)))
-        for arrays, settings in group:
+        group = sorted((run for run in named if run[0]["config"]["flags"]["data"] == data),
+                       key=lambda run: (run[1], pair_order(run[0]["config"]["flags"]), pair_and_samples(*run[:2])))
+        for arrays, settings, model in group:
             samples = arrays["config"]["flags"]["samples"]
-            elbos = {run["config"]["flags"]["samples"]: run for run, other in group
-                     if run["config"]["label"] == "KLD-ELBO" and other == settings}
+            elbos = {run["config"]["flags"]["samples"]: run for run, _, other in group
+                     if run["config"]["label"] == "KLD-ELBO" and other == model}
             elbo = elbos.get(samples, next(iter(elbos.values()), None))
             unknown = np.full_like(arrays["nll"], math.nan)  # the law's density, or what older versions did not measure
             excess, curve = arrays.get("nll_excess", unknown), arrays.get("excess_curve", arrays["nll_curve"])

@@ -1,0 +1,62 @@
+"""The figure of bi-level training: kappa against J in theory, and 2-D runs that differ in J."""
+
+import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+from vsm.cli import UserError
+from vsm.figures.style import color_of, legend_below, new_figure, pair_order, save_figure
+from vsm.linear import KAPPA_KNOWN, bilevel_end
+from vsm.packs import open_runs
+from vsm.study import COLLAPSED
+from vsm.sweep import objective_name
+from vsm.tables import mean_and_error
+
+STEPS = np.unique(np.geomspace(1, 1000, 60).round())  # of the curves
+V, GAMMA, LR = 1.0, 0.02, 0.01  # the example of docs/theory.md: variance of the data, gamma, step of the encoder
+
+
+def bilevel(runs, save):
+    """Bi-level training against the number J of kept encoder steps: theory, and E z^2 and NLL of 2-D runs of one data set.
+
+    Left: kappa of a linear VAE by (7) of docs/theory.md, for the objectives of the runs. Middle: E z^2 of each latent in use,
+    which is close to kappa on a linear VAE. Right: NLL above the true law's. Dots are latents and members; lines join their
+    means. Of runs that differ in K those with the least are drawn.
+    """
+    loaded = [run.finished() for run in open_runs(runs)]
+    if not all({"second_moment", "nll_excess"} <= arrays.keys() for arrays in loaded):
+        raise UserError("bilevel needs the NLL above the true law's and E z^2, which runs of older versions do not have, "
+                        "nor runs on a law without a density")
+    fewest = min(arrays["config"]["flags"]["inner_steps"] for arrays in loaded)
+    objectives = {}
+    for arrays in sorted(loaded, key=lambda arrays: pair_order(arrays["config"]["flags"])):
+        if arrays["config"]["flags"]["inner_steps"] == fewest:
+            objectives.setdefault(objective_name(arrays["config"]), []).append(arrays)
+    drawn = {arrays["config"]["flags"]["bilevel_steps"] for group in objectives.values() for arrays in group}
+    figure, axes = new_figure(1, 3, size=(3.0, 2.6))
+    for name, group in objectives.items():
+        group.sort(key=lambda arrays: arrays["config"]["flags"]["bilevel_steps"])
+        flags = group[0]["config"]["flags"]
+        style = {"color": color_of(flags), "linestyle": "--" if flags["estimator"] == "unbiased" else "-"}
+        if flags["learn"] in KAPPA_KNOWN:
+            ends = [bilevel_end(flags["learn"], flags["estimator"], flags["samples"], J, LR, V, GAMMA) for J in (0, *STEPS)]
+            axes[0, 0].plot((0, *STEPS), ends, **style)
+        in_use = [arrays["second_moment"][arrays["posterior_sd"][-1] <= COLLAPSED] for arrays in group]
+        for ax, values in zip(axes[0, 1:], (in_use, [arrays["nll_excess"] for arrays in group])):
+            steps = [arrays["config"]["flags"]["bilevel_steps"] for arrays in group]
+            for J, members in zip(steps, values):
+                ax.plot(np.full(len(members), J), members, "o", ms=2.5, alpha=0.5, mew=0, color=style["color"])
+            means = [mean_and_error(members)[0] for members in values]
+            ax.plot(steps, means, marker="_", ms=9, label=name, **style)
+    for ax, title in zip(axes[0], ("linear VAE, theory: $\\kappa$", "$E z^2$ of latents in use", "NLL above the truth (nats)")):
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
+        ax.set(xlabel="kept encoder steps, $J$", title=title, xlim=(-0.3, 1.3 * max(STEPS if ax is axes[0, 0] else (1, *drawn))))
+    for ax in axes[0, 1:]:
+        ax.set_xticks(sorted(drawn))
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    legend_below(figure, handles, labels)
+    save_figure(figure, save)
