@@ -43,25 +43,27 @@ def kappa(objective, estimator="plugin", N=math.inf, alpha=1.0, batch=None):
 
 
 def bilevel_kappa(objective, estimator, N, mean_share, variance_share, V):
-    """The contraction where the decoder's gradient flows through encoder steps, by (7) of docs/theory.md, for alpha = 1.
+    """The right side of (7) in docs/theory.md, for alpha = 1 and not for `released` on vectors.
 
-    mean_share, variance_share: the shares of the change of the exact posterior's mean and variance with the decoder that those
-    steps carry; 0 without such steps, 1 if they are infinitely many. V: the posterior's variance, gamma / (gamma + w^2).
+    mean_share, variance_share: the derivatives of q's mean and variance with respect to w after the kept encoder steps, over those
+    of the exact posterior; 0 without such steps, 1 for infinitely many. V: the posterior's variance, gamma / (gamma + w^2).
     """
-    held = 1.0 if objective in ("elbo", "bao") else 0.0
-    return held + (kappa(objective, estimator, N) - held) * (1 - variance_share * (1 - V)) / (1 - mean_share * (1 - 2 * V))
+    kappa_0 = 1.0 if objective in ("elbo", "bao") else 0.0
+    return kappa_0 + (kappa(objective, estimator, N) - kappa_0) * (1 - variance_share * (1 - V)) / (1 - mean_share * (1 - 2 * V))
 
 
 def bilevel_end(objective, estimator, N, steps, lr, v, gamma):
-    """The largest kappa that solves (7) after so many kept steps of gradient descent of KLD inference.
+    """The end of a small w where KLD inference takes so many kept gradient steps of size lr: the largest kappa that solves (7).
 
-    It is v / gamma, and the latent is pruned, where no kappa does for which the steps are stable, lr v / V < 2.
+    It is v / gamma where the latent is pruned, and NaN where w grows until the encoder's steps are too large, lr v / V > 1.
     """
-    grid = np.geomspace(v / gamma, lr * v**2 / (2 * gamma), 20_000)  # of kappa; the posterior's variance is gamma kappa / v
+    grid = np.geomspace(v / gamma, lr * v**2 / gamma, 20_000)  # of kappa; the posterior's variance is V = gamma kappa / v
     V = gamma * grid / v
     found = bilevel_kappa(objective, estimator, N, 1 - (1 - lr * v / V) ** steps, 1 - (1 - 2 * lr) ** steps, V) - grid
-    solved = np.flatnonzero((found[:-1] < 0) & (found[1:] >= 0))
-    return grid[solved[0] + 1] if len(solved) else grid[0]
+    if found[0] >= 0:
+        return v / gamma
+    solved = np.flatnonzero(found >= 0)
+    return grid[solved[0]] if len(solved) else math.nan
 
 
 def second_moment(kappa, alpha, gamma, v):
