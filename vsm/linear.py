@@ -49,7 +49,8 @@ def bilevel_kappa(objective, estimator, N, mean_share, variance_share, V):
     of the exact posterior; 0 without such steps, 1 for infinitely many. V: the posterior's variance, gamma / (gamma + w^2).
     """
     kappa_0 = 1.0 if objective in ("elbo", "bao") else 0.0
-    return kappa_0 + (kappa(objective, estimator, N) - kappa_0) * (1 - variance_share * (1 - V)) / (1 - mean_share * (1 - 2 * V))
+    factor = (1 - variance_share * (1 - V)) / (1 - mean_share * (1 - 2 * V))
+    return kappa_0 + (kappa(objective, estimator, N) - kappa_0) * factor
 
 
 def bilevel_end(objective, estimator, N, steps, lr, v, gamma):

@@ -19,7 +19,7 @@ def bilevel(runs, save):
     """Bi-level training against the number J of kept encoder steps: theory, and E z^2 and NLL of 2-D runs of one data set.
 
     Left: kappa_J of the example of docs/theory.md (its v, gamma and step, not those of the runs), for the objectives of the runs;
-    `released` has none. Middle: E z^2 of each latent in use, close to kappa on a linear VAE where v is far above kappa gamma.
+    `released` and FD inference have none. Middle: E z^2 of each latent in use, close to kappa on a linear VAE where v is far above kappa gamma.
     Right: NLL above the true law's. Dots are latents and members; lines join their means. Of runs that differ in K those with the
     least are drawn.
     """
@@ -38,7 +38,7 @@ def bilevel(runs, save):
         group.sort(key=lambda arrays: arrays["config"]["flags"]["bilevel_steps"])
         flags = group[0]["config"]["flags"]
         style = {"color": color_of(flags), "linestyle": "--" if flags["estimator"] == "unbiased" else "-"}
-        if flags["learn"] in KAPPA_KNOWN and flags["estimator"] != "released":
+        if flags["learn"] in KAPPA_KNOWN and flags["infer"] == "kld" and flags["estimator"] != "released":
             ends = [bilevel_end(flags["learn"], flags["estimator"], flags["samples"], J, LR, V, GAMMA) for J in (0, *STEPS)]
             axes[0, 0].plot((0, *STEPS), ends, **style)
         in_use = [arrays["second_moment"][arrays["posterior_sd"][-1] <= COLLAPSED] for arrays in group]
