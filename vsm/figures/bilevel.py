@@ -19,9 +19,9 @@ def bilevel(runs, save):
     """Bi-level training against the number J of kept encoder steps: theory, and E z^2 and NLL of 2-D runs of one data set.
 
     Left: kappa_J of the example of docs/theory.md (its v, gamma and step, not those of the runs), for the objectives of the runs;
-    `released` and FD inference have none. Middle: E z^2 of each latent in use, close to kappa on a linear VAE where v is far above kappa gamma.
-    Right: NLL above the true law's. Dots are latents and members; lines join their means. Of runs that differ in K those with the
-    least are drawn.
+    `released` and FD inference have none. Middle: E z^2 of each latent in use, close to kappa on a linear VAE where v is far
+    above kappa gamma. Right: NLL above the true law's. Dots are latents and members; lines join their means. Of runs that differ
+    in K those with the least are drawn.
     """
     loaded = [run.finished() for run in open_runs(runs)]
     if not all({"second_moment", "nll_excess"} <= arrays.keys() for arrays in loaded):
