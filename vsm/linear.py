@@ -45,8 +45,8 @@ def kappa(objective, estimator="plugin", N=math.inf, alpha=1.0, batch=None):
 def bilevel_kappa(objective, estimator, N, mean_share, variance_share, V):
     """The right side of (7) in docs/theory.md, for alpha = 1 and not for `released` on vectors.
 
-    mean_share, variance_share: the derivatives of q's mean and variance with respect to w after the kept encoder steps, over those
-    of the exact posterior; 0 without such steps, 1 for infinitely many. V: the posterior's variance, gamma / (gamma + w^2).
+    mean_share, variance_share: the derivatives of q's mean and variance with respect to w after the kept encoder steps, over
+    those of the exact posterior; 0 without such steps, 1 for infinitely many. V: the posterior's variance, gamma / (gamma + w^2).
     """
     kappa_0 = 1.0 if objective in ("elbo", "bao") else 0.0
     factor = (1 - variance_share * (1 - V)) / (1 - mean_share * (1 - 2 * V))
