@@ -183,8 +183,9 @@ def parse_args(argv=None):
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K")
     flag("--bilevel-steps", type=count, default=0,
          help="further encoder updates through which the decoder's gradient flows, J. In principle swersky and bao need them, "
-         "because their q replaces a posterior that depends on the decoder. elbo with kld gains nothing, because encoder and "
-         "decoder minimise one loss. fd with J > 0 is no longer Algorithm 1. All pairs are allowed, for comparison")
+         "because their q replaces a posterior that depends on the decoder, but a few steps can do harm (docs/theory.md). elbo "
+         "with kld gains nothing, because encoder and decoder minimise one loss. fd with J > 0 is no longer Algorithm 1 and "
+         "becomes biased. All pairs are allowed, for comparison")
     flag("--batch", type=positive, default=1000, help="fresh data per decoder update")
     flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for the decoder")
     flag("--inner-lr", type=positive_float, default=None,

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WIRING, OBJECTIVES, SPEED, CAPTURE = (f"tests/test_{name}.py" for name in ("wiring", "objectives", "speed", "capture"))
 STAND_IN = "tests/test_cuda.py::test_what_capture_does_besides_cuda"
 TESTS = {"training.py": [WIRING, STAND_IN, CAPTURE], "train_synthetic.py": [WIRING, SPEED, CAPTURE], "train_images.py": [WIRING],
-         "vsm/speed.py": [SPEED, STAND_IN],
+         "vsm/speed.py": [SPEED, STAND_IN], "vsm/linear.py": ["tests/test_theory.py"], "vsm/study.py": ["tests/test_study.py"],
          "objectives.py": [WIRING, OBJECTIVES], "models.py": ["tests/test_models.py", WIRING], "vsm/laws.py": [
              f"tests/test_importance.py::{name}" for name in ("test_densities_integrate_to_one_and_match_their_samples",
                                                               "test_integrated_densities_are_those_of_their_samples",
@@ -179,6 +179,19 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("vsm/laws.py", "self.radius + self.sd * u", "self.radius + u"),
     ("vsm/laws.py", "math.log(16 / (nodes - 1))", "math.log(8 / (nodes - 1))"),
     ("vsm/laws.py", "math.e * self.sd**2) - overlap", "math.e * self.sd**2)"),
+    # Theory of bi-level steps, and what the tables of the study compare.
+    ("vsm/linear.py", "1 - variance_share * (1 - V)", "1 - variance_share * V"),
+    ("vsm/linear.py", "1 - mean_share * (1 - 2 * V)", "1 - mean_share * (1 - V)"),
+    ("vsm/linear.py", 'kappa_0 = 1.0 if objective in ("elbo", "bao")', 'kappa_0 = 1.0 if objective in ("elbo",)'),
+    ("vsm/linear.py", "1 - (1 - 2 * lr) ** steps", "1 - (1 - lr) ** steps"),
+    ("vsm/linear.py", "1 - (1 - lr * v / V) ** steps", "1 - (1 - lr / V) ** steps"),
+    ("vsm/linear.py", "if found[0] >= 0:", "if False:"),
+    ("vsm/linear.py", "return B + alpha / N", "return B + alpha * N"),
+    ("vsm/study.py", 'models = settings_of(loaded, ("init_sd", "hidden", "batch"))',
+     'models = settings_of(loaded, ("init_sd", "hidden", "batch", "bilevel_steps"))'),
+    ("vsm/study.py", "and other == model}", "}"),
+    ("vsm/study.py", "run.finished() | latent", "run.arrays() | latent"),
+    ("vsm/study.py", "student.ppf(0.975,", "student.ppf(0.95,"),
 ]
 
 
