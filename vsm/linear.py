@@ -50,7 +50,6 @@ def bilevel_kappa(objective, estimator, N, mean_share, variance_share, V):
     """
     kappa_0 = 1.0 if objective in ("elbo", "bao") else 0.0
     factor = (1 - variance_share * (1 - V)) / (1 - mean_share * (1 - 2 * V))
-    factor = (1 - variance_share * (1 - V)) / (1 - mean_share * (1 - 2 * V))
     return kappa_0 + (kappa(objective, estimator, N) - kappa_0) * factor
 
 
