@@ -68,7 +68,7 @@ def image(seed, fid, label="KLD-ELBO", learn="elbo", samples=5, **more):
              "net": "conv", "norm": "batch", "init_sd": 0.1, "epochs": 5}
     keys = ("fid", "fid_aggregate", "fid_reconstruction", "negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
     arrays = {key: np.array([9.0, 9.0, 9.0, 2 * fid, fid]) for key in keys}
-    return {"config": {"label": label, "flags": flags | more}, **arrays, "second_moment": np.ones((5, 4))}
+    return {"config": {"label": label, "flags": flags | more}, **arrays, "epoch": np.arange(5), "second_moment": np.ones((5, 4))}
 
 
 def test_ratios_of_image_runs_are_of_the_same_seed():
@@ -88,11 +88,18 @@ def test_image_runs_are_grouped_and_compared_within_their_setting_and_samples():
     assert found["KLD-ELBO, N = 5, conv, norm batch, init sd 0.1"] == ""
 
 
-def test_image_runs_without_fid_leave_no_nan():
+def test_image_runs_without_fid_have_the_change_of_the_negative_elbo():
     pairs = ("KLD-ELBO", "elbo"), ("KLD-S", "swersky")
-    celeba = [image(seed, np.nan, label, learn) for label, learn in pairs for seed in (0, 1)]
+    celeba = [image(seed, 10.0 + seed, label, learn) for label, learn in pairs for seed in (0, 1)]
+    for arrays in celeba:
+        for key in ("fid", "fid_aggregate", "fid_reconstruction"):
+            del arrays[key]
     table = table_of_image_runs(celeba)
-    assert "nan" not in table and cells(table, 1)[2:7] == ["-"] * 5
+    assert "nan" not in table and "FID" not in table.replace("posterior FD", "")
+    header = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
+    assert dict(zip(header, cells(table, 1)))["its change in the last quarter"] == "-10.5"
+    mixed = table_of_image_runs([*celeba, image(0, 10.0, data="fashion")])
+    assert "nan" not in mixed and [cells(mixed, i)[2] for i in range(3)] == ["10.00", "-", "-"]
 
 
 def test_a_run_that_has_not_ended_is_named(tmp_path):

@@ -94,42 +94,56 @@ def table_of_2d_runs(loaded):
 
 
 def table_of_image_runs(loaded):
-    """A row for each pair and setting: final metrics over seeds, FID over KLD-ELBO's, FID's change in the last quarter.
+    """A row for each pair and setting: final metrics over seeds, and how they changed in the last quarter of training.
 
-    A ratio is of two runs of the same seed and setting, with the same N where KLD-ELBO has it.
+    Runs with --fid-every have FIDs, FID's change in %, and FID over KLD-ELBO's: of two runs of the same seed and setting, with
+    the same N where KLD-ELBO has it. Runs without have the change of the negative ELBO, in nats.
     """
     groups, elbos = {}, {}
     for arrays, settings in zip(loaded, settings_of(loaded, ("data", "net", "norm", "init_sd", "epochs"))):
         flags = arrays["config"]["flags"]
         groups.setdefault((settings, *pair_order(flags), pair_and_samples(arrays, settings)), []).append(arrays)
         if arrays["config"]["label"] == "KLD-ELBO":
-            elbos.setdefault((settings, flags["seed"]), {})[flags["samples"]] = arrays["fid"][-1]
+            elbos.setdefault((settings, flags["seed"]), {})[flags["samples"]] = final(arrays, "fid")
 
     def ratio(arrays, settings):
         flags = arrays["config"]["flags"]
         found = elbos.get((settings, flags["seed"]), {})
-        return arrays["fid"][-1] / found.get(flags["samples"], next(iter(found.values()), math.nan))
+        return final(arrays, "fid") / found.get(flags["samples"], next(iter(found.values()), math.nan))
 
+    with_fid = any("fid" in arrays for arrays in loaded)
     scale = {"training_moment": "E z^2, training images", "predicted_moment": "its end by equation (6)"}
     scale = scale if any("predicted_moment" in arrays for arrays in loaded) else {}
-    lines = []
+    rows = []
     for (settings, *_, name), members in sorted(groups.items()):
-        quarter = -1 - (len(members[0]["fid"]) - 1) // 4
-        change = 100 * np.mean([arrays["fid"][-1] / arrays["fid"][quarter] - 1 for arrays in members])
-        is_elbo = members[0]["config"]["label"] == "KLD-ELBO"
-        lines.append([
-            name, len(members),
-            *(interval_text([arrays[key][-1] for arrays in members], 2)
-              for key in ("fid", "fid_aggregate", "fid_reconstruction")),
-            "" if is_elbo else interval_text([ratio(arrays, settings) for arrays in members], 2),
-            number_text(change, "+.0f") + (" %" if np.isfinite(change) else ""),
-            interval_text([arrays["second_moment"][-1].mean() for arrays in members], 2),
-            *(interval_text([arrays.get(key, math.nan) for arrays in members], 2) for key in scale),
-            interval_text([arrays["negative_elbo"][-1] for arrays in members], 1),
-            interval_text([100 * arrays["reconstruction_mse"][-1] for arrays in members], 2),
-            interval_text([arrays["latent_mmd"][-1] for arrays in members], 1),
-            interval_text([arrays["posterior_fd"][-1] for arrays in members], 0)])
-    header = ["pair", "n", "FID", "FID, aggregate posterior", "FID, reconstructions", "FID / KLD-ELBO's",
-              "change in the last quarter", "E z^2", *scale.values(), "negative ELBO", "MSE x 100", "latent MMD^2",
-              "posterior FD"]
-    return markdown_table(header, lines, "l" + "r" * (len(header) - 1))
+
+        def over_seeds(key, digits, factor=1):
+            return interval_text([factor * final(arrays, key) for arrays in members], digits)
+
+        row = {"pair": name, "n": len(members)}
+        if with_fid:
+            change = np.mean([100 * (final(arrays, "fid") / before_the_last_quarter(arrays, "fid") - 1) for arrays in members])
+            row |= {"FID": over_seeds("fid", 2), "FID, aggregate posterior": over_seeds("fid_aggregate", 2),
+                    "FID, reconstructions": over_seeds("fid_reconstruction", 2),
+                    "FID / KLD-ELBO's": "" if members[0]["config"]["label"] == "KLD-ELBO" else
+                    interval_text([ratio(arrays, settings) for arrays in members], 2),
+                    "change in the last quarter": number_text(change, "+.0f") + (" %" if np.isfinite(change) else "")}
+        row |= {"E z^2": over_seeds("second_moment", 2), **{title: over_seeds(key, 2) for key, title in scale.items()},
+                "negative ELBO": over_seeds("negative_elbo", 1)}
+        if not with_fid:
+            change = np.mean([final(arrays, "negative_elbo") - before_the_last_quarter(arrays, "negative_elbo")
+                              for arrays in members])
+            row["its change in the last quarter"] = number_text(change, "+.1f")
+        row |= {"MSE x 100": over_seeds("reconstruction_mse", 2, 100), "latent MMD^2": over_seeds("latent_mmd", 1),
+                "posterior FD": over_seeds("posterior_fd", 0)}
+        rows.append(row)
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows], "l" + "r" * (len(rows[0]) - 1))
+
+
+def final(arrays, key, at=-1):
+    """The value at the end of training, a mean over latents where there is one of each; NaN where it was not measured."""
+    return float(np.mean(np.atleast_1d(arrays[key])[at])) if key in arrays else math.nan
+
+
+def before_the_last_quarter(arrays, key):
+    return final(arrays, key, -1 - (len(arrays["epoch"]) - 1) // 4)
