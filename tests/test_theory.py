@@ -203,7 +203,10 @@ def test_a_few_bilevel_steps_raise_kappa_and_many_lower_it():
                                          ("bao", "unbiased", (1.00,) * 8)):  # the table of docs/theory.md
         ends = [bilevel_end(objective, estimator, 5, J, 0.01, 1.0, 0.025) for J in (0, 1, 5, 20, 50, 100, 200, 400)]
         assert ends == pytest.approx(kappas, abs=0.006), objective
-    assert bilevel_end("swersky", "plugin", 5, 0, 0.01, v=1.0, gamma=0.6) == 1 / 0.6  # pruned
+    k, v, gamma, lr = bilevel_end("swersky", "plugin", 5, 3, 0.01, v=2.0, gamma=0.1), 2.0, 0.1, 0.01
+    shares = 1 - (1 - lr * v**2 / (gamma * k)) ** 3, 1 - (1 - 2 * lr) ** 3
+    assert bilevel_kappa("swersky", "plugin", 5, *shares, gamma * k / v) == pytest.approx(k, rel=2e-3)
+    assert bilevel_end("swersky", "plugin", 5, 0, 0.01, v=1.0, gamma=0.6) == pytest.approx(1 / 0.6)  # pruned
     assert math.isnan(bilevel_end("fd", "plugin", 5, 400, 0.03, v=1.0, gamma=0.02))  # w grows without bound
 
 

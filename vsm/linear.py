@@ -61,9 +61,7 @@ def bilevel_end(objective, estimator, N, steps, lr, v, gamma):
     grid = np.geomspace(v / gamma, lr * v**2 / gamma, 20_000)  # of kappa; the posterior's variance is V = gamma kappa / v
     V = gamma * grid / v
     found = bilevel_kappa(objective, estimator, N, 1 - (1 - lr * v / V) ** steps, 1 - (1 - 2 * lr) ** steps, V) - grid
-    if found[0] >= 0:
-        return v / gamma
-    solved = np.flatnonzero(found >= 0)
+    solved = np.flatnonzero(found >= 0)  # the first one is the root, or w = 0 where that is stable
     return grid[solved[0]] if len(solved) else math.nan
 
 
