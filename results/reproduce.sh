@@ -260,6 +260,7 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
         python evaluate.py --gradient-snr --snr-mode $mode $runs/mnist-conv-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-width8-dim-z16-inner-steps1-*-seed0
     done
     python evaluate.py --latent-scale $runs/mnist-{mlp,conv,resnet}-kld-*-test-limit2000-*
+    python evaluate.py --latent-scale $runs/fashion-mlp-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
 figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 15,000 updates, three seeds: 12 runs of 2 to 40 min
