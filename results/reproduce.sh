@@ -111,13 +111,13 @@ study_fashion() {  # the MLP on fashion from an initial standard deviation of 1,
 small_nets="--width 8 --dim-z 16 --infer-samples 1 --inner-steps 1 --batch 50 --eval-every 1 --fid-every 1 --test-limit 2000"
 from_sd_1="$small_nets --lr 2e-3 --lr-half-life 1.5 --init-sd 1"
 
-study_conv() {  # ConvNets of width 8 on mnist, 6000 or 7200 updates, with and without batch norm: 42 runs of 4 to 6 min
+study_conv() {  # ConvNets of width 8 on mnist, 6000 or 7200 updates, with and without batch norm: 45 runs of 4 to 6 min
     local budget="$small_nets --net conv --lr 1e-3 --lr-half-life 1.25 --epochs 5 --samples 5"
     local seed pair
     for seed in 0 1 2; do for pair in "elbo" "swersky" "bao" "fd" "bao --estimator unbiased" "fd --infer fd"; do
         python train_images.py --data mnist --data-root "$DATA" --learn $pair $budget --seed $seed
     done; done
-    for seed in 0 1 2; do for pair in "bao --estimator released" "swersky --infer fd" "bao --infer fd"; do
+    for seed in 0 1 2; do for pair in "bao --estimator released" "swersky --infer fd" "bao --infer fd" "fd --infer fd-weighted"; do
         python train_images.py --data mnist --data-root "$DATA" --learn $pair $budget --seed $seed
     done; done
     for seed in 0 1 2; do for pair in elbo swersky bao; do
