@@ -139,7 +139,7 @@ study_resnet() {  # ResNets of width 8 on mnist, 6000 updates, with N = 1 and 5:
     done
 }
 
-study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with batch norm and one without: 13 runs of 8 min
+study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with batch norm and one without; B from 1 with batch norm: 17 runs of 8 min
     local budget="--net conv --width 8 --dim-z 32 --samples 5 --infer-samples 1 --inner-steps 1 --batch 25 --epochs 6 --eval-every 1 --test-limit 500"
     local seed pair
     for seed in 0 1; do for pair in "elbo" "swersky" "bao" "bao --estimator unbiased" "fd"; do
@@ -147,6 +147,9 @@ study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with 
     done; done
     for pair in elbo swersky bao; do
         python train_images.py --data celeba --data-root "$DATA" $budget --norm none --init-sd 1 --lr 2e-3 --lr-half-life 2 --learn $pair
+    done
+    for pair in "bao --lr 2e-3" "bao --lr 1e-3" "bao --estimator unbiased --lr 2e-3" "elbo --lr 2e-3"; do
+        python train_images.py --data celeba --data-root "$DATA" $budget --init-sd 1 --lr-half-life 2 --learn $pair
     done
 }
 

@@ -68,7 +68,8 @@ def image(seed, fid, label="KLD-ELBO", learn="elbo", samples=5, **more):
              "net": "conv", "norm": "batch", "init_sd": 0.1, "epochs": 5}
     keys = ("fid", "fid_aggregate", "fid_reconstruction", "negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
     arrays = {key: np.array([9.0, 9.0, 9.0, 2 * fid, fid]) for key in keys}
-    return {"config": {"label": label, "flags": flags | more}, **arrays, "epoch": np.arange(5), "second_moment": np.ones((5, 4))}
+    return {"config": {"label": label, "flags": flags | more}, **arrays, "epoch": np.arange(5), "second_moment": np.ones((5, 4)),
+            "status": np.array("ok")}
 
 
 def test_ratios_of_image_runs_are_of_the_same_seed():
@@ -100,6 +101,23 @@ def test_image_runs_without_fid_have_the_change_of_the_negative_elbo():
     assert dict(zip(header, cells(table, 1)))["its change in the last quarter"] == "-10.5"
     mixed = table_of_image_runs([*celeba, image(0, 10.0, data="fashion")])
     assert "nan" not in mixed and [cells(mixed, i)[2] for i in range(3)] == ["10.00", "-", "-"]
+
+
+@pytest.mark.parametrize("fid", [True, False])
+def test_a_diverged_image_run_is_counted_and_in_no_mean(fid):
+    runs = [image(0, 10.0), image(1, 12.0), image(1, 90.0, "KLD-B", "bao"), image(0, 30.0, "KLD-B", "bao"),
+            image(0, 80.0, "KLD-S", "swersky")]
+    for lost in (runs[1], runs[2], runs[4]):
+        lost["status"] = np.array("diverged@7")
+    for run in runs if not fid else []:
+        del run["fid"]
+    table = table_of_image_runs(runs)
+    header = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
+    elbo, swersky, bao = (dict(zip(header, cells(table, i))) for i in range(3))
+    assert [row["n"] for row in (elbo, swersky, bao)] == ["1 (+1 diverged)", "0 (+1 diverged)", "1 (+1 diverged)"]
+    assert [row["negative ELBO"] for row in (elbo, swersky, bao)] == ["10.0", "-", "30.0"] and "nan" not in table
+    if fid:
+        assert (bao["FID / KLD-ELBO's"], swersky["FID / KLD-ELBO's"], elbo["FID / KLD-ELBO's"]) == ("3.00", "-", "")
 
 
 def test_a_run_that_has_not_ended_is_named(tmp_path):
