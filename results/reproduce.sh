@@ -111,7 +111,7 @@ study_fashion() {  # the MLP on fashion from an initial standard deviation of 1,
 small_nets="--width 8 --dim-z 16 --infer-samples 1 --inner-steps 1 --batch 50 --eval-every 1 --fid-every 1 --test-limit 2000"
 from_sd_1="$small_nets --lr 2e-3 --lr-half-life 1.5 --init-sd 1"
 
-study_conv() {  # ConvNets of width 8 on mnist, 6000 or 7200 updates, with and without batch norm: 45 runs of 4 to 6 min
+study_conv() {  # ConvNets of width 8 on mnist, 6000 or 7200 updates, with and without batch norm: 51 runs of 4 to 6 min
     local budget="$small_nets --net conv --lr 1e-3 --lr-half-life 1.25 --epochs 5 --samples 5"
     local seed pair
     for seed in 0 1 2; do for pair in "elbo" "swersky" "bao" "fd" "bao --estimator unbiased" "fd --infer fd"; do
@@ -125,8 +125,10 @@ study_conv() {  # ConvNets of width 8 on mnist, 6000 or 7200 updates, with and w
     done; done
     for pair in elbo swersky bao; do
         python train_images.py --data mnist --data-root "$DATA" --net conv --norm none --learn $pair $budget
-        python train_images.py --data mnist --data-root "$DATA" --net conv --learn $pair $from_sd_1 --epochs 6 --samples 5
     done
+    for seed in 0 1 2; do for pair in elbo swersky bao; do
+        python train_images.py --data mnist --data-root "$DATA" --net conv --learn $pair $from_sd_1 --epochs 6 --samples 5 --seed $seed
+    done; done
 }
 
 study_resnet() {  # ResNets of width 8 on mnist, 6000 updates, with N = 1 and 5: 8 runs of 8 to 21 min
@@ -150,6 +152,25 @@ study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with 
     done
     for pair in "bao --lr 2e-3" "bao --lr 1e-3" "bao --estimator unbiased --lr 2e-3" "elbo --lr 2e-3"; do
         python train_images.py --data celeba --data-root "$DATA" $budget --init-sd 1 --lr-half-life 2 --learn $pair
+    done
+}
+
+study_celeba_gpu() {  # ConvNets of width 32 on celeba from 1, 6000 updates in tf32: 14 runs of 23 to 110 s, four at once on an H200
+    local budget="--width 32 --dim-z 32 --samples 5 --infer-samples 1 --inner-steps 1 --batch 50 --precision tf32 --lr 2e-3 --lr-half-life 3.75 --epochs 15"
+    local seed pair
+    for seed in 0 1; do for pair in "elbo --norm none" "swersky --norm none" "bao --norm none" elbo swersky bao; do
+        python train_images.py --data celeba --data-root "$DATA" $budget --eval-every 1 --test-limit 1000 --init-sd 1 --seed $seed --learn $pair
+    done; done
+    for pair in fd "bao --estimator unbiased"; do
+        python train_images.py --data celeba --data-root "$DATA" $budget --eval-every 1 --test-limit 1000 --init-sd 1 --learn $pair
+    done
+}
+
+images_gpu() {  # ConvNets of the paper's size on mnist from 1, transients of 2400 updates: 8 runs of 80 s, four at once on an H200
+    local budget="--samples 5 --infer-samples 1 --inner-steps 1 --lr 1e-3 --lr-half-life 1 --epochs 4 --eval-every 1 --fid-every 1 --test-limit 2000 --init-sd 1"
+    local pair
+    for pair in elbo swersky bao "elbo --norm none" "swersky --norm none" "bao --norm none" fd "fd --infer fd"; do
+        python train_images.py --data mnist --data-root "$DATA" $budget --learn $pair
     done
 }
 
@@ -263,6 +284,7 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
         python evaluate.py --gradient-snr --snr-mode $mode $runs/mnist-conv-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-width8-dim-z16-inner-steps1-*-seed0
     done
     python evaluate.py --latent-scale $runs/mnist-{mlp,conv,resnet}-kld-*-test-limit2000-*
+    python evaluate.py --latent-scale $runs/celeba-conv-kld-*-test-limit1000-* $runs/mnist-conv-fd-fd-test-limit2000-infer-samples1-init-sd1*
     python evaluate.py --latent-scale $runs/fashion-mlp-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
@@ -289,8 +311,12 @@ speed() {  # the performance table: 20 min, with nothing else running
     python benchmark.py --part ensemble --members 3 10 30 --threads 2 --repeats 7
 }
 
-parts="figure1 spectrum toys study2d study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba figure3 figure7 encoder_step figure3_batch200"
-parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed"
+speed_gpu() {  # the performance table of a GPU: 30 s on an H200
+    python benchmark.py --net conv --pairs KLD-F --precision float32 tf32 bf16 --repeats 3
+}
+
+parts="figure1 spectrum toys study2d study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 encoder_step figure3_batch200"
+parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;
     *) echo "usage: results/reproduce.sh ${parts// /|} [-n]" >&2; exit 2 ;;

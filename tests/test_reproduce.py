@@ -16,7 +16,7 @@ from vsm.runs import NOT_IDENTITY, OLD_DEFAULTS
 SCRIPT = ROOT / "results" / "reproduce.sh"
 GROWING = ("study2d", "study2d_variants", "study_mnist", "study_samples", "study_start", "study_fashion", "study_conv",
            "study_resnet", "study_celeba", "figure6")  # parts whose packs may lack runs that are not made yet
-UNPACKED = ("evaluations", "audits", "speed")  # parts with commands whose results are in no pack of their own
+UNPACKED = ("evaluations", "audits", "speed", "speed_gpu")  # parts with commands whose results are in no pack of their own
 # Flags that scripts no longer have, each with the value that changed nothing: `runs` was read by a former part of benchmark.py.
 GONE = {"runs": [2]}
 
