@@ -144,7 +144,7 @@ study_resnet() {  # ResNets of width 8 on mnist, 6000 updates, with N = 1 and 5:
     done
 }
 
-study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with batch norm and one without; B from 1 with batch norm: 17 runs of 8 min
+study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with batch norm and one without; B from 1 with batch norm: 20 runs of 8 min
     local budget="--net conv --width 8 --dim-z 32 --samples 5 --infer-samples 1 --inner-steps 1 --batch 25 --epochs 6 --eval-every 1 --test-limit 500"
     local seed pair
     for seed in 0 1; do for pair in "elbo" "swersky" "bao" "bao --estimator unbiased" "fd"; do
@@ -155,6 +155,10 @@ study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with 
     done
     for pair in "bao --lr 2e-3" "bao --lr 1e-3" "bao --estimator unbiased --lr 2e-3" "elbo --lr 2e-3"; do
         python train_images.py --data celeba --data-root "$DATA" $budget --init-sd 1 --lr-half-life 2 --learn $pair
+    done
+    budget="--width 32 --dim-z 32 --samples 5 --infer-samples 1 --inner-steps 1 --batch 50 --epochs 1 --eval-every 1 --test-limit 500"
+    for pair in "bao --seed 1 --lr 2e-3" "bao --estimator unbiased --lr 2e-3" "bao --seed 1 --lr 5e-4"; do  # the first epoch of runs in which B diverges
+        python train_images.py --data celeba --data-root "$DATA" $budget --init-sd 1 --lr-half-life 3.75 --learn $pair
     done
 }
 
