@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models import VAE, build_vae
-from objectives import INFER, LEARN
+from objectives import INFER, LEARN, posterior_score
 from train_synthetic import bilevel_loss, kept_step
 from vsm.linear import (
     bilevel_end,
@@ -250,10 +250,10 @@ class Rescaled(nn.Module):
         return self.decoder(self.scale * z)
 
 
-def nonlinear_vae(gamma, D=3, K=2):
+def nonlinear_vae(gamma, D=3, Dz=2):
     torch.manual_seed(0)
-    encoder, decoder = (nn.Sequential(nn.Linear(n, 6), nn.Tanh(), nn.Linear(6, m)) for n, m in ((D, 2 * K), (K, D)))
-    vae = VAE(encoder, Rescaled(decoder), K).double()
+    encoder, decoder = (nn.Sequential(nn.Linear(n, 6), nn.Tanh(), nn.Linear(6, m)) for n, m in ((D, 2 * Dz), (Dz, D)))
+    vae = VAE(encoder, Rescaled(decoder), Dz).double()
     vae.log_gamma.requires_grad_(False).fill_(math.log(gamma))
     return vae, torch.randn(5, D, dtype=torch.float64)
 
@@ -298,6 +298,21 @@ def test_the_scale_of_the_decoders_input_changes_its_loss_as_in_equation_6(learn
         assert abs(difference.mean().item()) < 4 * error and error < 0.05 * slopes[0].mean().abs().item()
     else:
         assert difference.abs().max() < 1e-10
+
+
+def test_the_mean_square_of_b_is_that_of_equation_8():
+    vae, x = nonlinear_vae(0.5)
+    M = 100_000
+    x = x[:1].requires_grad_()
+    q = vae.encode(x)
+    b = posterior_score(vae, x, q, vae.sample(q, torch.randn(M, 1, 2, dtype=torch.float64)).detach())
+    outputs = torch.stack((q.base_dist.loc, q.base_dist.scale.log())).flatten()
+    slopes = torch.stack([torch.autograd.grad(each, x, retain_graph=True)[0].square().sum() for each in outputs])
+    predicted = (slopes[:2] / q.base_dist.scale.flatten() ** 2 + 2 * slopes[2:]).sum()
+    squares = b.square().sum(-1).flatten()
+    error = squares.std() / M**0.5
+    assert error < 0.02 * predicted and (squares.mean() - predicted).abs() < 4 * error
+    assert (b.mean(0).abs() < 4 * b.std(0) / M**0.5).all()
 
 
 # ------------------------------------------------------------------------------------------------- FD inference and KLD inference
