@@ -191,6 +191,8 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("vsm/study.py", "and other == model}", "}"),
     ("vsm/study.py", "run.finished() | latent", "run.arrays() | latent"),
     ("vsm/study.py", "student.ppf(0.975,", "student.ppf(0.95,"),
+    ("vsm/study.py", "for arrays in runs if alive(arrays)]", "for arrays in runs]"),
+    ("vsm/study.py", '"KLD-ELBO" and alive(arrays):', '"KLD-ELBO":'),
 ]
 
 
