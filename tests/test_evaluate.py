@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from PIL import Image
 
 import evaluate
@@ -21,7 +22,7 @@ from vsm.cli import UserError
 from vsm.figures import style
 from vsm.gradient_snr import differentiable_decoder, gradient_moments
 from vsm.loading import load_vae, vae_of
-from vsm.packs import pack
+from vsm.packs import StoredRun, pack
 from vsm.quality import prior_metrics, reference_set
 from vsm.runs import group_by_seed, load_arrays, load_config, save_arrays
 
@@ -243,7 +244,7 @@ def test_without_inception_every_other_number_is_there(tmp_path, capsys):
                                                               "posterior_fd")]).all()
 
 
-def test_gradient_snr(runs, monkeypatch):
+def test_gradient_snr(runs, monkeypatch, tmp_path):
     monkeypatch.setattr("vsm.gradient_snr.SAMPLES", (1, 2))
     evaluate.main(evaluate.parse_args([str(runs.a), "--gradient-snr", "--snr-draws", "2", "--device", "cpu"]))
     arrays = load_arrays(runs.a / "gradient_snr.npz")
@@ -257,6 +258,9 @@ def test_gradient_snr(runs, monkeypatch):
     assert trained["status"] == "unfinished@8" and trained["config"]["evaluation"] == {"draws": 3, "mode": "train"}
     assert np.isfinite(trained["snr_se"][:, 1:]).all() and (trained["snr_se"][:, 1:] > 0).all()
     assert not (runs.half / "gradient_snr.npz").exists()
+    parts = {"gradient_snr": arrays, "gradient_snr_train": trained}  # a run with both has a row for each
+    plots.gradient_snr([StoredRun("both", lambda: arrays["config"], parts.get, parts)], tmp_path / "both.png")
+    assert len(imread(tmp_path / "both.png")) > 1.5 * len(imread(runs.a / "gradient_snr.png"))
 
 
 def test_latent_scale(runs, capsys, monkeypatch):

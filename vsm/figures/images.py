@@ -375,9 +375,13 @@ ESTIMATOR_DASHES = {"plugin": "-", "unbiased": "--", "released": ":"}
 def gradient_snr(runs, save):
     """Signal-to-noise ratio of the decoder's gradient against N by learning objective and estimator, a row per group of seeds.
 
-    Bars go from the smallest to the largest of several seeds; for one seed they are one standard error over draws, if stored.
+    Runs that were also measured with batch norm in training mode have a second row. Bars go from the smallest to the largest of
+    several seeds; for one seed they are one standard error over draws, if stored.
     """
+    runs = open_runs(runs)
     groups = named_groups(grouped(runs, "gradient_snr"))
+    if also := [run for run in runs if run.has("gradient_snr_train")]:
+        groups += [(f"{name},\nin training mode", each) for name, each in named_groups(grouped(also, "gradient_snr_train"))]
     figure, axes = new_figure(len(groups), len(SNR_PANELS), size=(3, 2.6))
     for row, (group, members) in zip(axes, groups):
         for ax, (key, title) in zip(row, SNR_PANELS.items()):
