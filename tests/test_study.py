@@ -120,6 +120,12 @@ def test_a_diverged_image_run_is_counted_and_in_no_mean(fid):
         assert [row["FID / KLD-ELBO's"] for row in (bao, F, swersky, elbo)] == ["3.00", "-", "-", ""]
 
 
+def test_the_change_of_a_run_with_few_evaluations_is_unknown():
+    runs = [image(0, 10.0), image(0, 20.0, "KLD-S", "swersky")]
+    runs[0].update({key: value[-4:] for key, value in runs[0].items() if key not in ("config", "status")})
+    assert [cells(table_of_image_runs(runs), i)[6] for i in range(2)] == ["-", "-50 %"]
+
+
 def test_a_run_that_has_not_ended_is_named(tmp_path):
     config = {"script": "train_synthetic", "flags": {"data": "ring"}}
     (tmp_path / "ring").mkdir()

@@ -156,4 +156,6 @@ def final(arrays, key, at=-1):
 
 
 def before_the_last_quarter(arrays, key):
-    return final(arrays, key, -1 - (len(arrays["epoch"]) - 1) // 4)
+    """The value a quarter of the evaluations before the end; NaN where there are too few."""
+    quarter = (len(arrays["epoch"]) - 1) // 4
+    return final(arrays, key, -1 - quarter) if quarter else math.nan
