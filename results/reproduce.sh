@@ -295,7 +295,7 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python evaluate.py --latent-scale $runs/fashion-mlp-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
-figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 15,000 updates, three seeds: 12 runs of 2 to 40 min
+figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 15,000 updates (F with J = 5 also 45,000), three seeds: 13 runs of 2 to 40 min
     local budget="--data banana --hidden 100 --seeds 3 --samples 5 --infer-samples 1 --batch 100 --lr 1e-3 --lr-half-life 30 --epochs 150 --eval-every 10"
     budget="$budget --test-size 1000 --importance-samples 20000"
     local pair
@@ -304,6 +304,8 @@ figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 
     done
     for pair in swersky bao fd "bao --estimator unbiased"; do python train_synthetic.py $budget --learn $pair --bilevel-steps 5; done
     python train_synthetic.py $budget --learn swersky --bilevel-steps 20
+    budget="${budget/half-life 30/half-life 90}"
+    python train_synthetic.py ${budget/epochs 150/epochs 450} --learn fd --bilevel-steps 5
 }
 
 audits() {  # the reports of docs/audit.md: 30 s each
