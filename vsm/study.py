@@ -64,10 +64,10 @@ def table_of_2d_runs(loaded):
     Differences from KLD-ELBO are between members of the same seed and model, with the same N where KLD-ELBO has it.
     """
     lines = []
-    of_model, of_training = ("init_sd", "hidden", "batch"), ("inner_steps", "bilevel_steps")
-    named = list(zip(loaded, settings_of(loaded, of_model + of_training), settings_of(loaded, of_model)))
+    of_model, of_training = ("init_sd", "hidden", "batch"), ("inner_steps", "bilevel_steps", "epochs")
     for data in dict.fromkeys(arrays["config"]["flags"]["data"] for arrays in loaded):
-        group = sorted((run for run in named if run[0]["config"]["flags"]["data"] == data),
+        mine = [arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data]
+        group = sorted(zip(mine, settings_of(mine, of_model + of_training), settings_of(mine, of_model)),
                        key=lambda run: ([run[0]["config"]["flags"].get(key, 0) for key in of_model + of_training],
                                         pair_order(run[0]["config"]["flags"]), pair_and_samples(*run[:2])))
         for arrays, settings, model in group:

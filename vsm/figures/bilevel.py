@@ -21,7 +21,7 @@ def bilevel(runs, save):
     Left: kappa_J of the example of docs/theory.md (its v, gamma and step, not those of the runs), for the objectives of the runs;
     `released` and FD inference have none. Middle: E z^2 of each latent in use, close to kappa on a linear VAE where v is far
     above kappa gamma. Right: NLL above the true law's. Dots are latents and members; lines join their means. Of runs that differ
-    in K those with the least are drawn.
+    in K those with the least are drawn, and of runs that differ only in length the longest.
     """
     loaded = [run.finished() for run in open_runs(runs)]
     if not all({"second_moment", "nll_excess"} <= arrays.keys() for arrays in loaded):
@@ -35,7 +35,9 @@ def bilevel(runs, save):
     drawn = {arrays["config"]["flags"]["bilevel_steps"] for group in objectives.values() for arrays in group}
     figure, axes = new_figure(1, 3, size=(3.0, 2.6))
     for name, group in objectives.items():
-        group.sort(key=lambda arrays: arrays["config"]["flags"]["bilevel_steps"])
+        group.sort(key=lambda arrays: arrays["config"]["flags"]["epochs"])
+        longest = {arrays["config"]["flags"]["bilevel_steps"]: arrays for arrays in group}
+        group = [longest[J] for J in sorted(longest)]
         flags = group[0]["config"]["flags"]
         style = {"color": color_of(flags), "linestyle": "--" if flags["estimator"] == "unbiased" else "-"}
         if flags["learn"] in KAPPA_KNOWN and flags["infer"] == "kld" and flags["estimator"] != "released":
