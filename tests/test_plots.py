@@ -41,6 +41,7 @@ def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, 
         "bilevel_steps": 0,
         "seed": seed,
         "seeds": seeds,
+        "epochs": 3,
         "steps_per_epoch": 100,
         "hidden": 30,
     }
