@@ -290,7 +290,7 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     done
     python evaluate.py --latent-scale $runs/mnist-{mlp,conv,resnet}-kld-*-test-limit2000-*
     python evaluate.py --latent-scale $runs/celeba-conv-kld-*-test-limit1000-* $runs/mnist-conv-fd-fd-test-limit2000-infer-samples1-init-sd1*
-    python evaluate.py --latent-scale $runs/fashion-mlp-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
+    python evaluate.py --latent-scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
 figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 15,000 updates (F with J = 5 also 45,000), three seeds: 13 runs of 2 to 40 min
