@@ -83,17 +83,19 @@ study_samples() {  # the same with N = 1, 2 and 20, three seeds: 18 runs of 2 to
     done; done; done
 }
 
+mnist_long="${mnist_budget/half-life 2/half-life 4}"  # twice as long, by the same schedule
+mnist_long="${mnist_long/epochs 8/epochs 16}"
+
 study_start() {  # the MLP from an initial standard deviation of 1, and from 0.1 for twice as long: 23 runs of 2 to 4 min
-    local long="${mnist_budget/half-life 2/half-life 4}" seed pair
-    long="${long/epochs 8/epochs 16}"
+    local seed pair
     for seed in 0 1 2 3 4; do for pair in elbo swersky bao; do
-        python train_images.py --data mnist --data-root "$DATA" --learn $pair $long --samples 5 --init-sd 1 --seed $seed
+        python train_images.py --data mnist --data-root "$DATA" --learn $pair $mnist_long --samples 5 --init-sd 1 --seed $seed
     done; done
     for pair in "fd" "bao --estimator unbiased"; do
-        python train_images.py --data mnist --data-root "$DATA" --learn $pair $long --samples 5 --init-sd 1
+        python train_images.py --data mnist --data-root "$DATA" --learn $pair $mnist_long --samples 5 --init-sd 1
     done
     for pair in elbo swersky bao; do
-        python train_images.py --data mnist --data-root "$DATA" --learn $pair $long --samples 5
+        python train_images.py --data mnist --data-root "$DATA" --learn $pair $mnist_long --samples 5
         python train_images.py --data mnist --data-root "$DATA" --learn $pair $mnist_budget --samples 5 --init-sd 1
     done
 }
@@ -102,10 +104,9 @@ small_nets="--width 8 --dim-z 16 --infer-samples 1 --inner-steps 1 --batch 50 --
 from_sd_1="$small_nets --lr 2e-3 --lr-half-life 1.5 --init-sd 1"
 
 study_fashion() {  # fashion from an initial standard deviation of 1: the MLP, 19,200 updates, and ConvNets, 7200 updates: 15 runs of 3 to 5 min
-    local long="${mnist_budget/half-life 2/half-life 4}" seed pair norm
-    long="${long/epochs 8/epochs 16}"
+    local seed pair norm
     for seed in 0 1 2; do for pair in elbo swersky bao; do
-        python train_images.py --data fashion --data-root "$DATA" --learn $pair $long --samples 5 --init-sd 1 --seed $seed
+        python train_images.py --data fashion --data-root "$DATA" --learn $pair $mnist_long --samples 5 --init-sd 1 --seed $seed
     done; done
     for norm in batch none; do for pair in elbo swersky bao; do
         python train_images.py --data fashion --data-root "$DATA" --net conv --norm $norm --learn $pair $from_sd_1 --epochs 6 --samples 5
@@ -162,12 +163,13 @@ study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with 
 
 study_celeba_gpu() {  # ConvNets of width 32 on celeba from 1, 6000 updates in tf32: 14 runs of 23 to 110 s, four at once on an H200
     local budget="--width 32 --dim-z 32 --samples 5 --infer-samples 1 --inner-steps 1 --batch 50 --precision tf32 --lr 2e-3 --lr-half-life 3.75 --epochs 15"
+    budget="$budget --eval-every 1 --test-limit 1000 --init-sd 1"
     local seed pair
     for seed in 0 1; do for pair in "elbo --norm none" "swersky --norm none" "bao --norm none" elbo swersky bao; do
-        python train_images.py --data celeba --data-root "$DATA" $budget --eval-every 1 --test-limit 1000 --init-sd 1 --seed $seed --learn $pair
+        python train_images.py --data celeba --data-root "$DATA" $budget --seed $seed --learn $pair
     done; done
     for pair in fd "bao --estimator unbiased"; do
-        python train_images.py --data celeba --data-root "$DATA" $budget --eval-every 1 --test-limit 1000 --init-sd 1 --learn $pair
+        python train_images.py --data celeba --data-root "$DATA" $budget --learn $pair
     done
 }
 

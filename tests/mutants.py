@@ -187,12 +187,12 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("vsm/linear.py", "1 - (1 - lr * v / V) ** steps", "1 - (1 - lr / V) ** steps"),
     ("vsm/linear.py", "grid[solved[0]] if", "grid[solved[-1]] if"),
     ("vsm/linear.py", "return B + alpha / N", "return B + alpha * N"),
-    ("vsm/study.py", "settings_of(loaded, of_model)))", "settings_of(loaded, of_model + of_training)))"),
+    ("vsm/study.py", "settings_of(mine, of_model)),", "settings_of(mine, of_model + of_training)),"),
     ("vsm/study.py", "and other == model}", "}"),
     ("vsm/study.py", "run.finished() | latent", "run.arrays() | latent"),
     ("vsm/study.py", "student.ppf(0.975,", "student.ppf(0.95,"),
-    ("vsm/study.py", "for arrays in runs if alive(arrays)]", "for arrays in runs]"),
-    ("vsm/study.py", '"KLD-ELBO" and alive(arrays):', '"KLD-ELBO":'),
+    ("vsm/study.py", 'for arrays in runs if arrays["status"] == "ok"]', "for arrays in runs]"),
+    ("vsm/study.py", '"KLD-ELBO" and arrays["status"] == "ok":', '"KLD-ELBO":'),
 ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 import plots
 from vsm.cli import UserError
@@ -29,7 +30,7 @@ def write_run(folder, script, flags, label, part="metrics", **arrays):
     return folder
 
 
-def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, seeds=3, data="ring"):
+def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, seeds=3, data="ring", epochs=3):
     rng = np.random.default_rng(seed)
     flags = {
         "data": data,
@@ -41,7 +42,7 @@ def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, 
         "bilevel_steps": 0,
         "seed": seed,
         "seeds": seeds,
-        "epochs": 3,
+        "epochs": epochs,
         "steps_per_epoch": 100,
         "hidden": 30,
     }
@@ -129,6 +130,14 @@ def runs(tmp_path_factory):
 
 def draw(figure, *argv):
     plots.main(plots.parse_args([figure, *map(str, argv)]))
+
+
+def test_bilevel_draws_the_longest_of_runs_that_differ_in_length(tmp_path):
+    long, short = synthetic_run(tmp_path / "a", seed=1, epochs=6), synthetic_run(tmp_path / "b", seed=2)
+    for name, drawn in (("both", [long, short]), ("long", [long]), ("short", [short])):
+        draw("bilevel", *drawn, "--save", tmp_path / f"{name}.png")
+    both, long, short = (imread(tmp_path / f"{name}.png") for name in ("both", "long", "short"))
+    assert np.array_equal(both, long) and not np.array_equal(both, short)
 
 
 FIGURES_OF = {
@@ -331,6 +340,4 @@ def test_published_figures_are_redrawn_to_the_pixel(file, command, tmp_path):
     if file.endswith(".md"):
         assert (tmp_path / file).read_text() == (ROOT / "results" / file).read_text()
     else:
-        from matplotlib.image import imread
-
         assert np.array_equal(imread(tmp_path / file), imread(ROOT / "results" / file))

@@ -1,9 +1,10 @@
-"""The limits that pyproject.toml states hold without ruff too: the length of a line, and the length of a module."""
+"""The limits that pyproject.toml states hold without ruff too, and the mistakes of mutants.py are still about the source."""
 
 import tomllib
 
 import pytest
 
+from mutants import MUTANTS, TESTS
 from small_runs import ROOT
 
 LINES = 450  # of a module
@@ -18,3 +19,7 @@ def test_no_line_and_no_module_is_too_long(file):
     lines = file.read_text().splitlines()
     assert [i for i, line in enumerate(lines, 1) if len(line) > limits["line-length"]] == []
     assert len(lines) <= LINES
+
+
+def test_every_mutant_replaces_a_text_that_its_file_has_once():
+    assert [(file, old) for file, old, new in MUTANTS if (ROOT / file).read_text().count(old) != 1 or file not in TESTS] == []

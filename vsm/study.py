@@ -104,7 +104,7 @@ def table_of_image_runs(loaded):
     for arrays, settings in zip(loaded, settings_of(loaded, ("data", "net", "width", "norm", "init_sd", "lr", "epochs"))):
         flags = arrays["config"]["flags"]
         groups.setdefault((settings, *pair_order(flags), pair_and_samples(arrays, settings)), []).append(arrays)
-        if arrays["config"]["label"] == "KLD-ELBO" and alive(arrays):
+        if arrays["config"]["label"] == "KLD-ELBO" and arrays["status"] == "ok":
             elbos.setdefault((settings, flags["seed"]), {})[flags["samples"]] = final(arrays, "fid")
 
     def ratio(arrays, settings):
@@ -117,18 +117,16 @@ def table_of_image_runs(loaded):
     scale = scale if any("predicted_moment" in arrays for arrays in loaded) else {}
     rows = []
     for (settings, *_, name), runs in sorted(groups.items()):
-        members = [arrays for arrays in runs if alive(arrays)]
+        members = [arrays for arrays in runs if arrays["status"] == "ok"]
         diverged = f" (+{len(runs) - len(members)} diverged)" if len(members) < len(runs) else ""
 
         def over_seeds(key, digits, factor=1):
             return interval_text([factor * final(arrays, key) for arrays in members], digits)
 
-        def mean_change(change_of):
-            return np.mean([change_of(arrays) for arrays in members]) if members else math.nan
-
         row = {"pair": name, "n": f"{len(members)}{diverged}"}
         if with_fid:
-            change = mean_change(lambda arrays: 100 * (final(arrays, "fid") / before_the_last_quarter(arrays, "fid") - 1))
+            change = interval([100 * (final(arrays, "fid") / before_the_last_quarter(arrays, "fid") - 1)
+                               for arrays in members])[0]
             row |= {"FID": over_seeds("fid", 2), "FID, aggregate posterior": over_seeds("fid_aggregate", 2),
                     "FID, reconstructions": over_seeds("fid_reconstruction", 2),
                     "FID / KLD-ELBO's": "" if runs[0]["config"]["label"] == "KLD-ELBO" else
@@ -137,17 +135,13 @@ def table_of_image_runs(loaded):
         row |= {"E z^2": over_seeds("second_moment", 2), **{title: over_seeds(key, 2) for key, title in scale.items()},
                 "negative ELBO": over_seeds("negative_elbo", 1)}
         if not with_fid:
-            change = mean_change(lambda arrays: final(arrays, "negative_elbo") - before_the_last_quarter(arrays, "negative_elbo"))
+            change = interval([final(arrays, "negative_elbo") - before_the_last_quarter(arrays, "negative_elbo")
+                               for arrays in members])[0]
             row["its change in the last quarter"] = number_text(change, "+.1f")
         row |= {"MSE x 100": over_seeds("reconstruction_mse", 2, 100), "latent MMD^2": over_seeds("latent_mmd", 1),
                 "posterior FD": over_seeds("posterior_fd", 0)}
         rows.append(row)
     return markdown_table(list(rows[0]), [list(row.values()) for row in rows], "l" + "r" * (len(rows[0]) - 1))
-
-
-def alive(arrays):
-    """Whether a run has not diverged."""
-    return not str(arrays["status"]).startswith("diverged")
 
 
 def final(arrays, key, at=-1):
