@@ -18,7 +18,7 @@ import torch
 
 import plots
 from objectives import ESTIMATORS, LEARN
-from vsm import auditing
+from studies import auditing
 from vsm.cli import Formatter, command_line, count, positive
 from vsm.device import pick_device
 from vsm.runs import Run, write_atomic

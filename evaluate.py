@@ -31,13 +31,13 @@ import metrics
 import plots
 from data import load_images
 from training import EVALUATION, seed_of
-from vsm import gradient_snr, latent_scale
+from studies import gradient_snr, latent_scale
 from vsm.cli import Formatter, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
 from vsm.image_table import Measured, by_data_and_pair, write_table
 from vsm.loading import epochs_trained, flags_of, load_vae
 from vsm.packs import StoredRun, open_runs
-from vsm.quality import fids, prior_metrics, reference_set
+from vsm.fid import fids, prior_metrics, reference_set
 from vsm.runs import group_by_seed, load_arrays, save_arrays
 
 CURVES = ("epoch", "negative_elbo", "reconstruction_mse", "latent_mmd")  # every image run has them, and the table needs them

@@ -35,7 +35,7 @@ from vsm.device import pick_device
 from vsm.figures import recovery
 from vsm.linear import kappa
 from vsm.runs import Run, run_name
-from vsm.spectrum import learn_spectra, report_spectrum
+from studies.spectrum import learn_spectra, report_spectrum
 
 GRID, CELLS, ZOOMS = 2001, 3, 12  # points over w; local minima that are refined; refinements of each, by a factor 10
 SWEEP = 2.0 ** np.linspace(-3, 3, 241)  # alphas of the comparison of all rules

@@ -129,11 +129,11 @@ def main(args):
         pack(runs, save, args.keep, args.keep_of, args.drop)
     elif args.figure == "sweep_table":
         refuse_other_scripts(args.figure, runs, ["train_synthetic"])
-        from vsm.sweep import sweep_table
+        from studies.sweep import sweep_table
         write_atomic(save, sweep_table(runs).encode())
     elif args.figure == "study_table":
         refuse_other_scripts(args.figure, runs, ["train_synthetic", "train_images"])
-        from vsm.study import study_table
+        from studies.study import study_table
         write_atomic(save, study_table(runs).encode())
     else:
         draw_figure(FIGURES[args.figure], runs, save)

@@ -23,7 +23,7 @@ from training import EVALUATION, INIT, Trainer, announce, resolve_pair, seed_of,
 from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.loading import vae_of
-from vsm.quality import FIDS, fids, reference_of
+from vsm.fid import FIDS, fids, reference_of
 from vsm.runs import Run, default_folder
 
 AXES = ("data", "net", "infer", "learn", "seed")

@@ -42,10 +42,10 @@ from training import (
 )
 from vsm.cli import Formatter, command_line, count, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device
-from vsm.laws import LAWS
+from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.packs import shown_member
 from vsm.runs import Run, default_folder
-from vsm.speed import compiled, refuse_to_compile
+from vsm.cuda_graphs import compiled, refuse_to_compile
 
 AXES = ("data", "infer", "learn", "inner_steps", "bilevel_steps", "seed")
 
@@ -81,7 +81,7 @@ class EnsembleTrainer(Ledger):
 
     def __init__(self, args, device):
         seeds = range(args.seed, args.seed + args.seeds)
-        self.args, self.law, self.steps_per_epoch = args, LAWS[args.data], args.steps_per_epoch
+        self.args, self.law, self.steps_per_epoch = args, DISTRIBUTIONS[args.data], args.steps_per_epoch
         vae = build_ensemble(2, 2, args.hidden, [seed_of(seed, INIT) for seed in seeds], init_sd=args.init_sd).to(device)
         self.phi, self.theta = list(vae.encoder.parameters()), [*vae.decoder.parameters(), vae.log_gamma]
         graph = device.type == "cuda" and not args.no_graph
@@ -167,7 +167,7 @@ class EnsembleTrainer(Ledger):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--data", choices=LAWS, default="mixture", help="2-D distribution")
+    flag("--data", choices=DISTRIBUTIONS, default="mixture", help="2-D distribution")
     flag("--learn", choices=LEARN, default="fd", help="objective of the decoder")
     flag("--infer", choices=INFER, default=None, help="objective of the encoder (default: kld; fae with --learn fae)")
     flag("--estimator", choices=ESTIMATORS, default="plugin", help="how swersky and bao estimate squared expectations under q")

@@ -316,12 +316,12 @@ audits() {  # the reports of docs/audit.md: 30 s each
 }
 
 speed() {  # the performance table: 20 min, with nothing else running
-    python benchmark.py --net conv --threads 2 --pairs KLD-ELBO KLD-F KLD-S KLD-B FD-F FD-B FAE FD-REPAR-F
-    python benchmark.py --part ensemble --members 3 10 30 --threads 2 --repeats 7
+    python -m benchmarks.benchmark --net conv --threads 2 --pairs KLD-ELBO KLD-F KLD-S KLD-B FD-F FD-B FAE FD-REPAR-F
+    python -m benchmarks.benchmark --part ensemble --members 3 10 30 --threads 2 --repeats 7
 }
 
 speed_gpu() {  # the performance table of a GPU: 30 s on an H200
-    python benchmark.py --net conv --pairs KLD-F --precision float32 tf32 bf16 --repeats 3
+    python -m benchmarks.benchmark --net conv --pairs KLD-F --precision float32 tf32 bf16 --repeats 3
 }
 
 parts="figure1 spectrum toys study2d study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 encoder_step figure3_batch200"

@@ -5,7 +5,7 @@ import pytest
 
 import audit
 from objectives import LEARN, Objective, dot, likelihood_score, posterior_score
-from vsm import auditing
+from studies import auditing
 from vsm.runs import load_arrays
 
 CHECKS = [check for check in auditing.CHECKS if check is not auditing.check_cost]

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-import benchmark
+from benchmarks import benchmark
 import plots
-import vsm.timing
+import benchmarks.timing
 from benchmark import pairs
 from models import build_vae
 from training import Trainer, infer_loss, joint_loss, learn_loss
-from vsm.auditing import flops_of
+from studies.auditing import flops_of
 from vsm.device import keep_freed_memory
-from vsm.floor import Floor
-from vsm.plain import INFERENCE, Plain, plain_loss
+from benchmarks.floor import Floor
+from benchmarks.reference_step import INFERENCE, Plain, plain_loss
 from vsm.runs import load_arrays, save_arrays
 
 OPTIONS = {"samples": 3, "inner_steps": 2, "noise": 0.1, "batch": 8, "lr": 1e-4}
@@ -66,13 +66,13 @@ def short(monkeypatch):
     """Two steps a turn, nothing compiled (tests/test_speed.py compiles), and no large matrix product."""
     monkeypatch.setattr(benchmark, "cpp_compiler", lambda: False)
     monkeypatch.setattr(benchmark, "matrix_rate", lambda device, precision: np.full(5, 1e9))
-    time_in_turns = vsm.timing.time_in_turns
+    time_in_turns = benchmarks.timing.time_in_turns
     monkeypatch.setattr(benchmark, "time_in_turns", lambda makers, calls, *rest: time_in_turns(makers, min(calls, 2), *rest))
 
 
 @pytest.mark.slow
 def test_the_rate_of_a_matrix_product():
-    rates = vsm.timing.matrix_rate(torch.device("cpu"), "float32")
+    rates = benchmarks.timing.matrix_rate(torch.device("cpu"), "float32")
     assert rates.shape == (5,) and (rates > 1e8).all()
 
 

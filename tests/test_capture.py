@@ -22,7 +22,7 @@ from models import build_vae
 from objectives import LEARN
 from train_synthetic import EnsembleTrainer
 from training import Trainer
-from vsm.laws import LAWS, Mixture
+from vsm.distributions_2d import DISTRIBUTIONS, Mixture
 
 PAIRS = list(pairs().values())
 QUICK = {("elbo", "kld"), ("fd", "fd"), ("swersky", "fd-weighted"), ("bao", "fd-repar"), ("fae", "fae")}  # every name once
@@ -200,7 +200,7 @@ def test_every_estimator_keeps_the_rules(learn, infer, estimator):
     watch_ensemble(ensemble_trainer(learn, infer, "--estimator", estimator, "--samples", "1" if estimator == "released" else "2"))
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", DISTRIBUTIONS)
 def test_every_law_keeps_the_rules(law):
     watch_ensemble(ensemble_trainer("fd", "kld", "--data", law))
 

@@ -12,9 +12,9 @@ import train_synthetic
 from models import build_vae
 from training import Trainer
 from vsm.device import set_precision
-from vsm.laws import LAWS
+from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.runs import load_arrays
-from vsm.speed import Graphs, capture
+from vsm.cuda_graphs import Graphs, capture
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -186,7 +186,7 @@ def test_runs_with_and_without_graphs_agree(digits, tmp_path):
 
 
 @needs_gpu
-@pytest.mark.parametrize("data", LAWS)
+@pytest.mark.parametrize("data", DISTRIBUTIONS)
 def test_a_captured_ensemble_equals_an_eager_one(data):
     ensembles = []
     for mode in ([], ["--no-graph"]):

@@ -20,10 +20,10 @@ from training import EVALUATION, seed_of
 from vsm import features
 from vsm.cli import UserError
 from vsm.figures import style
-from vsm.gradient_snr import differentiable_decoder, gradient_moments
+from studies.gradient_snr import differentiable_decoder, gradient_moments
 from vsm.loading import load_vae, vae_of
 from vsm.packs import StoredRun, pack
-from vsm.quality import prior_metrics, reference_set
+from vsm.fid import prior_metrics, reference_set
 from vsm.runs import group_by_seed, load_arrays, load_config, save_arrays
 
 CPU = torch.device("cpu")
@@ -245,7 +245,7 @@ def test_without_inception_every_other_number_is_there(tmp_path, capsys):
 
 
 def test_gradient_snr(runs, monkeypatch, tmp_path):
-    monkeypatch.setattr("vsm.gradient_snr.SAMPLES", (1, 2))
+    monkeypatch.setattr("studies.gradient_snr.SAMPLES", (1, 2))
     evaluate.main(evaluate.parse_args([str(runs.a), "--gradient-snr", "--snr-draws", "2", "--device", "cpu"]))
     arrays = load_arrays(runs.a / "gradient_snr.npz")
     names = ["ELBO", "F", "S plugin", "S unbiased", "B plugin", "B unbiased", "B released", "FAE"]
@@ -264,7 +264,7 @@ def test_gradient_snr(runs, monkeypatch, tmp_path):
 
 
 def test_latent_scale(runs, capsys, monkeypatch):
-    monkeypatch.setattr("vsm.latent_scale.MINIBATCHES", 3)
+    monkeypatch.setattr("studies.latent_scale.MINIBATCHES", 3)
     evaluate.main(evaluate.parse_args([str(runs.a), str(runs.half), "--latent-scale", "--device", "cpu"]))
     out = capsys.readouterr().out
     for run in (runs.a, runs.half):
@@ -373,7 +373,7 @@ def test_an_evaluation_with_fid_is_never_replaced_by_one_without(runs, tmp_path,
     def nothing(*_):
         raise UserError("its network cannot be had")
 
-    monkeypatch.setattr("vsm.quality.features_of", nothing)
+    monkeypatch.setattr("vsm.fid.features_of", nothing)
     reference_set.cache_clear()
     run_evaluate(tmp_path / "out", run, *argv)
     reference_set.cache_clear()

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import audit
-import benchmark
+from benchmarks import benchmark
 import plots
 import train_images
 import train_synthetic
 from models import NETS
 from objectives import INFER, LEARN
 from vsm.cli import command_line
-from vsm.laws import LAWS
+from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.runs import load_arrays
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (Path(__file__).parent.parent / "docs" / "extending.md").read_text(), re.M | re.S)
@@ -30,7 +30,7 @@ def mine(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("\n\n".join(BLOCKS[:3]))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("VSM_IMPORT", "mine")
-    before = [dict(table) for table in (LEARN, INFER, NETS, LAWS)]
+    before = [dict(table) for table in (LEARN, INFER, NETS, DISTRIBUTIONS)]
 
     def run(script, *argv):
         capsys.readouterr()
@@ -38,7 +38,7 @@ def mine(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     yield run
-    for table, entries in zip((LEARN, INFER, NETS, LAWS), before):
+    for table, entries in zip((LEARN, INFER, NETS, DISTRIBUTIONS), before):
         table.clear()
         table.update(entries)
     sys.modules.pop("mine", None)

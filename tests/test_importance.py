@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 from metrics import importance, iw_log_likelihood, score_matching_loss
 from models import VAE, build_ensemble, build_vae
-from vsm.laws import LAWS, Law
+from vsm.distributions_2d import DISTRIBUTIONS, Distribution2D
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,7 +149,7 @@ def grid(half=4.0, n=1601):
 
 @pytest.mark.parametrize("name", ["mixture", "banana", "ring"])
 def test_densities_integrate_to_one_and_match_their_samples(name):
-    law, (x, cell) = LAWS[name], grid()
+    law, (x, cell) = DISTRIBUTIONS[name], grid()
     log_p = law.log_prob(x)
     p = log_p.exp() * cell
     assert abs(p.sum() - 1) < 2e-4
@@ -168,7 +168,7 @@ def test_densities_integrate_to_one_and_match_their_samples(name):
 @pytest.mark.parametrize("name, sd", [("sparse", 0.01), ("spiral", 0.04)])
 def test_integrated_densities_are_those_of_their_samples(name, sd):
     """p(x) is the mean of N(x; centre, sd^2 I) over the centres, which are the law without its last noise."""
-    law, generator = LAWS[name], torch.Generator().manual_seed(0)
+    law, generator = DISTRIBUTIONS[name], torch.Generator().manual_seed(0)
     x = law.sample(12, generator).double()
     u = torch.randn(1_000_000, law.dim_noise, generator=generator, dtype=torch.float64)
     u[:, slice(2, None) if name == "sparse" else slice(None, 2)] = 0
@@ -186,17 +186,17 @@ def test_integrated_densities_are_those_of_their_samples(name, sd):
 
 
 def test_known_values_of_the_laws():
-    assert abs(LAWS["mixture"].entropy - 0.3116) < 1e-4
-    x = LAWS["sparse"].sample(400_000, torch.Generator().manual_seed(0))
+    assert abs(DISTRIBUTIONS["mixture"].entropy - 0.3116) < 1e-4
+    x = DISTRIBUTIONS["sparse"].sample(400_000, torch.Generator().manual_seed(0))
     A = torch.tensor([[1, 0.3], [-0.3, 1]]) / 10  # cov of sign(u) u^2 is E u^4 = 3
     assert torch.allclose(x.T.cov(), 3 * A.T @ A + 1e-4 * torch.eye(2), atol=1e-3)
-    x = LAWS["spiral"].sample(1000, torch.Generator().manual_seed(0))
+    x = DISTRIBUTIONS["spiral"].sample(1000, torch.Generator().manual_seed(0))
     assert 0.9 < x.norm(dim=1).max() < 1.3
-    class Unknown(Law):
+    class Unknown(Distribution2D):
         """A law without a density."""
 
     with pytest.raises(ValueError, match="density of unknown is not known"):
         Unknown().score(x)
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
-    first, again, other = (LAWS["ring"].sample(10, generator) for generator in generators)
+    first, again, other = (DISTRIBUTIONS["ring"].sample(10, generator) for generator in generators)
     assert torch.equal(first, again) and not torch.equal(first, other)

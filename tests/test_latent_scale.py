@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vsm.latent_scale import measure_latent_scale
+from studies.latent_scale import measure_latent_scale
 from vsm.linear import linear_vae, set_posterior
 
 SCALES = [("elbo", "plugin", 0), ("swersky", "plugin", 0.8), ("swersky", "unbiased", 1), ("bao", "plugin", 0.2),

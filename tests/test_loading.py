@@ -17,7 +17,7 @@ from data import load_images
 from metrics import evaluate_images, iw_log_likelihood
 from training import EVALUATION, seed_of
 from vsm.cli import UserError
-from vsm.laws import LAWS
+from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.loading import FLAGS, epochs_trained, export, flags_of, load_vae
 from vsm.packs import open_runs
 from vsm.runs import NOT_IDENTITY, load_arrays, load_checkpoint, load_config
@@ -65,7 +65,7 @@ def recorded(name, pack):
 
 def test_the_published_2d_models_reproduce_their_recorded_metrics():
     vae, (flags, arrays) = load_vae(PUBLISHED / "models" / "mixture-bao"), recorded("mixture-bao", "study2d.npz")
-    test = LAWS[flags["data"]].sample(flags["test_size"], train_synthetic.evaluation_generator("cpu"))
+    test = DISTRIBUTIONS[flags["data"]].sample(flags["test_size"], train_synthetic.evaluation_generator("cpu"))
     again = train_synthetic.measure(SimpleNamespace(vae=vae), test, 100)
     for key in ("negative_elbo", "posterior_sd", "log_gamma"):
         np.testing.assert_allclose(again[key], arrays[key][-1], rtol=1e-5, err_msg=key)

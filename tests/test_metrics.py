@@ -21,7 +21,7 @@ from metrics import (
 from models import VAE, build_vae
 from objectives import INFER, LEARN
 from vsm.features import LeNet5
-from vsm.gradient_snr import squared_norms, unbiased_moments
+from studies.gradient_snr import squared_norms, unbiased_moments
 
 D, DZ, GAMMA = 4, 3, 0.5
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import param_recovery
-import vsm.spectrum
+import studies.spectrum
 from models import EnsembleVAE
 from objectives import LEARN
 from param_recovery import CHECKED, RULES, MismatchedEncoder, Scale, joint_fd, joint_kld, minimise, posterior_variance, recover
@@ -207,8 +207,8 @@ def test_plug_in_rules_learn_the_variance_over_kappa_and_meet_the_exact_ones(nam
 
 
 def test_the_spectra_of_images(tmp_path, capsys, digits, monkeypatch):
-    monkeypatch.setattr(vsm.spectrum, "EXPECTED_UPDATES", 250)
-    monkeypatch.setattr(vsm.spectrum, "OBJECTIVES", (("swersky", "plugin"), ("bao", "unbiased")))
+    monkeypatch.setattr(studies.spectrum, "EXPECTED_UPDATES", 250)
+    monkeypatch.setattr(studies.spectrum, "OBJECTIVES", (("swersky", "plugin"), ("bao", "unbiased")))
     out = tmp_path / "run"
     argv = ["--spectrum", "mnist", "--data-root", str(digits), "--latents", "4", "--iterations", "30", "--batch", "8",
             "--out", str(out)]
@@ -225,8 +225,8 @@ def test_the_spectra_of_images(tmp_path, capsys, digits, monkeypatch):
 
 
 def test_a_diverged_spectrum_says_so(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr(vsm.spectrum, "EXPECTED_UPDATES", 1)
-    monkeypatch.setattr(vsm.spectrum, "OBJECTIVES", (("fd", "plugin"),))
+    monkeypatch.setattr(studies.spectrum, "EXPECTED_UPDATES", 1)
+    monkeypatch.setattr(studies.spectrum, "OBJECTIVES", (("fd", "plugin"),))
     argv = ["--spectrum", "mnist", "--data-root", str(digits), "--latents", "2", "--iterations", "9", "--batch", "8",
             "--lr", "1e30"]
     param_recovery.main(param_recovery.parse_args([*argv, "--out", str(tmp_path / "run")]))

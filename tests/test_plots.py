@@ -16,7 +16,7 @@ from vsm.figures.images import grouped, robust_limits
 from vsm.figures.style import color_of, letter_of
 from vsm.packs import of_member, open_runs, pack, shown_member
 from vsm.runs import save_arrays
-from vsm.sweep import sweep_points, sweep_table
+from studies.sweep import sweep_points, sweep_table
 from vsm.tables import markdown_table, mean_and_error
 
 ROOT = Path(__file__).parent.parent

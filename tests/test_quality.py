@@ -8,7 +8,7 @@ import train_images
 from metrics import evaluate_images, feature_statistics, frechet_distance, sample_images
 from models import build_vae
 from vsm.features import Features
-from vsm.quality import Reference, aggregate_posterior, fids, reference_of
+from vsm.fid import Reference, aggregate_posterior, fids, reference_of
 from vsm.runs import load_arrays, load_checkpoint
 
 SMALL = ["--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "3", "--inner-steps", "2",

@@ -6,7 +6,7 @@ import torch
 import train_synthetic
 from train_synthetic import EnsembleTrainer
 from vsm.cli import UserError
-from vsm.speed import cpp_compiler, refuse_to_compile
+from vsm.cuda_graphs import cpp_compiler, refuse_to_compile
 
 CPU = torch.device("cpu")
 SMALL = ["--seeds", "2", "--batch", "10", "--hidden", "4", "--inner-steps", "2", "--steps-per-epoch", "2", "--device", "cpu"]

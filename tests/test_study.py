@@ -8,7 +8,7 @@ import pytest
 from vsm.cli import UserError
 from vsm.packs import open_runs
 from vsm.runs import save_arrays
-from vsm.study import interval, settings_of, study_table, table_of_2d_runs, table_of_image_runs
+from studies.study import interval, settings_of, study_table, table_of_2d_runs, table_of_image_runs
 
 
 def plane(label="KLD-ELBO", learn="elbo", nll=(1.0, 2.0, 3.0), samples=5, **more):

@@ -18,7 +18,7 @@ from objectives import INFER, LEARN
 from small_runs import assert_equal_runs
 from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
 from training import infer_loss
-from vsm.laws import LAWS
+from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.runs import load_arrays, load_checkpoint, save_arrays
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -195,7 +195,7 @@ def test_a_run_leaves_its_documented_files_and_arrays(tmp_path, monkeypatch):
 
 
 def test_the_moments_are_those_of_samples():
-    vae, law = trainer("--seeds", "2", steps=30).vae, LAWS["mixture"]
+    vae, law = trainer("--seeds", "2", steps=30).vae, DISTRIBUTIONS["mixture"]
     x = law.sample(2000, torch.Generator().manual_seed(1)).expand(2, -1, -1)
     moments = train_synthetic.moments(vae, law, x)
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_figures_are_redrawn_from_the_arrays(tmp_path, fails, monkeypatch):
     assert "the runs of mixture differ in hidden" in fails(plots, "synthetic", runs[0], tmp_path / "wider")
 
 
-@pytest.mark.parametrize("data", LAWS)
+@pytest.mark.parametrize("data", DISTRIBUTIONS)
 def test_an_update_copies_nothing_from_the_host(data):
     """A constant made on the host (lift_fresh) is copied to the device at each update, which a CUDA graph cannot capture."""
     trainer = EnsembleTrainer(arguments("--data", data), CPU)
@@ -332,7 +332,7 @@ class HostConstants(TorchDispatchMode):
 def test_sparse_is_what_the_design_says():
     u = torch.randn(7, 4)
     expected = (u[:, :2].sign() * u[:, :2] ** 2) @ torch.tensor([[0.1, 0.03], [-0.03, 0.1]]) + 0.01 * u[:, 2:]
-    assert torch.allclose(LAWS["sparse"].transform(u), expected)
+    assert torch.allclose(DISTRIBUTIONS["sparse"].transform(u), expected)
 
 
 @pytest.mark.parametrize("flags, words", [(["--seeds", 3], "with other flags"), (["--hidden", 7], "with other flags")])

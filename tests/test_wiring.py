@@ -14,7 +14,7 @@ from models import build_ensemble, build_vae
 from objectives import INFER, LEARN
 from train_synthetic import EnsembleTrainer
 from training import INIT, NEVER, NOISE, ORDER, Trainer, infer_loss, learn_loss, resolve_pair, seed_of
-from vsm.laws import LAWS
+from vsm.distributions_2d import DISTRIBUTIONS
 
 CPU = torch.device("cpu")
 IMAGES = torch.randint(256, (17, 1, 2, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -215,7 +215,7 @@ def plain_encoder_step(vae, x, infer, noise, rate):
 
 def plain_member(args, seed, steps):
     """One member by itself: K encoder steps, J more that the decoder's gradient sees (by differences), then Adam on theta."""
-    K, J, M, N, B, law = args.inner_steps, args.bilevel_steps, args.infer_samples, args.samples, args.batch, LAWS[args.data]
+    K, J, M, N, B, law = args.inner_steps, args.bilevel_steps, args.infer_samples, args.samples, args.batch, DISTRIBUTIONS[args.data]
     vae = build_ensemble(2, 2, args.hidden, [seed_of(seed, INIT)], init_sd=args.init_sd)
     generator, theta = torch.Generator().manual_seed(seed_of(seed, NOISE)), [*vae.decoder.parameters(), vae.log_gamma]
     adam, losses = torch.optim.Adam(theta, args.lr, foreach=False), []

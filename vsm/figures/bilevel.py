@@ -7,8 +7,8 @@ from vsm.cli import UserError
 from vsm.figures.style import color_of, legend_below, new_figure, pair_order, save_figure
 from vsm.linear import KAPPA_KNOWN, bilevel_end
 from vsm.packs import open_runs
-from vsm.study import COLLAPSED
-from vsm.sweep import objective_name
+from studies.study import COLLAPSED
+from studies.sweep import objective_name
 from vsm.tables import mean_and_error
 
 STEPS = np.unique(np.geomspace(1, 1000, 60).round())  # of the curves

@@ -17,7 +17,7 @@ from vsm.figures.style import (
 )
 from vsm.packs import open_runs
 from vsm.runs import group_by_seed
-from vsm.study import settings_of
+from studies.study import settings_of
 from vsm.tables import mean_and_error
 
 CURVES = {  # metric: axis title, scale

@@ -22,10 +22,10 @@ from vsm.figures.style import (
     pair_order,
     save_figure,
 )
-from vsm.laws import LAWS
+from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.linear import KAPPA_KNOWN, kappa
 from vsm.packs import of_member, open_runs, shown_member
-from vsm.sweep import name_order, objective_name, sweep_points
+from studies.sweep import name_order, objective_name, sweep_points
 from vsm.tables import mean_and_error
 
 MARKERS = {  # part of an objective's name: marker, legend; the first part that the name contains counts
@@ -400,7 +400,7 @@ def density(runs, save):
 
 def law_density(name, x, y):
     """Log density of a law on the grid of x and y, [len(x), len(y)], or None where it is unknown."""
-    law = LAWS.get(name)
+    law = DISTRIBUTIONS.get(name)
     if law is None or law.log_prob is None:
         return None
     points = np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)

@@ -5,7 +5,7 @@ import time
 import torch
 
 from vsm.cli import Stopped, UserError, progress, stopping
-from vsm.schema import mismatch
+from vsm.forms import mismatch
 
 CHECKPOINT_SECONDS = 60
 

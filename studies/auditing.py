@@ -19,7 +19,7 @@ from models import VAE, mlp
 from objectives import LEARN, likelihood_score
 from training import joint_loss, learn_loss
 from vsm import linear
-from vsm.spectrum import load_pixels, train_one_model
+from studies.spectrum import load_pixels, train_one_model
 from vsm.tables import markdown_table, mean_and_error, mean_and_error_text
 
 SAMPLES, ALPHAS = (1, 2, 5, 20), (0.5, 1.0, 2.0)

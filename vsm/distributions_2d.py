@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-class Law:
+class Distribution2D:
     """The distribution of x = transform(u), u ~ N(0, I).
 
     A subclass defines transform, [..., dim_noise] -> [..., 2], and log_prob and entropy if they are known.
@@ -49,7 +49,7 @@ class Law:
         return score.reshape(x.shape), laplacian.reshape(x.shape[:-1])
 
 
-class Sparse(Law):
+class Sparse(Distribution2D):
     """x = A' (sign(u) u^2) + 0.01 e, A = [[1, .3], [-.3, 1]] / 10; u, e ~ N(0, I)."""
 
     dim_noise = 4
@@ -71,7 +71,7 @@ class Sparse(Law):
         return (one + 0.3 * torch.stack((one[1], -one[0]))) / 10
 
 
-class Mixture(Law):
+class Mixture(Distribution2D):
     """An equal mixture of N((.5, .5), .04 I) and N((-.5, -.5), .04 I)."""
 
     dim_noise = 3
@@ -92,7 +92,7 @@ class Mixture(Law):
         return math.log(2) + math.log(2 * math.pi * math.e * self.sd**2) - overlap
 
 
-class Banana(Law):
+class Banana(Distribution2D):
     """x1 = .5 u1, x2 = x1^2 - .25 + .1 u2."""
 
     sd = (0.5, 0.1)
@@ -111,7 +111,7 @@ class Banana(Law):
         return math.log(2 * math.pi * math.e * self.sd[0] * self.sd[1])
 
 
-class Ring(Law):
+class Ring(Distribution2D):
     """A uniform direction times a radius ~ N(.7, .07^2)."""
 
     dim_noise = 3
@@ -132,7 +132,7 @@ class Ring(Law):
         return math.log(2 * math.pi * math.e) / 2 + math.log(self.sd) + log_circumference
 
 
-class Spiral(Law):
+class Spiral(Distribution2D):
     """One and a half turns from the origin to radius 1: radius sqrt(t), angle 3 pi sqrt(t), t uniform, noise sd .04."""
 
     dim_noise = 3
@@ -165,4 +165,4 @@ def gaussian_mean(f, mean, sd):
     return float(weights @ f(mean + sd * u) / weights.sum())
 
 
-LAWS = {"sparse": Sparse(), "mixture": Mixture(), "banana": Banana(), "ring": Ring(), "spiral": Spiral()}
+DISTRIBUTIONS = {"sparse": Sparse(), "mixture": Mixture(), "banana": Banana(), "ring": Ring(), "spiral": Spiral()}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from training import EVALUATION, seed_of
-from vsm.gradient_snr import differentiable_decoder, noisy_minibatch
+from studies.gradient_snr import differentiable_decoder, noisy_minibatch
 
 MINIBATCHES, SAMPLES = 40, 16  # minibatches of training images; posterior samples of each image
 

@@ -7,7 +7,7 @@ import torch
 
 from vsm.cli import UserError
 from vsm.figures.style import pair_order
-from vsm.laws import LAWS
+from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.packs import open_runs
 from vsm.runs import NOT_IDENTITY, refuse_twins
 from vsm.tables import markdown_table, mean_and_error, number_text, with_error
@@ -90,7 +90,7 @@ def truth_of(arrays):
 @cache
 def law_at(name, points):
     """Mean NLL (nats) and score-matching loss of a law over float32 points [n, 2], given as bytes; NaN where unknown."""
-    law = LAWS.get(name)
+    law = DISTRIBUTIONS.get(name)
     if law is None or law.log_prob is None:
         return np.nan, np.nan
     points = torch.tensor(np.frombuffer(points, np.float32).reshape(-1, 2)).double()

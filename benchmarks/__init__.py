@@ -1,0 +1,1 @@
+"""Timings of training updates against a reference step; `python -m benchmarks.benchmark` runs them."""
