@@ -112,18 +112,6 @@ def require_images(name, images, labels, part):
         raise UserError(f"the {part} labels of {name} are {labels.dtype} {list(labels.shape)}, not int64 [{len(images)}]")
 
 
-def short_name(data_flag):
-    """A data set's name for run folders and titles: folder:/long/path/faces becomes folder-faces-ab12cd, other names stay.
-
-    The six hexadecimal digits come from a hash of the path as it was given, so that two folders of the same name differ.
-    """
-    if not data_flag.startswith("folder:"):
-        return data_flag
-    path = data_flag.removeprefix("folder:")
-    last = re.sub(r"[^\w.]+", "_", Path(path).name)[:40].strip("._")
-    return "-".join(["folder", *filter(None, [last]), hashlib.sha256(os.fsencode(path)).hexdigest()[:6]])
-
-
 def digest(*tensors):
     """The first 12 hexadecimal digits of the SHA-256 of the tensors' bytes."""
     sha = hashlib.sha256()

@@ -30,15 +30,16 @@ import torch
 import metrics
 import plots
 from data import load_images
-from training import EVALUATION, seed_of
 from studies import gradient_snr, latent_scale
+from training import EVALUATION, seed_of
 from vsm.cli import Formatter, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
+from vsm.fid import fids, prior_metrics, reference_set
 from vsm.image_table import Measured, by_data_and_pair, write_table
 from vsm.loading import epochs_trained, flags_of, load_vae
-from vsm.packs import StoredRun, open_runs
-from vsm.fid import fids, prior_metrics, reference_set
-from vsm.runs import group_by_seed, load_arrays, save_arrays
+from vsm.names import group_by_seed
+from vsm.runs import load_arrays, save_arrays
+from vsm.stored_runs import StoredRun, open_runs
 
 CURVES = ("epoch", "negative_elbo", "reconstruction_mse", "latent_mmd")  # every image run has them, and the table needs them
 NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)

@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 from models import EnsembleVAE
 from objectives import INFER, LEARN
+from studies.spectrum import learn_spectra, report_spectrum
 from vsm.cli import Formatter, command_line, count, positive, positive_float
 from vsm.device import pick_device
 from vsm.figures import recovery
 from vsm.linear import kappa
-from vsm.runs import Run, run_name
-from studies.spectrum import learn_spectra, report_spectrum
+from vsm.names import run_name
+from vsm.runs import Run
 
 GRID, CELLS, ZOOMS = 2001, 3, 12  # points over w; local minima that are refined; refinements of each, by a factor 10
 SWEEP = 2.0 ** np.linspace(-3, 3, 241)  # alphas of the comparison of all rules

@@ -18,9 +18,10 @@ import fnmatch
 import importlib
 from pathlib import Path
 
+from studies.packs import pack
 from vsm.cli import UserError, command_line
-from vsm.packs import HEAVY, open_runs, pack
 from vsm.runs import write_atomic
+from vsm.stored_runs import HEAVY, open_runs
 
 
 class Figure:

@@ -22,7 +22,8 @@ import argparse
 import plots
 from vsm.cli import Formatter, command_line, count, positive, positive_float, seed_number
 from vsm.device import pick_device
-from vsm.runs import Run, flag_name, run_name
+from vsm.names import flag_name, run_name
+from vsm.runs import Run
 from vsm.toys.descent import OPTIMISERS, Descent
 from vsm.toys.ends import location_gradients, print_ends, where_runs_ended
 from vsm.toys.gaussians import compare_gradients

@@ -15,16 +15,17 @@ import argparse
 import torch
 
 import plots
-from data import data_names, load_images, short_name
+from data import data_names, load_images
 from metrics import evaluate_images, quantise
 from models import NETS, NORMS
 from objectives import ESTIMATORS, INFER, LEARN, label
 from training import EVALUATION, INIT, Trainer, announce, resolve_pair, seed_of, stack, train
 from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device, set_precision
-from vsm.loading import vae_of
 from vsm.fid import FIDS, fids, reference_of
-from vsm.runs import Run, default_folder
+from vsm.loading import vae_of
+from vsm.names import run_name, short_name
+from vsm.runs import Run
 
 AXES = ("data", "net", "infer", "learn", "seed")
 
@@ -87,7 +88,7 @@ def parse_args(argv=None):
     if args.fid_every % args.eval_every:
         parser.error(f"--fid-every {args.fid_every} is not a multiple of --eval-every {args.eval_every}")
     defaults = vars(parser.parse_args([])) | {"width": NETS[args.net].width, "infer_samples": args.samples}
-    args.out = args.out or default_folder("images", args, AXES, defaults)
+    args.out = args.out or f"runs/images/{run_name(args, AXES, defaults)}"
     return args
 
 

@@ -41,11 +41,12 @@ from training import (
     train,
 )
 from vsm.cli import Formatter, command_line, count, positive, positive_float, seed_number
+from vsm.cuda_graphs import compiled, refuse_to_compile
 from vsm.device import evaluating, pick_device
 from vsm.distributions_2d import DISTRIBUTIONS
-from vsm.packs import shown_member
-from vsm.runs import Run, default_folder
-from vsm.cuda_graphs import compiled, refuse_to_compile
+from vsm.names import run_name
+from vsm.runs import Run
+from vsm.stored_runs import shown_member
 
 AXES = ("data", "infer", "learn", "inner_steps", "bilevel_steps", "seed")
 
@@ -215,7 +216,7 @@ def parse_args(argv=None):
         parser.error("--compile with --bilevel-steps fixes the step size of the encoder; leave out --lr-half-life")
     args.inner_lr = args.inner_lr or default_inner_lr(args.infer)
     defaults = vars(parser.parse_args([])) | {"inner_lr": default_inner_lr(args.infer), "infer_samples": args.samples}
-    args.out = args.out or default_folder("synthetic", args, AXES, defaults)
+    args.out = args.out or f"runs/synthetic/{run_name(args, AXES, defaults)}"
     return args
 
 

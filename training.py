@@ -11,9 +11,9 @@ import torch
 
 from objectives import INFER, LEARN
 from vsm.cli import Stopped, UserError, progress, stopping
+from vsm.cuda_graphs import Graphs
 from vsm.device import peak_memory
 from vsm.forms import mismatch
-from vsm.cuda_graphs import Graphs
 
 LOOK_SECONDS = 1  # the host waits for the device, to see whether the run has diverged, at most this often
 CHECKPOINT_SECONDS = 60  # between checkpoints within an epoch

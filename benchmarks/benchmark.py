@@ -23,18 +23,19 @@ import torch
 import plots
 import toy_inference
 import train_synthetic
+from benchmarks import floor
+from benchmarks import reference_step as plain
+from benchmarks.timing import matrix_rate, time_in_turns
 from metrics import iw_log_likelihood
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN, label
 from training import Trainer
-from benchmarks import floor
-from benchmarks import reference_step as plain
 from vsm.cli import Formatter, command_line, positive
-from vsm.device import pick_device, set_precision
-from vsm.runs import Run, flag_name
 from vsm.cuda_graphs import cpp_compiler
+from vsm.device import pick_device, set_precision
+from vsm.names import flag_name
+from vsm.runs import Run
 from vsm.tables import markdown_table, number_text
-from benchmarks.timing import matrix_rate, time_in_turns
 
 
 def pairs():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vsm.device import keep_freed_memory, set_precision
+from vsm.device import keep_freed_memory, set_precision, synchronise
 
 
 def seconds_per_call(function, calls, device):
@@ -20,12 +20,6 @@ def seconds_per_call(function, calls, device):
         function()
     synchronise(device)
     return (time.perf_counter() - began) / calls
-
-
-def synchronise(device):
-    """Wait for a GPU, so that a clock measures its work and not the launches."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def time_in_turns(makers, calls, repeats, device):

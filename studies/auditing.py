@@ -17,9 +17,9 @@ from torch.utils.flop_counter import flop_registry
 from metrics import objective_terms
 from models import VAE, mlp
 from objectives import LEARN, likelihood_score
+from studies.spectrum import load_pixels, train_one_model
 from training import joint_loss, learn_loss
 from vsm import linear
-from studies.spectrum import load_pixels, train_one_model
 from vsm.tables import markdown_table, mean_and_error, mean_and_error_text
 
 SAMPLES, ALPHAS = (1, 2, 5, 20), (0.5, 1.0, 2.0)

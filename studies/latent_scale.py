@@ -8,8 +8,8 @@ import math
 import numpy as np
 import torch
 
-from training import EVALUATION, seed_of
 from studies.gradient_snr import differentiable_decoder, noisy_minibatch
+from training import EVALUATION, seed_of
 
 MINIBATCHES, SAMPLES = 40, 16  # minibatches of training images; posterior samples of each image
 

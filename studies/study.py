@@ -5,7 +5,7 @@ import math
 import numpy as np
 from scipy.stats import t as student
 
-from vsm.figures.style import pair_order
+from vsm.names import pair_name, pair_order, settings_of
 from vsm.tables import markdown_table, mean_and_error, number_text, with_error
 
 COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over the data, is not in use
@@ -38,24 +38,9 @@ def interval_text(values, digits=3):
     return with_error(*interval(values), f".{digits}f")
 
 
-def settings_of(loaded, keys):
-    """For each run, those of the flags `keys` that vary among the runs, as in "conv, norm none, init sd 0.4"."""
-    flags = [arrays["config"]["flags"] for arrays in loaded]
-    vary = [key for key in keys if len({run.get(key) for run in flags}) > 1]
-
-    def text(key, value):
-        if key in ("data", "net"):
-            return value
-        return f"{key.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
-
-    return [", ".join(text(key, run[key]) for key in vary if key in run) for run in flags]
-
-
-def pair_and_samples(arrays, settings=""):
-    """The name of a row: "KLD-B unbiased, N = 5"."""
-    flags = arrays["config"]["flags"]
-    estimator = "" if flags["estimator"] == "plugin" else f" {flags['estimator']}"
-    return ", ".join(filter(None, (f"{arrays['config']['label']}{estimator}", f"N = {flags['samples']}", settings)))
+def row_name(arrays, settings):
+    """The name of a row: "KLD-B unbiased, N = 5", with the settings that vary."""
+    return ", ".join(filter(None, (pair_name(arrays["config"], one_sample=True), settings)))
 
 
 def table_of_2d_runs(loaded):
@@ -67,9 +52,10 @@ def table_of_2d_runs(loaded):
     of_model, of_training = ("init_sd", "hidden", "batch"), ("inner_steps", "bilevel_steps", "epochs")
     for data in dict.fromkeys(arrays["config"]["flags"]["data"] for arrays in loaded):
         mine = [arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data]
-        group = sorted(zip(mine, settings_of(mine, of_model + of_training), settings_of(mine, of_model)),
+        configs = [arrays["config"] for arrays in mine]
+        group = sorted(zip(mine, settings_of(configs, of_model + of_training), settings_of(configs, of_model)),
                        key=lambda run: ([run[0]["config"]["flags"].get(key, 0) for key in of_model + of_training],
-                                        pair_order(run[0]["config"]["flags"]), pair_and_samples(*run[:2])))
+                                        pair_order(run[0]["config"]["flags"]), row_name(*run[:2])))
         for arrays, settings, model in group:
             samples = arrays["config"]["flags"]["samples"]
             elbos = {run["config"]["flags"]["samples"]: run for run, _, other in group
@@ -80,7 +66,7 @@ def table_of_2d_runs(loaded):
             quarter, sd = len(curve) - 1 - (len(curve) - 1) // 4, arrays["posterior_sd"][-1]
             unused, moment = (sd > COLLAPSED).sum(-1), arrays.get("second_moment", np.full_like(sd, math.nan))
             lines.append([
-                data, pair_and_samples(arrays, settings), np.isfinite(arrays["nll"]).sum(), interval_text(excess),
+                data, row_name(arrays, settings), np.isfinite(arrays["nll"]).sum(), interval_text(excess),
                 number_text(mean_and_error(excess)[2], ".3f"),
                 "" if elbo is None or arrays is elbo else interval_text(arrays["nll"] - elbo["nll"]),
                 number_text(mean_and_error(curve[-1] - curve[quarter])[0], "+.3f"),
@@ -101,9 +87,10 @@ def table_of_image_runs(loaded):
     the same N where KLD-ELBO has it. Runs without have the change of the negative ELBO, in nats. A diverged run is in no mean.
     """
     groups, elbos = {}, {}
-    for arrays, settings in zip(loaded, settings_of(loaded, ("data", "net", "width", "norm", "init_sd", "lr", "epochs"))):
+    configs = [arrays["config"] for arrays in loaded]
+    for arrays, settings in zip(loaded, settings_of(configs, ("data", "net", "width", "norm", "init_sd", "lr", "epochs"))):
         flags = arrays["config"]["flags"]
-        groups.setdefault((settings, *pair_order(flags), pair_and_samples(arrays, settings)), []).append(arrays)
+        groups.setdefault((settings, *pair_order(flags), row_name(arrays, settings)), []).append(arrays)
         if arrays["config"]["label"] == "KLD-ELBO" and arrays["status"] == "ok":
             elbos.setdefault((settings, flags["seed"]), {})[flags["samples"]] = final(arrays, "fid")
 

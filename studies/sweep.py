@@ -6,22 +6,13 @@ import numpy as np
 import torch
 
 from vsm.cli import UserError
-from vsm.figures.style import pair_order
 from vsm.distributions_2d import DISTRIBUTIONS
-from vsm.packs import open_runs
-from vsm.runs import NOT_IDENTITY, refuse_twins
+from vsm.names import NOT_IDENTITY, pair_name, pair_order, refuse_twins
+from vsm.stored_runs import open_runs
 from vsm.tables import markdown_table, mean_and_error, number_text, with_error
 
 SWEEP_AXES = ("data", "learn", "infer", "estimator", "samples", "infer_samples", "inner_steps", "inner_lr", "bilevel_steps",
               "seed", "seeds", *NOT_IDENTITY)  # flags in which the runs of one figure may differ
-
-
-def objective_name(config):
-    """The pair as the paper names it, with the estimator and N where they are not its defaults: "KLD-B released, N = 5"."""
-    flags = config["flags"]
-    estimator = f" {flags['estimator']}" if flags["estimator"] != "plugin" else ""
-    samples = f", N = {flags['samples']}" if flags["samples"] > 1 else ""
-    return config["label"] + estimator + samples
 
 
 def name_order(point):
@@ -47,7 +38,7 @@ def sweep_points(runs):
     groups = {}
     for run, arrays in zip(opened, loaded):
         flags = arrays["config"]["flags"]
-        key = flags["data"], flags["bilevel_steps"], objective_name(arrays["config"]), flags["inner_steps"]
+        key = flags["data"], flags["bilevel_steps"], pair_name(arrays["config"]), flags["inner_steps"]
         groups.setdefault(key, []).append((run.name, range(flags["seed"], flags["seed"] + flags["seeds"]), arrays))
     points = []
     for (data, J, name, K), members in groups.items():

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import benchmark
-import plots
 import benchmarks.timing
-from benchmark import pairs
-from models import build_vae
-from training import Trainer, infer_loss, joint_loss, learn_loss
-from studies.auditing import flops_of
-from vsm.device import keep_freed_memory
+import plots
+from benchmarks import benchmark
+from benchmarks.benchmark import pairs
 from benchmarks.floor import Floor
 from benchmarks.reference_step import INFERENCE, Plain, plain_loss
+from models import build_vae
+from studies.auditing import flops_of
+from training import Trainer, infer_loss, joint_loss, learn_loss
+from vsm.device import keep_freed_memory
 from vsm.runs import load_arrays, save_arrays
 
 OPTIONS = {"samples": 3, "inner_steps": 2, "noise": 0.1, "batch": 8, "lr": 1e-4}

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import models
 import train_synthetic
 import training
-from benchmark import pairs
+from benchmarks.benchmark import pairs
 from models import build_vae
 from objectives import LEARN
 from train_synthetic import EnsembleTrainer

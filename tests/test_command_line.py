@@ -13,7 +13,7 @@ import train_synthetic
 import vsm.cli
 from small_runs import IMAGES, ROOT, SMALL, environment
 from vsm.cli import command_line
-from vsm.runs import LONGEST_NAME
+from vsm.names import LONGEST_NAME
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -11,10 +11,10 @@ import train_images
 import train_synthetic
 from models import build_vae
 from training import Trainer
+from vsm.cuda_graphs import Graphs, capture
 from vsm.device import set_precision
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.runs import load_arrays
-from vsm.cuda_graphs import Graphs, capture
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

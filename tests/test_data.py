@@ -23,6 +23,7 @@ import train_images
 from vsm import features
 from vsm.cli import UserError
 from vsm.glyphs import glyph_atlas
+from vsm.names import short_name
 
 REAL = Path(os.environ.get("VSM_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 
@@ -292,12 +293,12 @@ def test_a_loader_that_breaks_its_promise(monkeypatch, change, words):
 
 
 def test_short_names():
-    assert [data.short_name(name) for name in data.DATA_SETS] == list(data.DATA_SETS)
-    name = data.short_name("folder:/a/long path/with/many parts: of it")
+    assert [short_name(name) for name in data.DATA_SETS] == list(data.DATA_SETS)
+    name = short_name("folder:/a/long path/with/many parts: of it")
     assert re.fullmatch(r"folder-many_parts_of_it-[0-9a-f]{6}", name)
-    assert name == data.short_name("folder:/a/long path/with/many parts: of it") != data.short_name("folder:/b/many parts: of it")
-    assert re.fullmatch(r"folder-[0-9a-f]{6}", data.short_name("folder:.."))
-    assert len(data.short_name(f"folder:{'x' * 5000}")) < 60
+    assert name == short_name("folder:/a/long path/with/many parts: of it") != short_name("folder:/b/many parts: of it")
+    assert re.fullmatch(r"folder-[0-9a-f]{6}", short_name("folder:.."))
+    assert len(short_name(f"folder:{'x' * 5000}")) < 60
 
 
 def test_digest_follows_every_tensor():

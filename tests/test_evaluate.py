@@ -16,15 +16,17 @@ import plots
 import train_images
 from data import load_images
 from metrics import evaluate_images
+from studies.gradient_snr import differentiable_decoder, gradient_moments
+from studies.packs import pack
 from training import EVALUATION, seed_of
 from vsm import features
 from vsm.cli import UserError
-from vsm.figures import style
-from studies.gradient_snr import differentiable_decoder, gradient_moments
-from vsm.loading import load_vae, vae_of
-from vsm.packs import StoredRun, pack
 from vsm.fid import prior_metrics, reference_set
-from vsm.runs import group_by_seed, load_arrays, load_config, save_arrays
+from vsm.figures import style
+from vsm.loading import load_vae, vae_of
+from vsm.names import group_by_seed
+from vsm.runs import load_arrays, load_config, save_arrays
+from vsm.stored_runs import StoredRun
 
 CPU = torch.device("cpu")
 QUICK = ["--images", "20", "--iw-samples", "8", "--device", "cpu"]

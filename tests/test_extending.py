@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import audit
-from benchmarks import benchmark
 import plots
 import train_images
 import train_synthetic
+from benchmarks import benchmark
 from models import NETS
 from objectives import INFER, LEARN
 from vsm.cli import command_line

@@ -19,8 +19,8 @@ from training import EVALUATION, seed_of
 from vsm.cli import UserError
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.loading import FLAGS, epochs_trained, export, flags_of, load_vae
-from vsm.packs import open_runs
 from vsm.runs import NOT_IDENTITY, load_arrays, load_checkpoint, load_config
+from vsm.stored_runs import open_runs
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results"

@@ -20,8 +20,8 @@ from metrics import (
 )
 from models import VAE, build_vae
 from objectives import INFER, LEARN
-from vsm.features import LeNet5
 from studies.gradient_snr import squared_norms, unbiased_moments
+from vsm.features import LeNet5
 
 D, DZ, GAMMA = 4, 3, 0.5
 

@@ -23,6 +23,7 @@ import data
 import train_images
 from test_data import REAL, one_line, real, scratch  # noqa: F401
 from vsm.cli import UserError
+from vsm.names import short_name
 
 NUMBERS = [1, 7, 162770, 162771, 182637, 182638, 202599]  # the ends of the three official splits
 
@@ -368,7 +369,7 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path):
     folder.mkdir()
     for i in range(2):
         picture(i).save(os.fsencode(folder / f"{i}.png"))
-    assert len(data.load_images(f"folder:{folder}").train) == 1 and data.short_name(f"folder:{folder}").startswith("folder-")
+    assert len(data.load_images(f"folder:{folder}").train) == 1 and short_name(f"folder:{folder}").startswith("folder-")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -11,12 +11,14 @@ import pytest
 from matplotlib.image import imread
 
 import plots
+from studies.packs import pack
+from studies.sweep import sweep_points, sweep_table
 from vsm.cli import UserError
 from vsm.figures.images import grouped, robust_limits
-from vsm.figures.style import color_of, letter_of
-from vsm.packs import of_member, open_runs, pack, shown_member
+from vsm.figures.style import color_of
+from vsm.names import letter_of
 from vsm.runs import save_arrays
-from studies.sweep import sweep_points, sweep_table
+from vsm.stored_runs import of_member, open_runs, shown_member
 from vsm.tables import markdown_table, mean_and_error
 
 ROOT = Path(__file__).parent.parent

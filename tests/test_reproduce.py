@@ -10,8 +10,8 @@ import subprocess
 import pytest
 
 from small_runs import ROOT
-from vsm.packs import open_runs
 from vsm.runs import NOT_IDENTITY, OLD_DEFAULTS
+from vsm.stored_runs import open_runs
 
 SCRIPT = ROOT / "results" / "reproduce.sh"
 UNPACKED = ("evaluations", "audits", "speed", "speed_gpu")  # parts with commands whose results are in no pack of their own

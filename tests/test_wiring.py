@@ -215,7 +215,8 @@ def plain_encoder_step(vae, x, infer, noise, rate):
 
 def plain_member(args, seed, steps):
     """One member by itself: K encoder steps, J more that the decoder's gradient sees (by differences), then Adam on theta."""
-    K, J, M, N, B, law = args.inner_steps, args.bilevel_steps, args.infer_samples, args.samples, args.batch, DISTRIBUTIONS[args.data]
+    K, J, M, N, B = args.inner_steps, args.bilevel_steps, args.infer_samples, args.samples, args.batch
+    law = DISTRIBUTIONS[args.data]
     vae = build_ensemble(2, 2, args.hidden, [seed_of(seed, INIT)], init_sd=args.init_sd)
     generator, theta = torch.Generator().manual_seed(seed_of(seed, NOISE)), [*vae.decoder.parameters(), vae.log_gamma]
     adam, losses = torch.optim.Adam(theta, args.lr, foreach=False), []

@@ -78,3 +78,9 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronise(device):
+    """Wait for a GPU, so that a clock measures its work and not the launches."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vsm.loading import FLAGS
-from vsm.packs import StoredRun
-from vsm.runs import NOT_IDENTITY, flag_name, group_by_seed, save_arrays, write_atomic
+from vsm.names import NOT_IDENTITY, flag_name, group_by_seed
+from vsm.runs import save_arrays, write_atomic
+from vsm.stored_runs import StoredRun
 from vsm.tables import markdown_table, mean_and_error_text
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())

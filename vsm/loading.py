@@ -19,8 +19,9 @@ import torch
 
 from models import VAE, build_ensemble, build_vae, mlp
 from vsm.cli import UserError, command_line
-from vsm.runs import NOT_IDENTITY, flag_name, load_checkpoint, load_config, write_atomic
 from vsm.forms import mismatch
+from vsm.names import NOT_IDENTITY, flag_name
+from vsm.runs import load_checkpoint, load_config, write_atomic
 
 # The flags of the two trainers with their defaults, which stand in for flags younger than a folder. A test compares them with the
 # scripts. A flag that is not listed makes a folder unreadable, because it might change how the model is built.

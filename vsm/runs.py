@@ -12,7 +12,6 @@ The same command again resumes an unfinished run, skips a finished one, and refu
 import contextlib
 import errno
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -27,46 +26,14 @@ import numpy as np
 import torch
 
 from vsm.cli import UserError
+from vsm.names import BUDGET, NOT_IDENTITY
 
-# Flags that say where and how to compute, not what. They may change between two calls on one folder.
-NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile", "tensorboard")
-BUDGET = "epochs"  # the flag in which a run may differ from the one that it continues
 # The value, from the other flags, that a folder older than a flag had in effect. A flag that is not listed changed nothing.
 OLD_DEFAULTS = {"infer_samples": lambda flags: flags.get("samples"), "lr_half_life": lambda flags: None,
                 "fid_every": lambda flags: 0, "spectrum": lambda flags: None,
                 "objectives": lambda flags: ["fd-repar", "fd", "kld"]}
 # The metrics of shape [S] in 2-D runs
 OF_MEMBERS = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss", "nll_curve", "excess_curve")
-LONGEST_NAME = 100  # characters of a run's name
-
-
-def run_name(args, axes, defaults, budget=False):
-    """The name of a run's folder: the values of the flags `axes`, then every other flag that differs from its default.
-
-    Runs with different flags never share a name. A name of more than LONGEST_NAME characters is cut and ends in a digest of all
-    of it. budget: whether --epochs counts, as it did in the names of older versions.
-    """
-    def text(key, value):
-        if key == "data" and isinstance(value, str):
-            from data import short_name  # here, because data imports this module
-            return short_name(value)
-        return "+".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    extra = [f"{flag_name(key)}{text(key, value)}" for key, value in vars(args).items()
-             if key not in (*axes, *NOT_IDENTITY) and (key != BUDGET or budget) and value != defaults[key]]
-    seed = [f"seed{args.seed}"] if "seed" in axes else []
-    name = "-".join([text(key, getattr(args, key)) for key in axes if key != "seed"] + extra + seed)
-    name = name.replace("/", "_").replace(":", "_")
-    if len(name) <= LONGEST_NAME or budget:
-        return name
-    end = "-".join([hashlib.sha256(name.removesuffix("".join(seed)).encode()).hexdigest()[:8], *seed])
-    return f"{name[:LONGEST_NAME - len(end) - 1]}-{end}"
-
-
-def default_folder(family, args, axes, defaults):
-    """runs/FAMILY/NAME, or the name that an older version gave the same flags if only that folder exists."""
-    path, old = (f"runs/{family}/{run_name(args, axes, defaults, budget)}" for budget in (False, True))
-    return old if Path(old).exists() and not Path(path).exists() else path
 
 
 def write_atomic(path, data):
@@ -139,46 +106,6 @@ def status_of(folder):
     """`ok`, `diverged@<step>`, or None for a run that has not ended."""
     path = Path(folder) / "metrics.npz"
     return str(load_arrays(path).get("status", "")) or None if path.exists() else None
-
-
-def flag_name(key):
-    return key.replace("_", "-")
-
-
-def group_by_seed(runs, configs):
-    """Group runs that differ in their seed alone: a list of (name, indices into `runs` and their `configs`).
-
-    The name is the label of the objectives with the flags in which the group differs from others of the same data and network:
-    "KLD-F", "KLD-B unbiased, N = 5" or "KLD-F, inner-steps 1". Raises UserError if a group has a seed twice, which would make its
-    spread too small.
-    """
-    identity = [{key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")}
-                for config in configs]
-    groups = {}
-    for i, flags in enumerate(identity):
-        groups.setdefault(json.dumps([configs[i]["label"], flags], sort_keys=True), []).append(i)
-    named = []
-    for members in groups.values():
-        refuse_twins([(runs[i], [configs[i]["flags"]["seed"]]) for i in members])
-        mine = identity[members[0]]
-        rivals = [flags for flags in identity if (flags.get("data"), flags.get("net")) == (mine.get("data"), mine.get("net"))]
-        differ = [key for key in mine if key not in ("learn", "infer") and any(flags.get(key) != mine[key] for flags in rivals)]
-        estimator = f" {mine['estimator']}" if "estimator" in differ and mine["estimator"] != "plugin" else ""
-        others = [f"N = {mine[key]}" if key == "samples" else f"{flag_name(key)} {mine[key]}"
-                  for key in differ if key != "estimator"]
-        named.append((", ".join([configs[members[0]]["label"] + estimator, *others]), members))
-    return named
-
-
-def refuse_twins(runs):
-    """Raises UserError if two `runs` of one experiment, each given as (folder, seeds), share a seed."""
-    first = {}
-    for run, seeds in runs:
-        for seed in seeds:
-            if seed in first:
-                raise UserError(f"{first[seed]} and {run} are the same experiment with the same seed {seed}; "
-                                "leave one of them out")
-            first[seed] = run
 
 
 def environment(device):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vsm.figures.style import color_of, new_figure, save_figure
-from vsm.packs import open_runs
+from vsm.stored_runs import open_runs
 
 
 def audit(runs, save):

@@ -5,7 +5,7 @@ from itertools import cycle
 import numpy as np
 
 from vsm.figures.style import label_ticks, new_figure, save_figure
-from vsm.packs import open_runs
+from vsm.stored_runs import open_runs
 
 MODES = {
     "plain": {"color": "0.6", "label": "plain, float32"},

@@ -3,12 +3,12 @@
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from vsm.cli import UserError
-from vsm.figures.style import color_of, legend_below, new_figure, pair_order, save_figure
-from vsm.linear import KAPPA_KNOWN, bilevel_end
-from vsm.packs import open_runs
 from studies.study import COLLAPSED
-from studies.sweep import objective_name
+from vsm.cli import UserError
+from vsm.figures.style import color_of, legend_below, new_figure, save_figure
+from vsm.linear import KAPPA_KNOWN, bilevel_end
+from vsm.names import pair_name, pair_order
+from vsm.stored_runs import open_runs
 from vsm.tables import mean_and_error
 
 STEPS = np.unique(np.geomspace(1, 1000, 60).round())  # of the curves
@@ -31,7 +31,7 @@ def bilevel(runs, save):
     objectives = {}
     for arrays in sorted(loaded, key=lambda arrays: pair_order(arrays["config"]["flags"])):
         if arrays["config"]["flags"]["inner_steps"] == fewest:
-            objectives.setdefault(objective_name(arrays["config"]), []).append(arrays)
+            objectives.setdefault(pair_name(arrays["config"]), []).append(arrays)
     drawn = {arrays["config"]["flags"]["bilevel_steps"] for group in objectives.values() for arrays in group}
     figure, axes = new_figure(1, 3, size=(3.0, 2.6))
     for name, group in objectives.items():

@@ -3,7 +3,6 @@
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from data import short_name
 from vsm.figures.style import (
     COLORS,
     label_ticks,
@@ -11,13 +10,11 @@ from vsm.figures.style import (
     line_style,
     linear_around_zero,
     new_figure,
-    pair_order,
     save_figure,
     seeds_of,
 )
-from vsm.packs import open_runs
-from vsm.runs import group_by_seed
-from studies.study import settings_of
+from vsm.names import group_by_seed, pair_order, settings_of, short_name
+from vsm.stored_runs import open_runs
 from vsm.tables import mean_and_error
 
 CURVES = {  # metric: axis title, scale
@@ -49,7 +46,7 @@ def grouped(runs, part="metrics", split=()):
     """
     opened = open_runs(runs)
     loaded, panels = [run.arrays(part) for run in opened], {}
-    for i, settings in enumerate(settings_of(loaded, split)):
+    for i, settings in enumerate(settings_of([arrays["config"] for arrays in loaded], split)):
         title = "\n".join(filter(None, (title_of(loaded[i]["config"]["flags"]), settings)))
         panels.setdefault(title, []).append(i)
 

@@ -8,7 +8,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 
 from vsm.figures.style import COLORS, new_figure, save_figure
 from vsm.linear import kappa, second_moment
-from vsm.packs import open_runs
+from vsm.stored_runs import open_runs
 
 
 def param_recovery(runs, save):

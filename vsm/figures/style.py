@@ -10,30 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from PIL import Image
 
-from objectives import INFER, LEARN
+from objectives import LEARN
+from vsm.names import letter_of
 from vsm.runs import write_atomic
 
 DASHES = {"kld": "-", "fd": "--", "fd-weighted": ":", "fd-repar": "-."}  # of lines, by the inference objective; others are solid
 COLORS = {entry.letter: entry.color for entry in LEARN.values()}
 
 matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
-
-
-def letter_of(flags):
-    """The letter of a run's learning objective: F for an S that equals F. An unknown name stands for itself."""
-    entry = LEARN.get(flags["learn"])
-    if entry is None:
-        return flags["learn"]
-    return entry.alias(flags.get("samples"), flags.get("estimator", "plugin")) or entry.letter
-
-
-def pair_order(flags):
-    """Sort key of flags: learning objectives in the order of LEARN, then inference in that of INFER, unknown ones last."""
-
-    def position(name, names):
-        return names.index(name) if name in names else len(names)
-
-    return position(letter_of(flags), list(COLORS)), position(flags["infer"], list(INFER))
 
 
 def color_of(flags):

@@ -8,6 +8,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from objectives import LEARN
+from studies.sweep import name_order, sweep_points
+from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.figures.images import limit_robustly
 from vsm.figures.style import (
     COLORS,
@@ -15,17 +17,14 @@ from vsm.figures.style import (
     dash_of,
     label_ticks,
     legend_below,
-    letter_of,
     line_style,
     linear_around_zero,
     new_figure,
-    pair_order,
     save_figure,
 )
-from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.linear import KAPPA_KNOWN, kappa
-from vsm.packs import of_member, open_runs, shown_member
-from studies.sweep import name_order, objective_name, sweep_points
+from vsm.names import letter_of, pair_name, pair_order
+from vsm.stored_runs import of_member, open_runs, shown_member
 from vsm.tables import mean_and_error
 
 MARKERS = {  # part of an objective's name: marker, legend; the first part that the name contains counts
@@ -323,7 +322,7 @@ def learning_curves(runs, save):
 def curve_name(arrays):
     flags = arrays["config"]["flags"]
     bilevel = f", J = {flags['bilevel_steps']}" if flags["bilevel_steps"] else ""
-    return f"{objective_name(arrays['config'])}, K = {flags['inner_steps']}{bilevel}"
+    return f"{pair_name(arrays['config'])}, K = {flags['inner_steps']}{bilevel}"
 
 
 def draw_history(ax, loaded, name):
@@ -425,7 +424,7 @@ def frame_data(ax, arrays):
     data, nll, flags = arrays["test_data"], arrays["nll"], arrays["config"]["flags"]
     result = f"NLL {np.nanmedian(nll):.2f}" if np.isfinite(nll).any() else "diverged"
     steps = f"K = {flags['inner_steps']}, J = {flags['bilevel_steps']}"
-    ax.set_title(f"{flags['data']}, {objective_name(arrays['config'])}\n{steps}: {result}", fontsize=8)
+    ax.set_title(f"{flags['data']}, {pair_name(arrays['config'])}\n{steps}: {result}", fontsize=8)
     low, high = np.quantile(data, [0.002, 0.998], axis=0)
     margin = 0.3 * (high - low).max()
     ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), aspect="equal")

@@ -10,8 +10,8 @@ from matplotlib.patheffects import withStroke
 
 from vsm.cli import UserError
 from vsm.figures.style import legend_below, new_figure, save_figure
-from vsm.packs import open_runs
 from vsm.forms import mismatch
+from vsm.stored_runs import open_runs
 
 OBJECTIVE_TITLES = {"fd-repar": "FD, reparametrised", "fd": "FD, $z$ held fixed", "kld": "KLD, reparametrised",
                     "fd-weighted": "FD weighted, $z$ held fixed"}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from training import NOISE, restore_generator, seed_of
-from benchmarks.timing import synchronise
+from vsm.device import synchronise
 from vsm.toys.gradients import FAMILIES, gradients
 from vsm.toys.posteriors import Posterior
 

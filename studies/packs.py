@@ -1,0 +1,58 @@
+"""Write a pack, which holds many run folders in one `.npz`; vsm/stored_runs.py reads it and describes its arrays."""
+
+import fnmatch
+import json
+from pathlib import Path
+
+import numpy as np
+
+from vsm.cli import UserError
+from vsm.runs import save_arrays
+from vsm.stored_runs import HEAVY, OF_MEMBERS, PARTS, open_runs, shown_member
+
+
+def pack(paths, save, keep=(), keep_of="*", drop=()):
+    """Write runs into one pack, without the arrays that `drop` lists.
+
+    The large arrays of HEAVY are kept where `keep` lists them and the run's name matches the glob `keep_of`. Model samples
+    are kept only for the member that figures show. Raises UserError for two runs of the same name.
+    """
+    runs = open_runs(paths)
+    names = [run.short_name for run in runs]
+    if len({*names}) < len(names):
+        twin = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two of these runs are named {twin}; rename a folder, or leave one out")
+    blocks, names_of, rows = {}, {}, []
+    for run, name in zip(runs, names):
+        rows.append({})
+        for key, value in _record(run, keep if fnmatch.fnmatch(name, keep_of) else (), drop).items():
+            kind = key, value.shape, "U" if value.dtype.kind == "U" else value.dtype.str  # strings of any length share a block
+            variant = sum(other[0] == key for other in names_of)
+            block = names_of.setdefault(kind, f"{key}.{variant}" if variant else key)
+            values = blocks.setdefault(block, {})
+            rows[-1][block] = values.setdefault(value.tobytes(), (len(values), value))[0]
+    index = np.array([[row.get(block, -1) for block in blocks] for row in rows], np.int32)
+    stacked = {block: np.stack([value for _, value in values.values()]) for block, values in blocks.items()}
+    save_arrays(Path(save), {"script": runs[0].config["script"]},
+                runs=np.array(names), blocks=np.array(list(blocks)), index=index, **stacked)
+
+
+def _record(run, keep, drop):
+    """{block: array} for one run."""
+    record = {"config.json": np.array(json.dumps(run.config))}
+    for part in PARTS:
+        if not run.has(part):
+            continue
+        arrays = run.arrays(part)
+        config = arrays.pop("config")
+        if config != run.config:
+            record[f"{part}.config"] = np.array(json.dumps(config))
+        member = shown_member(arrays["nll"]) if "nll" in arrays else None
+        for key, value in arrays.items():
+            heavy = part == "metrics" and key in HEAVY  # the `samples` of gradient_snr.npz are numbers of samples
+            if key in drop or heavy and key not in keep or key in OF_MEMBERS and member is None:
+                continue
+            if key in OF_MEMBERS and f"{key}_of" not in arrays:
+                record[f"{part}.{key}_of"], value = np.array([member]), value[member : member + 1]
+            record[f"{part}.{key}"] = value
+    return record

@@ -1,0 +1,140 @@
+"""What runs are called, in folders, tables and figures, and which flags make a run what it is.
+
+A run is described by its config, {"flags": {...}, "label": "KLD-F", ...}, as config.json holds it. The label of a pair of
+objectives is `objectives.label`.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from objectives import INFER, LEARN
+from vsm.cli import UserError
+
+# Flags that say where and how to compute, not what. They may change between two calls on one folder.
+NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile", "tensorboard")
+BUDGET = "epochs"  # the flag in which a run may differ from the one that it continues
+LONGEST_NAME = 200  # characters of a run's name; file systems allow 255
+
+# ---------------------------------------------------------------------------------------------------------------- folders
+
+
+def run_name(args, axes, defaults):
+    """The name of a run's folder: the values of the flags `axes`, then every other flag that differs from its default.
+
+    Runs with different flags never share a name. A name of more than LONGEST_NAME characters is cut and ends in a digest of all
+    of it.
+    """
+    def text(key, value):
+        if key == "data" and isinstance(value, str):
+            return short_name(value)
+        return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    extra = [f"{flag_name(key)}{text(key, value)}" for key, value in vars(args).items()
+             if key not in (*axes, *NOT_IDENTITY, BUDGET) and value != defaults[key]]
+    seed = [f"seed{args.seed}"] if "seed" in axes else []
+    name = "-".join([text(key, getattr(args, key)) for key in axes if key != "seed"] + extra + seed)
+    name = name.replace("/", "_").replace(":", "_")
+    if len(name) <= LONGEST_NAME:
+        return name
+    end = "-".join([hashlib.sha256(name.removesuffix("".join(seed)).encode()).hexdigest()[:8], *seed])
+    return f"{name[:LONGEST_NAME - len(end) - 1]}-{end}"
+
+
+def flag_name(key):
+    return key.replace("_", "-")
+
+
+def short_name(data_flag):
+    """A data set's name for run folders and titles: folder:/long/path/faces becomes folder-faces-ab12cd, other names stay.
+
+    The six hexadecimal digits come from a hash of the path as it was given, so that two folders of the same name differ.
+    """
+    if not data_flag.startswith("folder:"):
+        return data_flag
+    path = data_flag.removeprefix("folder:")
+    last = re.sub(r"[^\w.]+", "_", Path(path).name)[:40].strip("._")
+    return "-".join(["folder", *filter(None, [last]), hashlib.sha256(os.fsencode(path)).hexdigest()[:6]])
+
+
+# ------------------------------------------------------------------------------------------------------ tables and figures
+
+
+def letter_of(flags):
+    """The letter of a run's learning objective: F for an S that equals F. An unknown name stands for itself."""
+    entry = LEARN.get(flags["learn"])
+    if entry is None:
+        return flags["learn"]
+    return entry.alias(flags.get("samples"), flags.get("estimator", "plugin")) or entry.letter
+
+
+def pair_order(flags):
+    """Sort key of flags: learning objectives in the order of LEARN, then inference in that of INFER, unknown ones last."""
+
+    def position(name, names):
+        return names.index(name) if name in names else len(names)
+
+    letters = list(dict.fromkeys(entry.letter for entry in LEARN.values()))
+    return position(letter_of(flags), letters), position(flags["infer"], list(INFER))
+
+
+def pair_name(config, one_sample=False):
+    """The pair with its estimator, where that is not plugin, and its N: "KLD-B unbiased, N = 5".
+
+    N = 1 is left out, unless `one_sample`.
+    """
+    flags = config["flags"]
+    estimator = f" {flags['estimator']}" if flags["estimator"] != "plugin" else ""
+    samples = f", N = {flags['samples']}" if one_sample or flags["samples"] > 1 else ""
+    return config["label"] + estimator + samples
+
+
+def settings_of(configs, keys):
+    """For each config, those of the flags `keys` that vary among them, as in "conv, norm none, init sd 0.4"."""
+    flags = [config["flags"] for config in configs]
+    vary = [key for key in keys if len({run.get(key) for run in flags}) > 1]
+
+    def text(key, value):
+        if key in ("data", "net"):
+            return value
+        return f"{key.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
+
+    return [", ".join(text(key, run[key]) for key in vary if key in run) for run in flags]
+
+
+def group_by_seed(runs, configs):
+    """Group runs that differ in their seed alone: a list of (name, indices into `runs` and their `configs`).
+
+    The name is the label of the objectives with the flags in which the group differs from others of the same data and network:
+    "KLD-F", "KLD-B unbiased, N = 5" or "KLD-F, inner-steps 1". Raises UserError if a group has a seed twice, which would make its
+    spread too small.
+    """
+    identity = [{key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")}
+                for config in configs]
+    groups = {}
+    for i, flags in enumerate(identity):
+        groups.setdefault(json.dumps([configs[i]["label"], flags], sort_keys=True), []).append(i)
+    named = []
+    for members in groups.values():
+        refuse_twins([(runs[i], [configs[i]["flags"]["seed"]]) for i in members])
+        mine = identity[members[0]]
+        rivals = [flags for flags in identity if (flags.get("data"), flags.get("net")) == (mine.get("data"), mine.get("net"))]
+        differ = [key for key in mine if key not in ("learn", "infer") and any(flags.get(key) != mine[key] for flags in rivals)]
+        estimator = f" {mine['estimator']}" if "estimator" in differ and mine["estimator"] != "plugin" else ""
+        others = [f"N = {mine[key]}" if key == "samples" else f"{flag_name(key)} {mine[key]}"
+                  for key in differ if key != "estimator"]
+        named.append((", ".join([configs[members[0]]["label"] + estimator, *others]), members))
+    return named
+
+
+def refuse_twins(runs):
+    """Raises UserError if two `runs` of one experiment, each given as (folder, seeds), share a seed."""
+    first = {}
+    for run, seeds in runs:
+        for seed in seeds:
+            if seed in first:
+                raise UserError(f"{first[seed]} and {run} are the same experiment with the same seed {seed}; "
+                                "leave one of them out")
+            first[seed] = run
