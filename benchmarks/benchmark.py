@@ -1,6 +1,6 @@
 """Measure the speed of training: against a plain step of the same mathematics, and against its convolutions alone.
 
-The performance table in docs/performance.md, on a GPU (on a CPU, only its part with --net conv ends within minutes):
+The performance table in docs/machines.md, on a GPU (on a CPU, only its part with --net conv ends within minutes):
     python benchmark.py --image 1x32 3x64 --precision float32 tf32 bf16
 Ten seconds on a CPU:
     python benchmark.py --quick

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The command of every published run, in parts named after figures, tables and packs. `results/reproduce.sh PART` runs one part,
-# `results/reproduce.sh PART -n` prints its commands, one a line, for xargs, GNU parallel or a Slurm array (docs/cluster.md).
+# `results/reproduce.sh PART -n` prints its commands, one a line, for xargs, GNU parallel or a Slurm array (docs/machines.md).
 # Runs resume and finished ones are skipped. Times are those of training on one core of a CPU.
 # Set DATA to the folder of MNIST, Fashion-MNIST and CelebA. --compile needs a C++ compiler; without it a run takes 1.7 times as long.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""The recipes of docs/cluster.md: the batch script by itself with a stand-in for Slurm, and (slow) each recipe for real."""
+"""The recipes of docs/machines.md: the batch script by itself with a stand-in for Slurm, and (slow) each recipe for real."""
 
 import os
 import shutil

@@ -47,8 +47,8 @@ MIXTURE = ("--family", "mixture", "--iterations", 150, "--lr", "1e-2", "--repeat
 
 
 def documented(heading, **sizes):
-    """{key: shape} of the table under a heading of docs/toys.md."""
-    page = (Path(__file__).parent.parent / "docs" / "toys.md").read_text().split(f"### {heading}\n")[1].split("\n#")[0]
+    """{key: shape} of the table under a heading of docs/files.md."""
+    page = (Path(__file__).parent.parent / "docs" / "files.md").read_text().split(f"#### {heading}\n")[1].split("\n#")[0]
     rows = re.findall(r"^\| `(\w+)` \| \[(.*?)\]", page, re.MULTILINE)
     return {key: tuple(sizes.get(axis, None) or int(axis) for axis in shape.split(", ") if axis) for key, shape in rows}
 

@@ -1,4 +1,4 @@
-"""Run a file of commands by one recipe of docs/cluster.md, disturb some of the runs, and compare all with undisturbed ones.
+"""Run a file of commands by one recipe of docs/machines.md, disturb some of the runs, and compare all with undisturbed ones.
 
     python tests/cluster/check.py xargs | ssh | slurm [--runs 8] [--epochs 8]
 

@@ -55,7 +55,7 @@ def best_fits(family, posterior, grid, starts=3):
 
 
 def where_runs_ended(descent, grid):
-    """Arrays [L, I, P, K] for every run's end, and the best fits of the family; docs/toys.md defines them by name."""
+    """Arrays [L, I, P, K] for every run's end, and the best fits of the family; docs/files.md defines them by name."""
     family, posterior, params = descent.family, descent.posterior, descent.params
     chunks = [kl_and_fd(some, family, posterior, grid) for some in params.split(8, dim=-1)]  # 8 starts each, to bound the memory
     kl, fisher = (torch.cat(parts, -1) for parts in zip(*chunks))
