@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from models import EnsembleVAE
 from objectives import INFER, LEARN
+from studies.figures.spectrum import spectrum
 from studies.spectrum import learn_spectra, report_spectrum
 from vsm.cli import Formatter, command_line, count, positive, positive_float
 from vsm.device import pick_device
@@ -318,7 +319,7 @@ def main(args):
             finite = all(np.isfinite(arrays[name]).all() for name in arrays.keys() & {"sampled_w", "sampled_phi", "learnt"})
             run.save_metrics(**arrays, status="ok" if finite else f"diverged@{args.iterations}")
             (report_spectrum if args.spectrum else report_recovery)(arrays)
-        for figure in (recovery.spectrum,) if args.spectrum else (recovery.param_recovery, recovery.recovery_rules):
+        for figure in (spectrum,) if args.spectrum else (recovery.param_recovery, recovery.recovery_rules):
             figure([run.path], run.path / f"{figure.__name__}.png")
 
 

@@ -29,7 +29,7 @@ class Figure:
 
     The module that draws the figure is imported only then.
 
-    modules: {script that makes the runs: module of vsm.figures with a function of this name, or "module.function"}.
+    modules: {script that makes the runs: module with a function of this name, or "module:function"}.
     many: whether it draws several runs.
     """
 
@@ -41,8 +41,8 @@ class Figure:
         module = next(iter(self.modules.values()))
         if len(self.modules) > 1:
             module = self.modules[runs[0].config["script"]]
-        module, _, function = module.partition(".")
-        return getattr(importlib.import_module(f"vsm.figures.{module}"), function or self.name)(runs, save)
+        module, _, function = module.partition(":")
+        return getattr(importlib.import_module(module), function or self.name)(runs, save)
 
 
 def figures_of(script, module, *names, many=True):
@@ -51,17 +51,21 @@ def figures_of(script, module, *names, many=True):
 
 
 FIGURES = [
-    Figure("training_curves", {"train_images": "images", "train_synthetic": "synthetic.learning_curves"}),
-    *figures_of("train_images", "images", "trajectories", "fid_curves", "final_values", "rate_distortion"),
-    *figures_of("train_images", "images", "importance_bound", "denoising", "gradient_snr"),
-    *figures_of("train_images", "pictures", "samples", "reconstructions", "interpolations"),
-    *figures_of("train_images", "latents", "posterior_sd", "posterior_mean", "aggregate_posterior"),
-    *figures_of("train_synthetic", "synthetic", "synthetic", "study", "learning_curves", "synthetic_samples", "density"),
-    *figures_of("train_synthetic", "bilevel", "bilevel"),
-    *figures_of("param_recovery", "recovery", "param_recovery", "recovery_rules", "spectrum", many=False),
-    *figures_of("toy_inference", "toys", "toy_trajectories", "toy_basins", "toy_mixtures", "toy_gradients", many=False),
-    *figures_of("benchmark", "benchmark", "benchmark", many=False),
-    *figures_of("audit", "audit", "audit", many=False),
+    Figure("training_curves", {"train_images": "vsm.figures.images",
+                                "train_synthetic": "vsm.figures.synthetic:learning_curves"}),
+    *figures_of("train_images", "vsm.figures.images", "trajectories", "fid_curves", "final_values", "rate_distortion"),
+    *figures_of("train_images", "vsm.figures.images", "importance_bound", "denoising", "gradient_snr"),
+    *figures_of("train_images", "vsm.figures.pictures", "samples", "reconstructions", "interpolations"),
+    *figures_of("train_images", "vsm.figures.latents", "posterior_sd", "posterior_mean", "aggregate_posterior"),
+    *figures_of("train_synthetic", "studies.figures.sweep_2d", "synthetic", "study"),
+    *figures_of("train_synthetic", "vsm.figures.synthetic", "learning_curves", "synthetic_samples", "density"),
+    *figures_of("train_synthetic", "studies.figures.bilevel", "bilevel"),
+    *figures_of("param_recovery", "vsm.figures.recovery", "param_recovery", "recovery_rules", many=False),
+    *figures_of("param_recovery", "studies.figures.spectrum", "spectrum", many=False),
+    *figures_of("toy_inference", "vsm.figures.toys", "toy_trajectories", "toy_basins", "toy_mixtures", "toy_gradients",
+                 many=False),
+    *figures_of("benchmark", "benchmarks.figure", "benchmark", many=False),
+    *figures_of("audit", "studies.figures.audit", "audit", many=False),
 ]
 FIGURES = {figure.name: figure for figure in FIGURES}
 OTHERS = ("pack", "sweep_table", "study_table")  # commands that write no figure
@@ -130,11 +134,11 @@ def main(args):
         pack(runs, save, args.keep, args.keep_of, args.drop)
     elif args.figure == "sweep_table":
         refuse_other_scripts(args.figure, runs, ["train_synthetic"])
-        from studies.sweep import sweep_table
+        from studies.sweep_2d import sweep_table
         write_atomic(save, sweep_table(runs).encode())
     elif args.figure == "study_table":
         refuse_other_scripts(args.figure, runs, ["train_synthetic", "train_images"])
-        from studies.study import study_table
+        from studies.convergence import study_table
         write_atomic(save, study_table(runs).encode())
     else:
         draw_figure(FIGURES[args.figure], runs, save)

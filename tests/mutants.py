@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WIRING, OBJECTIVES, SPEED, CAPTURE = (f"tests/test_{name}.py" for name in ("wiring", "objectives", "speed", "capture"))
 STAND_IN = "tests/test_cuda.py::test_what_capture_does_besides_cuda"
 TESTS = {"training.py": [WIRING, STAND_IN, CAPTURE], "train_synthetic.py": [WIRING, SPEED, CAPTURE], "train_images.py": [WIRING],
-         "vsm/cuda_graphs.py": [SPEED, STAND_IN], "vsm/linear.py": ["tests/test_theory.py"], "studies/study.py": ["tests/test_study.py"],
+         "vsm/cuda_graphs.py": [SPEED, STAND_IN], "vsm/linear.py": ["tests/test_theory.py"],
+         "studies/convergence.py": ["tests/test_study.py"],
          "objectives.py": [WIRING, OBJECTIVES], "models.py": ["tests/test_models.py", WIRING], "vsm/distributions_2d.py": [
              f"tests/test_importance.py::{name}" for name in ("test_densities_integrate_to_one_and_match_their_samples",
                                                               "test_integrated_densities_are_those_of_their_samples",
@@ -187,12 +188,12 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("vsm/linear.py", "1 - (1 - lr * v / V) ** steps", "1 - (1 - lr / V) ** steps"),
     ("vsm/linear.py", "grid[solved[0]] if", "grid[solved[-1]] if"),
     ("vsm/linear.py", "return B + alpha / N", "return B + alpha * N"),
-    ("studies/study.py", "settings_of(mine, of_model)),", "settings_of(mine, of_model + of_training)),"),
-    ("studies/study.py", "and other == model}", "}"),
-    ("studies/study.py", "run.finished() | latent", "run.arrays() | latent"),
-    ("studies/study.py", "student.ppf(0.975,", "student.ppf(0.95,"),
-    ("studies/study.py", 'for arrays in runs if arrays["status"] == "ok"]', "for arrays in runs]"),
-    ("studies/study.py", '"KLD-ELBO" and arrays["status"] == "ok":', '"KLD-ELBO":'),
+    ("studies/convergence.py", "settings_of(mine, of_model)),", "settings_of(mine, of_model + of_training)),"),
+    ("studies/convergence.py", "and other == model}", "}"),
+    ("studies/convergence.py", "run.finished() | latent", "run.arrays() | latent"),
+    ("studies/convergence.py", "student.ppf(0.975,", "student.ppf(0.95,"),
+    ("studies/convergence.py", 'for arrays in runs if arrays["status"] == "ok"]', "for arrays in runs]"),
+    ("studies/convergence.py", '"KLD-ELBO" and arrays["status"] == "ok":', '"KLD-ELBO":'),
 ]
 
 

@@ -127,7 +127,7 @@ def test_every_precision_is_drawn_beside_plain(tmp_path, monkeypatch):
             for part in ("images", "batch") for mode, precision in measured]
     save_arrays(tmp_path / "metrics.npz", {"device": "cpu"}, **{name: np.array([row[name] for row in rows]) for name in rows[0]})
     drawn = []
-    monkeypatch.setattr("vsm.figures.benchmark.save_figure", lambda figure, save: drawn.append(figure))
+    monkeypatch.setattr("benchmarks.figure.save_figure", lambda figure, save: drawn.append(figure))
     plots.benchmark([tmp_path], None)
     panels = drawn[0].axes
     assert [precision in ax.get_title() for ax, precision in zip(panels, 2 * ["bf16", "tf32"])] == 4 * [True] and len(panels) == 4

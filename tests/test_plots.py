@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 import plots
 from studies.packs import pack
-from studies.sweep import sweep_points, sweep_table
+from studies.sweep_2d import sweep_points, sweep_table
 from vsm.cli import UserError
 from vsm.figures.images import grouped, robust_limits
 from vsm.figures.style import color_of

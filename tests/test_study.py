@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from studies.study import interval, study_table, table_of_2d_runs, table_of_image_runs
+from studies.convergence import interval, study_table, table_of_2d_runs, table_of_image_runs
 from vsm.cli import UserError
 from vsm.names import settings_of
 from vsm.runs import save_arrays

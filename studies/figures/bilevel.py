@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from studies.study import COLLAPSED
+from studies.convergence import COLLAPSED
 from vsm.cli import UserError
 from vsm.figures.style import color_of, legend_below, new_figure, save_figure
 from vsm.linear import KAPPA_KNOWN, bilevel_end
