@@ -188,7 +188,7 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("vsm/linear.py", "1 - (1 - lr * v / V) ** steps", "1 - (1 - lr / V) ** steps"),
     ("vsm/linear.py", "grid[solved[0]] if", "grid[solved[-1]] if"),
     ("vsm/linear.py", "return B + alpha / N", "return B + alpha * N"),
-    ("studies/convergence.py", "settings_of(mine, of_model)),", "settings_of(mine, of_model + of_training)),"),
+    ("studies/convergence.py", "settings_of(configs, of_model)),", "settings_of(configs, of_model + of_training)),"),
     ("studies/convergence.py", "and other == model}", "}"),
     ("studies/convergence.py", "run.finished() | latent", "run.arrays() | latent"),
     ("studies/convergence.py", "student.ppf(0.975,", "student.ppf(0.95,"),
