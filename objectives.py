@@ -114,6 +114,7 @@ class Objective:
     joint           whether one loss trains theta and phi; the same entry is then in LEARN and in INFER
     alias           (N, estimator) -> the letter of another objective that this one equals for them, or None
     passes          N -> the passes that an update needs, see below; None: unknown to the benchmark
+    gamma           (LEARN only) the statistics of its stationary gamma, likelihood_gamma or score_gamma; None: no closed form
     """
     function: Callable
     letter: str
@@ -123,6 +124,7 @@ class Objective:
     joint: bool = False
     alias: Callable = lambda samples, estimator: None
     passes: Callable | None = None
+    gamma: Callable | None = None
 
     def __call__(self, vae, x, q, z, **options):
         return self.function(vae, x, q, z, **options)
@@ -135,6 +137,24 @@ class Objective:
     def has_weight(self):
         """Whether the function holds a keyword `weight` fixed; bi-level training passes it as a function of phi."""
         return "weight" in inspect.signature(self.function).parameters
+
+
+def likelihood_gamma(loss, slope, gamma, D):
+    """E||r||^2 and D; their ratio is the stationary gamma of the ELBO, E||r||^2 / (2 gamma) + D/2 log gamma + constant.
+
+    r_n = x - g(z_n). loss and slope = d loss / d log gamma, [] or [S], are means over a minibatch at this gamma; q, z are held.
+    The statistics do not depend on gamma. Average each over minibatches before the division: a mean of ratios is another number.
+    """
+    return (D - 2 * slope) * gamma, torch.full_like(gamma, D)
+
+
+def score_gamma(loss, slope, gamma, D):
+    """P and Q, whose ratio is the stationary gamma of P / (2 gamma^2) - Q / gamma, as in likelihood_gamma.
+
+    F has P = E||r||^2, S 2 E||r||^2 - ||rbar||^2 and B ||rbar||^2, with the estimator's ||rbar||^2; Q is D, for B D + E[r . b].
+    A loss with a constant besides has to be given less that. P or Q below 0, which noise can give B, means no stationary gamma.
+    """
+    return -2 * (loss + slope) * gamma**2, -(2 * loss + slope) * gamma
 
 
 # The passes through the encoder (of B data) and through the decoder (of N B samples) without which an update cannot be computed:
@@ -152,11 +172,11 @@ def _infer_passes(N):
 _FAE = Objective(fae, "FAE", "tab:red", needs_b=True, joint=True,
                  passes=lambda N: ((1 + N, 1 + N, 1 + N, N), (2, 2, 2, 2)))
 LEARN = {
-    "elbo": Objective(elbo, "ELBO", "black", passes=_learn_passes),
-    "fd": Objective(fd, "F", "tab:blue", passes=_learn_passes),
-    "swersky": Objective(swersky, "S", "tab:orange", passes=_learn_passes,
+    "elbo": Objective(elbo, "ELBO", "black", passes=_learn_passes, gamma=likelihood_gamma),
+    "fd": Objective(fd, "F", "tab:blue", passes=_learn_passes, gamma=score_gamma),
+    "swersky": Objective(swersky, "S", "tab:orange", passes=_learn_passes, gamma=score_gamma,
                          alias=lambda samples, estimator: "F" if samples == 1 and estimator == "plugin" else None),
-    "bao": Objective(bao, "B", "tab:green", needs_b=True, passes=lambda N: ((1, N, 0, N), (1, 1, 1, 0))),
+    "bao": Objective(bao, "B", "tab:green", needs_b=True, gamma=score_gamma, passes=lambda N: ((1, N, 0, N), (1, 1, 1, 0))),
     "fae": _FAE,
 }
 INFER = {
