@@ -12,6 +12,7 @@ Notation: N posterior samples per datum, B data, D = dim x, Dz = dim z; an ensem
     b_n = grad_x log q(z_n|x), z_n held fixed                                 [N, B, D]
     c_n = grad_z log q(z_n|x) - grad_z log p(z_n) - grad_z log p(x|z_n)       [N, B, Dz]
     lap = laplacian_x log p(x|z) = -D / gamma                                 [B]
+    t   = -(x - x0) / sd^2, the score of the noise in data x = x0 + sd e, e ~ N(0, I)      [B, D]
 
 Every Fisher-type loss carries the factor 1/2, sums over D or Dz, averages over N and returns one number per datum, [B]. Lower is
 better. Every objective is a pure function objective(vae, x, q, z) of any model that has the members of `Model`. The caller
@@ -78,6 +79,18 @@ def bao(vae, x, q, z, estimator="plugin"):
     a, lap = likelihood_score(vae, x, q, z)
     b = posterior_score(vae, x, q, z)
     return 1 / 2 * squared_mean(a, x, q, estimator) + mean_product(a, b, estimator) + lap
+
+
+def dsm(vae, x, q, z, t, estimator="plugin"):
+    """Denoising score matching (Vincent 2011) of E_q a, with the noise's score t: 1/2 ||E_q a - t||^2.
+
+    For data with Gaussian noise its expectation is that of `bao` plus a constant, for any decoder and q, without b.
+    ValueError for the estimator `released`.
+    """
+    if estimator == "released":
+        raise ValueError("the paper released no estimator of denoising score matching; use plugin or unbiased")
+    a, _ = likelihood_score(vae, x, q, z)
+    return 1 / 2 * squared_mean(a - t, x, q, estimator)
 
 
 def posterior_fd(vae, x, q, z):

@@ -7,6 +7,7 @@ Algorithm 1 updates the decoder while q is held. In a direction where the data h
 gamma + w^2 = v / kappa, with the contraction kappa of the objective. docs/theory.md has the proofs.
 """
 
+import inspect
 import math
 
 import numpy as np
@@ -19,14 +20,14 @@ from objectives import LEARN
 LOWEST, HIGHEST, SCANNED = 1e-6, 1e3, 16  # a scan for fixed points: least w^2 / gamma, largest (gamma + w^2) / v, values
 
 
-KAPPA_KNOWN = ("elbo", "fd", "swersky", "bao")
+KAPPA_KNOWN = ("elbo", "fd", "swersky", "bao", "dsm")
 
 
 def kappa(objective, estimator="plugin", N=math.inf, alpha=1.0, batch=None):
     """The contraction of a learning objective: the linear model that it trains has the variance v / kappa where the data have v.
 
-    objective: elbo, fd, swersky or bao. estimator: plugin, unbiased or released, for swersky and bao. N: posterior samples;
-    plugin with N = inf is the exact expectation. alpha: the variance of q over the exact posterior's, a number or an array.
+    objective: one of KAPPA_KNOWN. estimator: plugin, unbiased or (not for dsm) released. N: posterior samples; plugin with
+    N = inf is the exact expectation. alpha: the variance of q over the exact posterior's, a number or an array.
     batch: the size of the minibatch over which `released` averages vectors; None for `released` on images. Raises ValueError for
     another objective.
     """
@@ -48,7 +49,7 @@ def bilevel_kappa(objective, estimator, N, mean_share, variance_share, V):
     mean_share, variance_share: the derivatives of q's mean and variance with respect to w after the kept encoder steps, over
     those of the exact posterior; 0 without such steps, 1 for infinitely many. V: the posterior's variance, gamma / (gamma + w^2).
     """
-    kappa_0 = 1.0 if objective in ("elbo", "bao") else 0.0
+    kappa_0 = 0.0 if objective in ("fd", "swersky") else 1.0
     factor = (1 - variance_share * (1 - V)) / (1 - mean_share * (1 - 2 * V))
     return kappa_0 + (kappa(objective, estimator, N) - kappa_0) * factor
 
@@ -138,12 +139,19 @@ def matched_noise(pairs, dims, seed=0):
 
 
 def expected_gradient(objective, w, v, N, alpha, gamma=1.0, batch=None, image=False, pairs=128, seed=0, **options):
-    """d E[loss] / dw of a one-dimensional linear VAE at w, with q and z held (Algorithm 1). Options: see measured_kappa."""
-    B = batch or 1
-    noise = matched_noise(max(pairs, 2 * B * (1 + N)), B * (1 + N), seed).unflatten(-1, (1 + N, B))  # [M, 1 + N, B]
-    x, noise = math.sqrt(v) * noise[:, 0, :, None], noise[:, 1:, :, None].transpose(0, 1)  # [M, B, 1], [N, M, B, 1]
+    """d E[loss] / dw of a one-dimensional linear VAE at w, with q and z held (Algorithm 1). Options: see measured_kappa.
+
+    An objective that takes the score t of the data's noise gets data of which half the variance is noise.
+    """
+    B, function = batch or 1, LEARN[objective].function if isinstance(objective, str) else objective
+    kinds = 2 + N if "t" in inspect.signature(function).parameters else 1 + N
+    noise = matched_noise(max(pairs, 2 * B * kinds), B * kinds, seed).unflatten(-1, (kinds, B, 1)).transpose(0, 1)
+    x, noise, e = math.sqrt(v) * noise[0], noise[1:1 + N], noise[1 + N:]  # [M, B, 1], [N, M, B, 1], [0 or 1, M, B, 1]
     if not batch:
-        x, noise = x[:, 0], noise[:, :, 0]
+        x, noise, e = x[:, 0], noise[:, :, 0], e[:, :, 0]
+    if len(e):
+        x = (x + math.sqrt(v) * e[0]) / math.sqrt(2)
+        options = options | {"t": -e[0] / math.sqrt(v / 2)}
     event_shape = (1, 1, 1) if image else (1,)
     vae = linear_vae(torch.full((1, 1), w, dtype=torch.float64), gamma, event_shape, len(x) if batch else None)
     set_posterior(vae, alpha)
@@ -151,7 +159,7 @@ def expected_gradient(objective, w, v, N, alpha, gamma=1.0, batch=None, image=Fa
     x = x.unflatten(-1, event_shape).requires_grad_()
     q = vae.encode(x)
     z = vae.sample(q, noise).detach()
-    loss = (LEARN[objective] if isinstance(objective, str) else objective)(vae, x, q, z, **options).mean()
+    loss = function(vae, x, q, z, **options).mean()
     return torch.autograd.grad(loss, vae.decoder.weight)[0].item()
 
 
@@ -197,7 +205,7 @@ def split_kappa(objective, alpha=1.0, samples=(2, 5, 20), **options):
 def expected_slope(W, C, gamma, objective, estimator="plugin", N=math.inf, alpha=1.0):
     """gamma^2 times the gradient of an objective's expectation with respect to the decoder's weights W [D, Dz], in closed form.
 
-    For elbo it is gamma times the gradient. objective: elbo, fd, swersky or bao. C [D, D]: covariance of the data. q and z are
+    For elbo it is gamma times the gradient. objective: one of KAPPA_KNOWN. C [D, D]: covariance of the data. q and z are
     held; q has the exact posterior's mean and alpha times its full covariance.
     """
     S = gamma * torch.linalg.inv(W.T @ W + gamma * torch.eye(W.shape[1], dtype=W.dtype, device=W.device))  # the exact covariance
