@@ -40,7 +40,7 @@ def parse_args(argv=None):
     flag("--out", default=None, help="the report's folder (default: runs/audit/NAME-ESTIMATOR)")
     flag("--overwrite", action="store_true", help="audit again")
     args = parser.parse_args(argv)
-    if args.estimator != "plugin" and not LEARN[args.objective].has_estimator:
+    if args.estimator != "plugin" and not LEARN[args.objective].takes("estimator"):
         parser.error(f"{args.objective} has no estimator to choose")
     args.out = args.out or f"runs/audit/{args.objective}-{args.estimator}"
     return args
@@ -51,7 +51,7 @@ def main(args):
     with Run(args.out, "audit", vars(args), device, args.overwrite) as run:
         if run.status:
             return
-        options = {"estimator": args.estimator} if LEARN[args.objective].has_estimator else {}
+        options = {"estimator": args.estimator} if LEARN[args.objective].takes("estimator") else {}
         findings, arrays = [], {}
         if LEARN[args.objective].joint:
             print(f"{args.objective} trains encoder and decoder by one loss; the audit is of the decoder's part, q held fixed")

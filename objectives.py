@@ -140,16 +140,17 @@ class Objective:
     gamma: Callable | None = None
 
     def __call__(self, vae, x, q, z, **options):
-        return self.function(vae, x, q, z, **options)
+        """The loss [B]. The function gets those of the `options` that it declares as keywords; a trainer offers
 
-    @property
-    def has_estimator(self):
-        return "estimator" in inspect.signature(self.function).parameters
+        estimator  one of ESTIMATORS
+        weight     [B, Dz], held fixed; bi-level training passes it as a function of phi
+        t          [B, D], the score of the noise that was added to the clean data x0: -(x - x0) / sd^2
+        """
+        return self.function(vae, x, q, z, **{name: value for name, value in options.items() if self.takes(name)})
 
-    @property
-    def has_weight(self):
-        """Whether the function holds a keyword `weight` fixed; bi-level training passes it as a function of phi."""
-        return "weight" in inspect.signature(self.function).parameters
+    def takes(self, keyword):
+        """Whether the function declares this keyword."""
+        return keyword in inspect.signature(self.function).parameters
 
 
 def likelihood_gamma(loss, slope, gamma, D):

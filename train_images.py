@@ -19,7 +19,7 @@ from data import data_names, load_images
 from metrics import evaluate_images, quantise
 from models import NETS, NORMS
 from objectives import ESTIMATORS, INFER, LEARN, label
-from training import EVALUATION, INIT, Trainer, announce, resolve_pair, seed_of, stack, train
+from training import EVALUATION, INIT, ImageTrainer, announce, resolve_pair, seed_of, stack, train
 from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.fid import FIDS, fids, reference_of
@@ -113,7 +113,7 @@ def main(args):
 
 
 def fit(run, args, vae, data, device):
-    trainer = Trainer(vae, data.train.to(device), learn=args.learn, infer=args.infer, estimator=args.estimator,
+    trainer = ImageTrainer(vae, data.train.to(device), learn=args.learn, infer=args.infer, estimator=args.estimator,
                       samples=args.samples, inner_steps=args.inner_steps, noise=args.noise, batch=args.batch, lr=args.lr,
                       seed=args.seed, graph=not args.no_graph, infer_samples=args.infer_samples, lr_half_life=args.lr_half_life)
     test = data.test.to(device)

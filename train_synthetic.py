@@ -26,18 +26,17 @@ from training import (
     EVALUATION,
     INIT,
     NOISE,
-    Ledger,
+    TrainingState,
     adam,
     announce,
     decay,
-    infer_loss,
-    learn_loss,
-    options_of,
+    phi_loss,
     resolve_pair,
     seed_of,
     set_gradients,
     set_rate,
     stack,
+    theta_loss,
     train,
 )
 from vsm.cli import Formatter, command_line, count, positive, positive_float, seed_number
@@ -60,8 +59,7 @@ def kept_step(vae, phi, x, infer, noise, lr):
     x, here = x.detach().requires_grad_(), {name: p.view_as(p) for name, p in phi.items()}
     q = vae.posterior(functional_call(vae.encoder, here, x))
     held = q if INFER[infer].reparametrised else vae.posterior(functional_call(vae.encoder, phi, x))
-    options = {"weight": held.base_dist.scale} if INFER[infer].has_weight else {}
-    loss = INFER[infer](vae, x, q, vae.sample(held, noise), **options).mean(-1).sum()
+    loss = INFER[infer](vae, x, q, vae.sample(held, noise), weight=held.base_dist.scale).mean(-1).sum()
     gradient = grad(loss, list(here.values()), create_graph=True)
     return {name: p - lr * g for (name, p), g in zip(phi.items(), gradient)}
 
@@ -70,10 +68,10 @@ def bilevel_loss(vae, phi, x, learn, noise, estimator="plugin"):
     """The loss of theta [S, B] where phi is a function of theta; z is reparametrised, so that the gradient is exact."""
     x = x.detach().requires_grad_()  # a new leaf, because phi depends on x too, but b_n is the derivative at fixed phi
     q = vae.posterior(functional_call(vae.encoder, phi, x))
-    return LEARN[learn](vae, x, q, vae.sample(q, noise), **options_of(learn, estimator))
+    return LEARN[learn](vae, x, q, vae.sample(q, noise), estimator=estimator)
 
 
-class EnsembleTrainer(Ledger):
+class EnsembleTrainer(TrainingState):
     """S VAEs that train at once. Each draws data and noise from its own generator and so equals a run of its seed alone.
 
     One decoder update (Section B.1 of the paper) is K encoder steps by SGD, J more whose dependence on theta is kept, and one
@@ -139,7 +137,7 @@ class EnsembleTrainer(Ledger):
 
     def infer(self, vae, x, noise):
         """The loss of phi per member [S], followed by its gradients."""
-        loss = infer_loss(vae, x, self.args.infer, lambda q: noise).mean(-1)
+        loss = phi_loss(vae, x, self.args.infer, noise).mean(-1)
         return loss.detach(), *grad(loss.sum(), list(vae.encoder.parameters()))
 
     def learn(self, vae, x, kept_noise, noise):
@@ -151,7 +149,7 @@ class EnsembleTrainer(Ledger):
         if args.bilevel_steps:
             loss = bilevel_loss(vae, phi, x, args.learn, noise, args.estimator).mean(-1)
         else:
-            loss = learn_loss(vae, x, args.learn, lambda q: noise, args.estimator).mean(-1)
+            loss = theta_loss(vae, x, args.learn, noise, estimator=args.estimator).mean(-1)
         gradient = grad(loss.sum(), [*vae.decoder.parameters(), vae.log_gamma])
         return loss.detach(), gradient, [p.detach() for p in phi.values()]
 

@@ -1,7 +1,7 @@
 """Training: the alternating update of Algorithm 1 on images, the state that every trainer keeps, and the training loop.
 
-Read `Trainer.update` first: it is one whole step. `train_synthetic.py` has the other trainer, for ensembles on 2-D data.
-As in objectives.py, phi are the encoder's parameters and theta the decoder's and log_gamma; they are the two halves of a model.
+Read `ImageTrainer.update` first: it is one whole step. `train_synthetic.py` has the other trainer, for ensembles on 2-D data.
+As in objectives.py, phi are the encoder's parameters and theta the decoder's and log_gamma.
 """
 
 import time
@@ -12,7 +12,7 @@ import torch
 from objectives import INFER, LEARN
 from vsm.cli import Stopped, UserError, progress, stopping
 from vsm.cuda_graphs import Graphs
-from vsm.device import peak_memory
+from vsm.device import peak_memory, to_channels_last
 from vsm.forms import mismatch
 
 LOOK_SECONDS = 1  # the host waits for the device, to see whether the run has diverged, at most this often
@@ -38,8 +38,8 @@ def resolve_pair(parser, args):
         parser.error(f"{joint} trains encoder and decoder by one loss, so --learn {joint} goes with --infer {joint} only")
     if learn.joint and args.infer_samples != args.samples:
         parser.error(f"{args.learn} has one loss and one number of samples; --infer-samples must equal --samples")
-    if args.estimator != "plugin" and not learn.has_estimator:
-        names = " and ".join(name for name, entry in LEARN.items() if entry.has_estimator)
+    if args.estimator != "plugin" and not learn.takes("estimator"):
+        names = " and ".join(name for name, entry in LEARN.items() if entry.takes("estimator"))
         parser.error(f"--estimator {args.estimator} applies to --learn {names} only")
     if args.estimator == "unbiased" and args.samples < 2:
         parser.error("--estimator unbiased needs --samples of at least 2, because it divides by N - 1")
@@ -52,41 +52,45 @@ def announce(args, name, data, model):
         print(f"{LEARN[args.learn].letter} with N = {args.samples} equals {alias}", flush=True)
 
 
-def infer_loss(vae, x, infer, noise):
-    """The loss of phi per datum [B]. noise(q) returns standard noise [N, B, Dz]. FD takes z as a constant (Section 3.3.2)."""
+def phi_loss(vae, x, infer, noise):
+    """The loss of phi per datum [B], from standard `noise` [N, B, Dz] of z. FD takes z as a constant (Section 3.3.2)."""
     q = vae.encode(x)
-    z = vae.sample(q, noise(q))
+    z = vae.sample(q, noise)
     return INFER[infer](vae, x, q, z if INFER[infer].reparametrised else z.detach())
 
 
-def learn_loss(vae, x, learn, noise, estimator="plugin"):
-    """The loss of theta per datum [B]. phi gets no gradient and z is a constant (Alg. 1)."""
+def theta_loss(vae, x, learn, noise, **options):
+    """The loss of theta per datum [B], from standard `noise` [N, B, Dz] of z. phi gets no gradient and z is a constant (Alg. 1).
+
+    The objective gets those of the `options` that it declares, such as its estimator.
+    """
     x.requires_grad_(LEARN[learn].needs_b)  # b_n is the encoder's input gradient, a constant for theta
     with torch.set_grad_enabled(x.requires_grad):
         q = vae.encode(x)
-    z = vae.sample(q, noise(q), relaxed=False).detach()
-    return LEARN[learn](vae, x, q, z, **options_of(learn, estimator))
+    z = vae.sample(q, noise, relaxed=False).detach()
+    return LEARN[learn](vae, x, q, z, **options)
 
 
 def joint_loss(vae, x, learn, noise):
     """The one loss of theta and phi per datum [B], for the Fisher autoencoder: z is reparametrised and all is differentiable."""
     x.requires_grad_()
     q = vae.encode(x)
-    return LEARN[learn](vae, x, q, vae.sample(q, noise(q)))
+    return LEARN[learn](vae, x, q, vae.sample(q, noise))
 
 
-def options_of(learn, estimator):
-    return {"estimator": estimator} if LEARN[learn].has_estimator else {}
+def latent_noise(vae, x, samples, generator):
+    """Standard noise [samples, B, Dz] for the z of a minibatch x [B, ...]: normal, or logistic for Bernoulli latents."""
+    return vae.noise(vae.prior.expand(x.shape[:1]), samples, generator)
 
 
-class Ledger:
+class TrainingState:
     """The state of a trainer: model, clock, sums of losses, divergence, generators, checkpoints, and the switch to CUDA graphs.
 
     A subclass sets `steps_per_epoch`, puts the further tensors that its update changes into `tensors`, and defines `run_step`
     (which calls `advance`), `progress` and `averages`. The loop `train` uses these and the public members here.
 
     clock counts updates on the device. diverged_at, of shape `members` (() or, for an ensemble, (S,)), is the clock's value at a
-    member's first non-finite loss. sums: [2 halves (phi, theta), quantities, *members]; the last quantity counts the terms.
+    member's first non-finite loss. sums: [2 groups (phi, theta), quantities, *members]; the last quantity counts the terms.
     """
 
     def __init__(self, vae, optimisers, generators, sums, members=(), graph=False, seeds=()):
@@ -119,7 +123,7 @@ class Ledger:
         return self.diverged_at.max().item() if (self.diverged_at < self.clock).all() else None
 
     def means(self, reset):
-        """The means since the last reset, sums over counts: [2 halves, quantities - 1, *members]."""
+        """The means since the last reset, sums over counts: [2 groups, quantities - 1, *members]."""
         values = (self.sums[:, :-1] / self.sums[:, -1:]).cpu()
         if reset:
             self.sums.zero_()
@@ -151,7 +155,7 @@ class Ledger:
             restore_generator(generator, state, seed_of(seed, NOISE, self.step))
 
 
-class Half:
+class ParameterGroup:
     """The parameters that one loss trains, phi or theta, and their optimiser."""
 
     def __init__(self, params, lr, capturable, scheduled):
@@ -159,8 +163,8 @@ class Half:
         self.optimiser = adam(self.params, lr, capturable, scheduled)
 
 
-class Trainer(Ledger):
-    """Trains a VAE on images, uint8 [n, C, H, W] on the device, by Adam on each half.
+class ImageTrainer(TrainingState):
+    """Trains a VAE on images, uint8 [n, C, H, W] on the device, by Adam on each group.
 
     The keywords are the flags of train_images.py. On a GPU each kind of update is captured in a CUDA graph at its first call and
     replayed afterwards, unless graph=False. Raises UserError for fewer images than one minibatch.
@@ -171,13 +175,13 @@ class Trainer(Ledger):
         if len(images) < batch:
             raise UserError(f"{len(images)} training images are fewer than one minibatch of {batch}; use a smaller --batch")
         if not (LEARN[learn].joint or infer == "fd-repar"):  # a double backward, mostly of batch norm, is slower in channels_last
-            vae.to(memory_format=torch.channels_last)
+            to_channels_last(vae)
         self.images, self.learn, self.infer, self.estimator = images, learn, infer, estimator
         self.samples, self.infer_samples, self.inner_steps = samples, infer_samples or samples, inner_steps
         self.noise, self.batch, self.seed, self.lr, self.lr_half_life = noise, batch, seed, lr, lr_half_life
         graph = graph and images.device.type == "cuda"
         self.generator = torch.Generator(images.device).manual_seed(seed_of(seed, NOISE))
-        self.phi, self.theta = (Half(params, lr, graph, lr_half_life is not None)
+        self.phi, self.theta = (ParameterGroup(params, lr, graph, lr_half_life is not None)
                                 for params in (vae.encoder.parameters(), [*vae.decoder.parameters(), vae.log_gamma]))
         super().__init__(vae, [self.phi.optimiser, self.theta.optimiser], [self.generator], graph=graph, seeds=[seed],
                          sums=torch.zeros(2, 3, dtype=torch.float64))  # loss, gradient norm, count
@@ -199,40 +203,47 @@ class Trainer(Ledger):
 
     def update(self, with_decoder):
         """One minibatch: phi moves and, if `with_decoder`, then theta. A joint objective moves both by one loss."""
-        x = self.minibatch()
+        x, noise = self.minibatch()
         if LEARN[self.learn].joint:
-            self.descend(lambda: joint_loss(self.vae, x, self.learn, self.z_noise(self.samples)), self.phi, self.theta)
+            self.train_only(self.phi, self.theta)
+            z_noise = latent_noise(self.vae, x, self.samples, self.generator)
+            loss = joint_loss(self.vae, x, self.learn, z_noise)
+            self.step_by(loss, self.phi, self.theta)
         else:
-            self.descend(lambda: infer_loss(self.vae, x, self.infer, self.z_noise(self.infer_samples)), self.phi)
+            self.train_only(self.phi)
+            z_noise = latent_noise(self.vae, x, self.infer_samples, self.generator)
+            loss = phi_loss(self.vae, x, self.infer, z_noise)
+            self.step_by(loss, self.phi)
             if with_decoder:
-                self.descend(lambda: learn_loss(self.vae, x, self.learn, self.z_noise(self.samples), self.estimator), self.theta)
+                self.train_only(self.theta)
+                z_noise = latent_noise(self.vae, x, self.samples, self.generator)
+                t = -noise.flatten(1) / self.noise if LEARN[self.learn].takes("t") else None  # the score of the data's noise
+                loss = theta_loss(self.vae, x, self.learn, z_noise, estimator=self.estimator, t=t)
+                self.step_by(loss, self.theta)
         self.clock += 1
 
     def minibatch(self):
-        """The next images of this epoch's permutation in [0, 1], with fresh noise, [B, C, H, W]."""
+        """The next images of this epoch's permutation in [0, 1], with noise, and that noise before scaling, each [B, C, H, W]."""
         x = self.images[self.order[self.cursor]].float() / 255
         self.cursor += self.batch
-        return x + self.noise * torch.randn(x.shape, generator=self.generator, device=self.device)
+        noise = torch.randn(x.shape, generator=self.generator, device=self.device)
+        return x + self.noise * noise, noise
 
-    def z_noise(self, samples):
-        """A function of q that draws standard noise [samples, B, Dz] for z."""
-        return lambda q: self.vae.noise(q, samples, self.generator)
+    def train_only(self, *groups):
+        """Freeze the other groups, so that their weights cost neither a gradient nor a double backward."""
+        for group in (self.phi, self.theta):
+            for p in group.params:
+                p.requires_grad_(group in groups)
 
-    def descend(self, loss_of, *halves):
-        """One Adam step of `halves` on the mean of loss_of() [B] over the minibatch. It never waits for the device.
-
-        The other half is frozen meanwhile, so that its weights cost neither a gradient nor a double backward.
-        """
-        for half in (self.phi, self.theta):
-            for p in half.params:
-                p.requires_grad_(half in halves)
-        loss, params = loss_of().mean(), [p for half in halves for p in half.params]
+    def step_by(self, loss, *groups):
+        """One Adam step of the parameter `groups` on the mean of loss [B] over the minibatch. It never waits for the device."""
+        loss, params = loss.mean(), [p for group in groups for p in group.params]
         set_gradients(params, torch.autograd.grad(loss, params))
-        for half, sums in zip((self.phi, self.theta), self.sums):
-            if half in halves:
-                norm = torch.nn.utils.get_total_norm([p.grad for p in half.params])
+        for group, sums in zip((self.phi, self.theta), self.sums):
+            if group in groups:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in group.params])
                 sums += torch.stack([loss.detach(), norm, torch.ones_like(norm)])
-                half.optimiser.step()
+                group.optimiser.step()
         self.note_divergence(loss.detach())
 
     def begin_epoch(self, epoch):

@@ -29,7 +29,7 @@ from benchmarks.timing import matrix_rate, time_in_turns
 from metrics import iw_log_likelihood
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN, label
-from training import Trainer
+from training import ImageTrainer
 from vsm.cli import Formatter, command_line, positive
 from vsm.cuda_graphs import cpp_compiler
 from vsm.device import pick_device, set_precision
@@ -59,7 +59,7 @@ def build_model(args, device, image, net, precision="float32"):
 
 
 def training_options(args, pair, batch):
-    """The options that the plain step and the Trainer share."""
+    """The options that the plain step and the ImageTrainer share."""
     learn, infer = pairs()[pair]
     return {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1,
             "batch": batch, "lr": 1e-4}
@@ -74,7 +74,7 @@ def training_rows(args, device, part, image, net, pair, batch):
     vae = partial(build_model, args, device, image, net)
 
     def trainer(precision, graph):
-        return Trainer(vae(precision), resident_images, estimator="plugin", seed=0, graph=graph, **options)
+        return ImageTrainer(vae(precision), resident_images, estimator="plugin", seed=0, graph=graph, **options)
 
     has_floor = floor.has_floor(*pairs()[pair])
     flops = floor.Floor(trainer("float32", graph=False), "float32").flops if has_floor else math.nan

@@ -15,7 +15,7 @@ def has_floor(learn, infer):
 
 
 class Floor:
-    """The convolutions and matrix products of a Trainer's updates alone, with the same shapes and memory formats."""
+    """The convolutions and matrix products of an ImageTrainer's updates alone, with the same shapes and memory formats."""
 
     def __init__(self, trainer, precision):
         x = trainer.images[:trainer.batch].float() / 255

@@ -18,7 +18,7 @@ from metrics import objective_terms
 from models import VAE, mlp
 from objectives import LEARN, likelihood_score
 from studies.spectrum import load_pixels, train_one_model
-from training import joint_loss, learn_loss
+from training import joint_loss, theta_loss
 from vsm import linear
 from vsm.tables import markdown_table, mean_and_error, mean_and_error_text
 
@@ -239,9 +239,9 @@ def check_cost(name, options, seed, samples=5, data=50):
 
         def update(vae=vae, x=x, noise=noise, joint=joint, moving=moving):
             if joint:
-                loss = joint_loss(vae, x.clone(), name, lambda q: noise)
+                loss = joint_loss(vae, x.clone(), name, noise)
             else:
-                loss = learn_loss(vae, x.clone(), name, lambda q: noise, options.get("estimator", "plugin"))
+                loss = theta_loss(vae, x.clone(), name, noise, **options)
             grad(loss.mean(), moving)
 
         with torch.no_grad():
@@ -285,7 +285,7 @@ def check_short_run(args):
     for name in dict.fromkeys(("elbo", args.objective)):
         flags = ["--data", args.law, "--learn", name, "--samples", "5", "--batch", "100", "--lr", "1e-3", "--inner-steps", "2",
                  "--seeds", str(args.seeds), "--test-size", "500", "--importance-samples", "5000"]
-        if name == args.objective and LEARN[name].has_estimator:
+        if name == args.objective and LEARN[name].takes("estimator"):
             flags += ["--estimator", args.estimator]
             flags += ["--samples", "1"] if args.estimator == "released" else []
         trainer = train_synthetic.EnsembleTrainer(train_synthetic.parse_args(flags), torch.device("cpu"))

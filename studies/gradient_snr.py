@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from objectives import ESTIMATORS, LEARN, dot
-from training import EVALUATION, joint_loss, learn_loss, seed_of
+from training import EVALUATION, joint_loss, latent_noise, seed_of, theta_loss
 from vsm.tables import with_error
 
 SAMPLES = (1, 2, 5, 10)
@@ -41,7 +41,8 @@ def measure_gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda lin
     couples no data, or "train", as in training; the model is left as it was. tell: gets a line of text for each entry.
     """
     objectives = compared_objectives(vae.latent)
-    names = [LEARN[learn].letter + (f" {estimator}" if LEARN[learn].has_estimator else "") for learn, estimator in objectives]
+    names = [LEARN[learn].letter + (f" {estimator}" if LEARN[learn].takes("estimator") else "")
+             for learn, estimator in objectives]
     keys = ("snr", "snr_se", "snr_log_gamma", "snr_log_gamma_se", "cosine_to_elbo", "gradient_norm")
     result = {key: np.full((len(objectives), len(SAMPLES)), np.nan) for key in keys}
     with differentiable_decoder(vae, mode):
@@ -66,7 +67,8 @@ def measure_gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda lin
 
 def compared_objectives(latent):
     """[(objective, estimator)] with the ELBO first, without duplicates and without those that the latents do not allow."""
-    pairs = [(learn, estimator) for learn in LEARN for estimator in (ESTIMATORS if LEARN[learn].has_estimator else ("plugin",))]
+    pairs = [(name, estimator) for name, entry in LEARN.items()
+             for estimator in (ESTIMATORS if entry.takes("estimator") else ("plugin",))]
     pairs.remove(("swersky", "released"))  # equals plugin on images
     return [pair for pair in pairs if latent == "gaussian" or not LEARN[pair[0]].joint]
 
@@ -124,11 +126,8 @@ def noisy_minibatch(images, flags, generator):
 def minibatch_gradient(vae, theta, images, flags, learn, estimator, samples, generator):
     """The gradient d loss / d theta of one random minibatch, a float64 vector [P]."""
     x = noisy_minibatch(images, flags, generator)
-
-    def noise(q):
-        return vae.noise(q, samples, generator)
-
-    loss = joint_loss(vae, x, learn, noise) if LEARN[learn].joint else learn_loss(vae, x, learn, noise, estimator)
+    noise = latent_noise(vae, x, samples, generator)
+    loss = joint_loss(vae, x, learn, noise) if LEARN[learn].joint else theta_loss(vae, x, learn, noise, estimator=estimator)
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss.mean(), theta)]).double()
 
 

@@ -91,7 +91,6 @@ def trained_weights(pixels, start, args, objective, estimator, N):
     vae.encoder.requires_grad_(False)
     optimiser = torch.optim.SGD(vae.decoder.parameters(), lr=args.lr * (gamma if objective == "elbo" else gamma**2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step / DECAY))
-    options = {"estimator": estimator} if LEARN[objective].has_estimator else {}
     generator = torch.Generator(device).manual_seed(args.seed)
     average, averaged = torch.zeros_like(vae.decoder.weight), args.iterations - args.iterations // 2
     for step in range(args.iterations):
@@ -102,7 +101,7 @@ def trained_weights(pixels, start, args, objective, estimator, N):
         noise = torch.randn(N, args.batch // 2, args.latents, generator=generator, device=device)
         z = vae.sample(q, torch.cat((noise, -noise), 1)).detach()
         optimiser.zero_grad()
-        LEARN[objective](vae, x, q, z, **options).mean().backward(inputs=[vae.decoder.weight])
+        LEARN[objective](vae, x, q, z, estimator=estimator).mean().backward(inputs=[vae.decoder.weight])
         optimiser.step()
         schedule.step()
         if not vae.decoder.weight.isfinite().all():

@@ -61,7 +61,7 @@ def arm(number, fatal, delay=0.0):
     for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
         setattr(os, name, between_moments(getattr(os, name)))
     vsm.runs.open = WrittenInHalves
-    training.Ledger.advance = between_moments(training.Ledger.advance)
+    training.TrainingState.advance = between_moments(training.TrainingState.advance)
     return moments
 
 

@@ -5,13 +5,13 @@ import torch
 
 import train_synthetic
 from models import build_vae
-from training import Trainer
+from training import ImageTrainer
 
 LR, STEPS = 1e-3, 5
 
 
 def assert_moves_as_plain_adam(trainer):
-    params = trainer.phi.params + trainer.theta.params if isinstance(trainer, Trainer) else trainer.theta
+    params = trainer.phi.params + trainer.theta.params if isinstance(trainer, ImageTrainer) else trainer.theta
     copies = [p.detach().clone() for p in params]
     plain = torch.optim.Adam(copies, LR, fused=False, foreach=False)
     for _ in range(STEPS):
@@ -27,7 +27,7 @@ def assert_moves_as_plain_adam(trainer):
 def test_image_trainer_moves_as_plain_adam(net):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (40, 1, 32, 32), dtype=torch.uint8)
-    assert_moves_as_plain_adam(Trainer(build_vae(net, (1, 32, 32), 4, width=4), images, learn="bao", infer="kld",
+    assert_moves_as_plain_adam(ImageTrainer(build_vae(net, (1, 32, 32), 4, width=4), images, learn="bao", infer="kld",
                                        estimator="plugin", samples=2, inner_steps=1, noise=0.1, batch=20, lr=LR, seed=0))
 
 

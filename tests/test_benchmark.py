@@ -15,7 +15,7 @@ from benchmarks.floor import Floor
 from benchmarks.reference_step import INFERENCE, Plain, plain_loss
 from models import build_vae
 from studies.auditing import flops_of
-from training import Trainer, infer_loss, joint_loss, learn_loss
+from training import ImageTrainer, joint_loss, phi_loss, theta_loss
 from vsm.device import keep_freed_memory
 from vsm.runs import load_arrays, save_arrays
 
@@ -32,9 +32,9 @@ def test_the_plain_step_has_the_trainers_gradients(name, norm):
     kind, _, objective = name.rpartition(" ")
     phi, theta = list(vae.encoder.parameters()), [*vae.decoder.parameters(), vae.log_gamma]
     moving = {"infer": phi, "learn": theta, "": phi + theta}[kind]
-    ours = {"infer": lambda: infer_loss(vae, x, objective, lambda q: noise),
-            "learn": lambda: learn_loss(vae, x, objective, lambda q: noise),
-            "": lambda: joint_loss(vae, x, "fae", lambda q: noise)}[kind]().mean()
+    ours = {"infer": lambda: phi_loss(vae, x, objective, noise),
+            "learn": lambda: theta_loss(vae, x, objective, noise),
+            "": lambda: joint_loss(vae, x, "fae", noise)}[kind]().mean()
     if kind == "infer":
         objective = INFERENCE[objective]
     plain = plain_loss(vae, x, noise, objective, reparametrised=name in ("infer kld", "infer fd-repar", "fae"))
@@ -51,8 +51,8 @@ def flops_of_two_steps(stepper):
 def test_the_trainer_computes_what_is_needed_and_no_more(pair):
     learn, infer = pairs()[pair]
     images = torch.randint(0, 256, (24, 1, 32, 32), dtype=torch.uint8)
-    trainer = Trainer(build_vae("conv", (1, 32, 32), 6, width=4), images, learn=learn, infer=infer, estimator="plugin", seed=0,
-                      **OPTIONS)
+    trainer = ImageTrainer(build_vae("conv", (1, 32, 32), 6, width=4), images, learn=learn, infer=infer,
+                           estimator="plugin", seed=0, **OPTIONS)
     plain = Plain(build_vae("conv", (1, 32, 32), 6, width=4), images, torch.device("cpu"), learn=learn, infer=infer, **OPTIONS)
     floor = Floor(trainer, "float32")
     assert flops_of_two_steps(floor) == 2 * floor.flops

@@ -11,7 +11,7 @@ import train_images
 from metrics import iw_log_likelihood
 from models import VAE
 from objectives import LEARN, elbo, fd, latent_score_gap, posterior_score
-from training import infer_loss
+from training import latent_noise, phi_loss
 from vsm.runs import load_arrays
 
 B, D, DZ = 5, 4, 3
@@ -117,7 +117,7 @@ def test_two_bits_of_data_take_some_latents_and_leave_the_others_at_one_half():
         bits = torch.randint(2, (100, 2), generator=generator).float()
         x = bits.repeat(1, 2) + 0.1 * torch.randn(100, D, generator=generator)
         optimiser.zero_grad()
-        infer_loss(vae, x, "kld", lambda q: vae.noise(q, 1, generator)).mean().backward()
+        phi_loss(vae, x, "kld", latent_noise(vae, x, 1, generator)).mean().backward()
         optimiser.step()
     distance = (vae.encode(x).mean - 0.5).abs().amax(0)  # over the data, per latent
     assert (distance > 0.4).sum() >= 2 and (distance < 0.1).sum() >= 3

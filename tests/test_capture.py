@@ -21,7 +21,7 @@ from benchmarks.benchmark import pairs
 from models import build_vae
 from objectives import LEARN
 from train_synthetic import EnsembleTrainer
-from training import Trainer
+from training import ImageTrainer
 from vsm.distributions_2d import DISTRIBUTIONS, Mixture
 
 PAIRS = list(pairs().values())
@@ -144,7 +144,7 @@ def image_trainer(learn="fd", infer="kld", net="mlp", latent="gaussian", **optio
     side = 32 if net == "conv" else 4
     vae = build_vae(net, (1, side, side), 3, width=4, latent=latent).to(META)
     flags = {"estimator": "plugin", "samples": 2, "inner_steps": 2, "noise": 0.1, "batch": 4, "lr": 1e-3, "seed": 0} | options
-    trainer = Trainer(vae, torch.empty(9, 1, side, side, dtype=torch.uint8, device=META), learn=learn, infer=infer, **flags)
+    trainer = ImageTrainer(vae, torch.empty(9, 1, side, side, dtype=torch.uint8, device=META), learn=learn, infer=infer, **flags)
     trainer.begin_epoch(0)
     return trainer
 
@@ -164,7 +164,7 @@ def watch_ensemble(trainer):
 
 
 def estimators(of):
-    return [(learn, infer, estimator) for learn, infer in of if LEARN[learn].has_estimator
+    return [(learn, infer, estimator) for learn, infer in of if LEARN[learn].takes("estimator")
             for estimator in ("unbiased", "released")]
 
 
@@ -222,8 +222,8 @@ def test_kept_steps_and_a_schedule_keep_the_rules(learn, infer):
 def after_update(change):
     """Returns a fault, which calls update() and then change(trainer)."""
     def inject(monkeypatch):
-        update = Trainer.update
-        monkeypatch.setattr(Trainer, "update", lambda trainer, with_decoder: (update(trainer, with_decoder), change(trainer)))
+        update = ImageTrainer.update
+        monkeypatch.setattr(ImageTrainer, "update", lambda trainer, moves: (update(trainer, moves), change(trainer)))
 
     return inject
 
@@ -233,8 +233,8 @@ def rebind_clock(trainer):
 
 
 def forget_cursor(monkeypatch):
-    state = Trainer.state
-    monkeypatch.setattr(Trainer, "state", lambda trainer: {k: v for k, v in state(trainer).items() if k != "cursor"})
+    state = ImageTrainer.state
+    monkeypatch.setattr(ImageTrainer, "state", lambda trainer: {k: v for k, v in state(trainer).items() if k != "cursor"})
 
 
 def clip(trainer):

@@ -10,7 +10,7 @@ import torch
 import train_images
 import train_synthetic
 from models import build_vae
-from training import Trainer
+from training import ImageTrainer
 from vsm.cuda_graphs import Graphs, capture
 from vsm.device import set_precision
 from vsm.distributions_2d import DISTRIBUTIONS
@@ -26,7 +26,7 @@ def trainer(learn, infer, graph, net="conv", seed=0, bf16=False, device="cuda"):
     torch.manual_seed(seed)
     vae = build_vae(net, (1, 32, 32), 10, width=16, bf16=bf16).to(device)
     images = torch.randint(0, 256, (142, 1, 32, 32), dtype=torch.uint8).to(device)
-    return Trainer(vae, images, learn=learn, infer=infer, estimator="plugin", samples=3, inner_steps=3, noise=0.1, batch=20,
+    return ImageTrainer(vae, images, learn=learn, infer=infer, estimator="plugin", samples=3, inner_steps=3, noise=0.1, batch=20,
                    lr=1e-4, seed=seed, graph=graph)
 
 

@@ -13,8 +13,9 @@ import plots
 import train_images
 import train_synthetic
 from benchmarks import benchmark
-from models import NETS
-from objectives import INFER, LEARN
+from models import NETS, build_vae
+from objectives import INFER, LEARN, Objective
+from training import ImageTrainer
 from vsm.cli import command_line
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.runs import load_arrays
@@ -113,3 +114,21 @@ def test_the_adapter_makes_a_strangers_vae_fit():
     q = vae.encode(x)
     for entry in (*LEARN.values(), *INFER.values()):
         assert entry(vae, x, q, q.rsample((3,))).shape == (50,)
+
+
+def test_an_objective_that_declares_t_gets_the_score_of_the_datas_noise(monkeypatch):
+    """In training on images, and nowhere else does an objective get what it does not declare."""
+    seen = []
+
+    def watching(vae, x, q, z, t):
+        seen.append((x, t))
+        return LEARN["fd"](vae, x, q, z)
+
+    monkeypatch.setitem(LEARN, "watching", Objective(watching, "W"))
+    images = torch.randint(0, 256, (4, 1, 2, 2), dtype=torch.uint8)
+    trainer = ImageTrainer(build_vae("mlp", (1, 2, 2), 2, width=3), images, learn="watching", infer="kld", estimator="plugin",
+                           samples=1, inner_steps=1, noise=0.3, batch=4, lr=1e-3, seed=0)
+    trainer.run_step()
+    (x, t), = seen
+    clean = images[trainer.order].float() / 255
+    torch.testing.assert_close(t, (clean - x).flatten(1) / 0.3**2, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from vsm.cli import UserError
 from vsm.gamma import DECAY, LARGEST_MOVE, StationaryGamma
 
 CASES = [(learn, estimator) for learn, entry in LEARN.items() if entry.gamma
-         for estimator in (ESTIMATORS if entry.has_estimator else ("plugin",))]
+         for estimator in (ESTIMATORS if entry.takes("estimator") else ("plugin",))]
 D, N = 6, 3
 
 
@@ -53,7 +53,7 @@ def explicit(learn, vae, batch, estimator):
 def test_the_ratio_of_means_over_minibatches_is_the_minimum_over_gamma(learn, estimator, shape):
     """Each minibatch gives its statistics at a gamma of its own; the ratio of their means minimises the mean loss."""
     vae, batches = minibatches(shape)
-    options = {"estimator": estimator} if LEARN[learn].has_estimator else {}
+    options = {"estimator": estimator} if LEARN[learn].takes("estimator") else {}
     found = []
     for batch, log_gamma in zip(batches, (0.0, -1.3, 2.1)):
         gamma = torch.tensor(log_gamma, dtype=torch.float64).exp()

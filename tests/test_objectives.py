@@ -201,7 +201,7 @@ every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 
 def options_of(entry):
     """Each way in which an entry can be called with three samples."""
-    return [{"estimator": estimator} for estimator in ESTIMATORS] if entry.has_estimator else [{}]
+    return [{"estimator": estimator} for estimator in ESTIMATORS] if entry.takes("estimator") else [{}]
 
 
 def smooth_vae():

@@ -17,7 +17,7 @@ from models import build_ensemble
 from objectives import INFER, LEARN
 from small_runs import assert_equal_runs
 from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
-from training import infer_loss
+from training import phi_loss
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.runs import load_arrays, load_checkpoint, save_arrays
 
@@ -108,7 +108,7 @@ def plainly(vae, x, noise, learn, infer, lr):
     vae = copy.deepcopy(vae)
     phi = list(vae.encoder.parameters())
     for eps in noise[:-1]:
-        for p, gradient in zip(phi, grad(infer_loss(vae, x.clone(), infer, lambda q, eps=eps: eps).mean(-1).sum(), phi)):
+        for p, gradient in zip(phi, grad(phi_loss(vae, x.clone(), infer, eps).mean(-1).sum(), phi)):
             p.data -= lr * gradient
     x = x.clone().requires_grad_()
     q = vae.encode(x)

@@ -84,7 +84,7 @@ def test_resumed_equals_undisturbed_in_process(digits, tmp_path, monkeypatch, le
     monkeypatch.setattr(training, "LOOK_SECONDS", 0)
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)  # a checkpoint at every step
     train(digits, tmp_path / "whole", "--learn", learn)
-    run_step, calls = training.Trainer.run_step, []
+    run_step, calls = training.ImageTrainer.run_step, []
 
     def stop_at_nine(trainer):
         calls.append(1)
@@ -92,7 +92,7 @@ def test_resumed_equals_undisturbed_in_process(digits, tmp_path, monkeypatch, le
             raise KeyboardInterrupt
         run_step(trainer)
 
-    monkeypatch.setattr(training.Trainer, "run_step", stop_at_nine)
+    monkeypatch.setattr(training.ImageTrainer, "run_step", stop_at_nine)
     with pytest.raises(KeyboardInterrupt):
         train(digits, tmp_path / "halved", "--learn", learn)
     assert "status" not in load_arrays(tmp_path / "halved" / "metrics.npz")

@@ -19,6 +19,7 @@ import torch
 
 from models import VAE, build_ensemble, build_vae, mlp
 from vsm.cli import UserError, command_line
+from vsm.device import to_channels_last
 from vsm.forms import mismatch
 from vsm.names import NOT_IDENTITY, flag_name
 from vsm.runs import load_checkpoint, load_config, write_atomic
@@ -94,8 +95,7 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
     if member is not None:
         vae = member_of(vae, member)
     vae = vae.eval().requires_grad_(False).to(device)
-    # The memory format sets the order of a convolution's sums. Training uses this one, so metrics can be reproduced to the bit.
-    return vae.to(memory_format=torch.channels_last) if config["script"] == "train_images" else vae
+    return to_channels_last(vae) if config["script"] == "train_images" else vae
 
 
 def export(run, folder):

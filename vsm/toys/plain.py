@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models import VAE
-from training import infer_loss
+from training import phi_loss
 from vsm.toys.descent import OPTIMISERS, Descent
 from vsm.toys.posteriors import LIKELIHOODS
 
@@ -46,7 +46,7 @@ def plain_run(likelihood, objective, optimiser, start, noise, args):
     descent = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimiser]([encoder.q], lr=args.lr)
     for e in noise:
         descent.zero_grad()
-        infer_loss(vae, x, objective, lambda q, e=e: e.T[:, None]).mean().backward()  # noise [N, 1, 2]
+        phi_loss(vae, x, objective, e.T[:, None]).mean().backward()  # noise [N, 1, 2]
         descent.step()
     return encoder.q.detach()
 
