@@ -16,9 +16,9 @@ import argparse
 import numpy as np
 import torch
 
-import plots
 from objectives import ESTIMATORS, LEARN
 from studies import auditing
+from studies.figures import audit as figures
 from vsm.cli import Formatter, command_line, count, positive
 from vsm.device import pick_device
 from vsm.runs import Run, write_atomic
@@ -65,7 +65,7 @@ def main(args):
         run.save_metrics(**{name: np.asarray(value) for name, value in arrays.items()}, status="ok",
                          verdict=np.array([finding.verdict for finding in findings]),
                          finding=np.array([finding.text for finding in findings]))
-        plots.FIGURES["audit"]([run.path], run.path / "audit.png")
+        figures.audit([run.path], run.path / "audit.png")
     if wrong := [finding for finding in findings if finding.verdict == "WRONG"]:
         raise SystemExit(f"{args.objective}: {len(wrong)} of {len(findings)} findings are wrong; see {args.out}/audit.md")
 

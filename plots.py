@@ -15,87 +15,57 @@ The training scripts call the same functions when a run ends, so a figure can be
 import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
 import fnmatch
-import importlib
 from pathlib import Path
 
+from benchmarks.figure import benchmark
+from studies.convergence import study_table
+from studies.figures import audit, bilevel, spectrum, sweep_2d
 from studies.packs import pack
+from studies.sweep_2d import sweep_table
 from vsm.cli import UserError, command_line
+from vsm.figures import images, latents, pictures, recovery, synthetic, toys
 from vsm.runs import write_atomic
 from vsm.stored_runs import HEAVY, open_runs
 
-
-class Figure:
-    """A figure by its name; figure(runs, save) draws it from run folders, packs or opened runs to a PNG, PDF or SVG.
-
-    The module that draws the figure is imported only then.
-
-    modules: {script that makes the runs: module with a function of this name, or "module:function"}.
-    many: whether it draws several runs.
-    """
-
-    def __init__(self, name, modules, many=True):
-        self.name, self.modules, self.many = name, modules, many
-
-    def __call__(self, runs, save):
-        runs = open_runs(runs)
-        module = next(iter(self.modules.values()))
-        if len(self.modules) > 1:
-            module = self.modules[runs[0].config["script"]]
-        module, _, function = module.partition(":")
-        return getattr(importlib.import_module(module), function or self.name)(runs, save)
-
-
-def figures_of(script, module, *names, many=True):
-    """The Figures of these names, of the runs of one script and in one module."""
-    return [Figure(name, {script: module}, many) for name in names]
-
-
-FIGURES = [
-    Figure("training_curves", {"train_images": "vsm.figures.images",
-                                "train_synthetic": "vsm.figures.synthetic:learning_curves"}),
-    *figures_of("train_images", "vsm.figures.images", "trajectories", "fid_curves", "final_values", "rate_distortion"),
-    *figures_of("train_images", "vsm.figures.images", "importance_bound", "denoising", "gradient_snr"),
-    *figures_of("train_images", "vsm.figures.pictures", "samples", "reconstructions", "interpolations"),
-    *figures_of("train_images", "vsm.figures.latents", "posterior_sd", "posterior_mean", "aggregate_posterior"),
-    *figures_of("train_synthetic", "studies.figures.sweep_2d", "synthetic", "study"),
-    *figures_of("train_synthetic", "vsm.figures.synthetic", "learning_curves", "synthetic_samples", "density"),
-    *figures_of("train_synthetic", "studies.figures.bilevel", "bilevel"),
-    *figures_of("param_recovery", "vsm.figures.recovery", "param_recovery", "recovery_rules", many=False),
-    *figures_of("param_recovery", "studies.figures.spectrum", "spectrum", many=False),
-    *figures_of("toy_inference", "vsm.figures.toys", "toy_trajectories", "toy_basins", "toy_mixtures", "toy_gradients",
-                 many=False),
-    *figures_of("benchmark", "benchmarks.figure", "benchmark", many=False),
-    *figures_of("audit", "studies.figures.audit", "audit", many=False),
-]
-FIGURES = {figure.name: figure for figure in FIGURES}
+FIGURES = {  # script that makes the runs: its figures, each a function figure(runs, save) of run folders, packs or opened runs
+    "train_images": [
+        images.training_curves, images.trajectories, images.fid_curves, images.final_values, images.rate_distortion,
+        images.importance_bound, images.denoising, images.gradient_snr, pictures.samples, pictures.reconstructions,
+        pictures.interpolations, latents.posterior_sd, latents.posterior_mean, latents.aggregate_posterior],
+    "train_synthetic": [
+        synthetic.training_curves, sweep_2d.synthetic, sweep_2d.study, synthetic.synthetic_samples, synthetic.density,
+        bilevel.bilevel],
+    "param_recovery": [recovery.param_recovery, recovery.recovery_rules, spectrum.spectrum],
+    "toy_inference": [toys.toy_trajectories, toys.toy_basins, toys.toy_mixtures, toys.toy_gradients],
+    "benchmark": [benchmark],
+    "audit": [audit.audit],
+}
+OF_MANY_RUNS = ("train_images", "train_synthetic")  # scripts whose figures draw several runs
+NAMES = tuple(dict.fromkeys(figure.__name__ for figures in FIGURES.values() for figure in figures))
 OTHERS = ("pack", "sweep_table", "study_table")  # commands that write no figure
 ENDINGS = {"pack": (".npz",), "sweep_table": (".md",), "study_table": (".md",)}
-
-
-def __getattr__(name):
-    if name in FIGURES:
-        return FIGURES[name]
-    raise AttributeError(f"module plots has no attribute {name}")
 
 
 def draw_run(run):
     """Draw the PNGs of one finished image run that are missing, or older than its arrays. A diverged run has curves only."""
     (opened,) = open_runs([run])
     arrays = opened.finished()
-    names = ["training_curves"]
+    figures = [images.training_curves]
     if str(arrays["status"]) == "ok":
-        names += ["samples", "reconstructions", "interpolations", "posterior_sd", "posterior_mean"]
+        figures += [pictures.samples, pictures.reconstructions, pictures.interpolations, latents.posterior_sd,
+                    latents.posterior_mean]
     written = (Path(run) / "metrics.npz").stat().st_mtime_ns
-    for name in names:
+    for figure in figures:
+        name = figure.__name__
         save = Path(run) / f"{name}.png"
         current = save.exists() and save.stat().st_mtime_ns >= written
         if not current and (name == "training_curves" or name in arrays):
-            FIGURES[name]([opened], save)
+            figure([opened], save)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=(*FIGURES, *OTHERS), metavar="FIGURE", help=" | ".join((*FIGURES, *OTHERS)))
+    parser.add_argument("figure", choices=(*NAMES, *OTHERS), metavar="FIGURE", help=" | ".join((*NAMES, *OTHERS)))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or packs of runs (.npz)")
     parser.add_argument("--save", default=None,
                         help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder); "
@@ -134,26 +104,26 @@ def main(args):
         pack(runs, save, args.keep, args.keep_of, args.drop)
     elif args.figure == "sweep_table":
         refuse_other_scripts(args.figure, runs, ["train_synthetic"])
-        from studies.sweep_2d import sweep_table
         write_atomic(save, sweep_table(runs).encode())
     elif args.figure == "study_table":
         refuse_other_scripts(args.figure, runs, ["train_synthetic", "train_images"])
-        from studies.convergence import study_table
         write_atomic(save, study_table(runs).encode())
     else:
-        draw_figure(FIGURES[args.figure], runs, save)
+        draw_figure(args.figure, runs, save)
     print(save)
 
 
-def draw_figure(figure, runs, save):
-    """Draw a Figure. Raises UserError for runs that it cannot draw."""
-    refuse_other_scripts(figure.name, runs, figure.modules)
-    if not figure.many and len(runs) > 1:
-        raise UserError(f"{figure.name} draws one run, not {len(runs)}")
+def draw_figure(name, runs, save):
+    """Draw a figure by its name. Raises UserError for runs that it cannot draw."""
+    drawn = {script: figure for script, figures in FIGURES.items() for figure in figures if figure.__name__ == name}
+    refuse_other_scripts(name, runs, drawn)
+    script = runs[0].config["script"]
+    if len(runs) > 1 and script not in OF_MANY_RUNS:
+        raise UserError(f"{name} draws one run, not {len(runs)}")
     try:
-        figure(runs, save)
+        drawn[script](runs, save)
     except KeyError as error:
-        raise UserError(f"{figure.name} cannot be drawn: one of these runs has no {error}; "
+        raise UserError(f"{name} cannot be drawn: one of these runs has no {error}; "
                         "has it ended, and is it of this kind?") from error
 
 

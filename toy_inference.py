@@ -19,9 +19,9 @@ the parts: posteriors, gradients, descent, and the numbers at the end.
 import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
 
-import plots
 from vsm.cli import Formatter, command_line, count, positive, positive_float, seed_number
 from vsm.device import pick_device
+from vsm.figures import toys
 from vsm.names import flag_name, run_name
 from vsm.runs import Run
 from vsm.toys.descent import OPTIMISERS, Descent
@@ -76,8 +76,8 @@ def to_numpy(arrays):
 
 EXPERIMENTS = {"gaussian": fit_from_every_start, "laplace": fit_from_every_start, "mixture": fit_mixtures,
                "gradients": gradients_between_gaussians}
-FIGURES = {"gaussian": ["toy_trajectories", "toy_basins"], "laplace": ["toy_trajectories"], "mixture": ["toy_mixtures"],
-           "gradients": ["toy_gradients"]}
+FIGURES = {"gaussian": [toys.toy_trajectories, toys.toy_basins], "laplace": [toys.toy_trajectories],
+           "mixture": [toys.toy_mixtures], "gradients": [toys.toy_gradients]}
 
 
 def main(args):
@@ -88,8 +88,8 @@ def main(args):
     with Run(args.out, "toy_inference", vars(args), device, args.overwrite) as run:
         if not run.status:
             run.save_metrics(**EXPERIMENTS[experiment](args, device, run))
-        for name in FIGURES[experiment]:
-            plots.FIGURES[name]([run.path], run.path / f"{name}.png")
+        for figure in FIGURES[experiment]:
+            figure([run.path], run.path / f"{figure.__name__}.png")
 
 
 def describe(args):

@@ -18,7 +18,6 @@ import torch
 from torch.autograd import grad
 from torch.func import functional_call
 
-import plots
 from metrics import importance, negative_elbo, posterior_fd
 from models import build_ensemble
 from objectives import ESTIMATORS, INFER, LEARN, dot, label
@@ -43,6 +42,7 @@ from vsm.cli import Formatter, command_line, count, positive, positive_float, se
 from vsm.cuda_graphs import compiled, refuse_to_compile
 from vsm.device import evaluating, pick_device
 from vsm.distributions_2d import DISTRIBUTIONS
+from vsm.figures.synthetic import synthetic_samples
 from vsm.names import run_name
 from vsm.runs import Run
 from vsm.stored_runs import shown_member
@@ -240,7 +240,7 @@ def main(args):
         if not run.status:
             fit(run, args, trainer)
         if not (run.path / "samples.png").exists():
-            plots.synthetic_samples([run.path], run.path / "samples.png")
+            synthetic_samples([run.path], run.path / "samples.png")
 
 
 def fit(run, args, trainer):

@@ -20,10 +20,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import plots
 import toy_inference
 import train_synthetic
-from benchmarks import floor
+from benchmarks import figure, floor
 from benchmarks import reference_step as plain
 from benchmarks.timing import matrix_rate, time_in_turns
 from metrics import iw_log_likelihood
@@ -276,7 +275,7 @@ def main(args):
             run.save_metrics(**arrays, matrix_precision=np.array(list(rates)), matrix_rate=np.stack(list(rates.values())),
                              status="ok")
         if not (run.path / "benchmark.png").exists():
-            plots.benchmark([run.path], run.path / "benchmark.png")
+            figure.benchmark([run.path], run.path / "benchmark.png")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-from scipy.stats import t as student
 
 from vsm.names import pair_name, pair_order, settings_of
 from vsm.tables import markdown_table, mean_and_error, number_text, with_error
@@ -26,6 +25,7 @@ def latent_scale_of(run):
 
 def interval(values):
     """Mean and half-width of the 95 % interval of the finite values among `values` [n]; NaN for what is undefined."""
+    from scipy.stats import t as student  # slow to import
     values = np.asarray(values, float)
     values = values[np.isfinite(values)]
     if len(values) < 2:

@@ -32,8 +32,8 @@ def digits(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Training scripts draw nothing: their pictures take longer than the small runs of the tests."""
-    for name in ("synthetic_samples", "draw_run"):
-        monkeypatch.setattr(f"plots.{name}", lambda *_: None)
+    for drawing in ("train_synthetic.synthetic_samples", "plots.draw_run"):
+        monkeypatch.setattr(drawing, lambda *_: None)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 import benchmarks.timing
 import plots
-from benchmarks import benchmark
+from benchmarks import benchmark, figure
 from benchmarks.benchmark import pairs
 from benchmarks.floor import Floor
 from benchmarks.reference_step import INFERENCE, Plain, plain_loss
@@ -128,7 +128,7 @@ def test_every_precision_is_drawn_beside_plain(tmp_path, monkeypatch):
     save_arrays(tmp_path / "metrics.npz", {"device": "cpu"}, **{name: np.array([row[name] for row in rows]) for name in rows[0]})
     drawn = []
     monkeypatch.setattr("benchmarks.figure.save_figure", lambda figure, save: drawn.append(figure))
-    plots.benchmark([tmp_path], None)
+    figure.benchmark([tmp_path], None)
     panels = drawn[0].axes
     assert [precision in ax.get_title() for ax, precision in zip(panels, 2 * ["bf16", "tf32"])] == 4 * [True] and len(panels) == 4
     for ax in panels:

@@ -75,7 +75,7 @@ def test_a_reader_that_has_left_gets_no_traceback():
 
 def test_imports_and_a_command_line_take_little():
     """Evaluation does without the script that trained; drawing and image files have packages that are imported at their use."""
-    code = ("import sys, data, evaluate, benchmark, plots; plots.parse_args(['samples', 'x']); "
+    code = ("import sys, data, evaluate, benchmarks.benchmark, plots; plots.parse_args(['samples', 'x']); "
             "print([name for name in ('train_images', 'torchvision', 'matplotlib', 'PIL', 'scipy') if name in sys.modules])")
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment(), text=True) == "[]\n"
 

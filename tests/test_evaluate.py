@@ -22,7 +22,7 @@ from training import EVALUATION, seed_of
 from vsm import features
 from vsm.cli import UserError
 from vsm.fid import prior_metrics, reference_set
-from vsm.figures import style
+from vsm.figures import images, style
 from vsm.loading import load_vae, vae_of
 from vsm.names import group_by_seed
 from vsm.runs import load_arrays, load_config, save_arrays
@@ -261,7 +261,7 @@ def test_gradient_snr(runs, monkeypatch, tmp_path):
     assert np.isfinite(trained["snr_se"][:, 1:]).all() and (trained["snr_se"][:, 1:] > 0).all()
     assert not (runs.half / "gradient_snr.npz").exists()
     parts = {"gradient_snr": arrays, "gradient_snr_train": trained}  # a run with both has a row for each
-    plots.gradient_snr([StoredRun("both", lambda: arrays["config"], parts.get, parts)], tmp_path / "both.png")
+    images.gradient_snr([StoredRun("both", lambda: arrays["config"], parts.get, parts)], tmp_path / "both.png")
     assert len(imread(tmp_path / "both.png")) > 1.5 * len(imread(runs.a / "gradient_snr.png"))
 
 

@@ -51,12 +51,12 @@ SMALL = ["--seeds", 2, "--batch", 20, "--hidden", 6, "--inner-steps", 1, "--epoc
 
 def test_a_new_law_and_objective_train_and_plot(mine, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "synthetic_samples", lambda runs, save: drawn.append(save))
+    monkeypatch.setattr(train_synthetic, "synthetic_samples", lambda runs, save: drawn.append(save))
     argv = ["--data", "stripe", "--learn", "fd2", *SMALL, "--out", tmp_path / "run"]
     assert "KLD-F2 on stripe" in mine(train_synthetic, *argv) and drawn
     arrays = load_arrays(tmp_path / "run" / "metrics.npz")
     assert arrays["config"]["label"] == "KLD-F2" and str(arrays["status"]) == "ok" and "nll_excess" not in arrays
-    mine(plots, "learning_curves", tmp_path / "run", "--save", tmp_path / "curves.png")
+    mine(plots, "training_curves", tmp_path / "run", "--save", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
 
 

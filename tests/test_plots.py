@@ -143,7 +143,7 @@ def test_bilevel_draws_the_longest_of_runs_that_differ_in_length(tmp_path):
 
 
 FIGURES_OF = {
-    "2d": ("synthetic", "study", "bilevel", "learning_curves", "synthetic_samples", "density", "training_curves"),
+    "2d": ("synthetic", "study", "bilevel", "training_curves", "synthetic_samples", "density"),
     "images": (
         "training_curves",
         "trajectories",
@@ -229,7 +229,7 @@ def test_curves_of_a_run_that_has_not_ended(runs, tmp_path, kind, fails):
 
 def test_a_finished_run_replaces_pictures_that_are_older_than_its_arrays(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots.Figure, "__call__", lambda figure, runs, save: (drawn.append(figure.name), save.write_text("")))
+    monkeypatch.setattr("vsm.figures.style.write_atomic", lambda save, _: (drawn.append(save.stem), save.write_text("")))
     run = image_run(tmp_path / "run", finished=False)
     (run / "training_curves.png").write_text("half of the curves")
     image_run(run)

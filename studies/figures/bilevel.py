@@ -1,11 +1,10 @@
 """The figure of bi-level training: kappa against J in theory, and 2-D runs that differ in J."""
 
 import numpy as np
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from studies.convergence import COLLAPSED
 from vsm.cli import UserError
-from vsm.figures.style import color_of, legend_below, new_figure, save_figure
+from vsm.figures.style import color_of, legend_below, new_figure, round_ticks, save_figure
 from vsm.linear import KAPPA_KNOWN, bilevel_end
 from vsm.names import pair_name, pair_order
 from vsm.stored_runs import open_runs
@@ -53,10 +52,9 @@ def bilevel(runs, save):
     for ax, title in zip(axes[0], ("linear VAE, theory: $\\kappa$", "$E z^2$ of latents in use", "NLL above the truth (nats)")):
         ax.set_xscale("symlog", linthresh=1)
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(NullFormatter())
+        round_ticks(ax.yaxis)
+        ax.xaxis.set_major_formatter(ax.yaxis.get_major_formatter())
+        ax.xaxis.set_minor_formatter("")
         ax.set(xlabel="kept encoder steps, $J$", title=title, xlim=(-0.3, 1.3 * max(STEPS if ax is axes[0, 0] else (1, *drawn))))
     for ax in axes[0, 1:]:
         ax.set_xticks(sorted(drawn))

@@ -1,10 +1,8 @@
 """The figure of studies/spectrum.py: spectra of linear VAEs on images, predicted and trained."""
 
 import numpy as np
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from vsm.figures.style import COLORS, new_figure, save_figure
+from vsm.figures.style import letter_color, line_key, new_figure, round_ticks, save_figure, whole_ticks
 from vsm.linear import kappa, second_moment
 from vsm.stored_runs import open_runs
 
@@ -29,7 +27,7 @@ def spectrum(runs, save):
 
 def marker_style(objective, estimator):
     """Colour and marker of an objective; filled for plug-in, open for unbiased."""
-    color = COLORS[LETTERS[objective]]
+    color = letter_color(LETTERS[objective])
     marker = {"elbo": "s", "fd": "o", "swersky": "v", "bao": "D"}[objective]
     return {"color": color, "marker": marker, "ms": 5, "mfc": "white" if estimator == "unbiased" else color, "linestyle": "none"}
 
@@ -54,9 +52,7 @@ def draw_variances(ax, arrays, N=5):
         name = LETTERS[objective] + (f", {estimator.replace('plugin', 'plug-in')}" if objective in ("swersky", "bao") else "")
         ax.plot(component[shown], arrays["learnt"][m][shown], label=name, **{**style, "ms": 4})
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(ScalarFormatter())
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    round_ticks(ax.yaxis)
     ax.set(xlabel="principal component", ylabel="variance", ylim=(0.7 * v[:K].min(), 1.3 * v[0]),
            title=f"variance learnt in each direction of {arrays['config']['flags']['spectrum']}, $N = {N}$")
     ax.legend(fontsize=8, title="lines: predicted, markers: trained", title_fontsize=8)
@@ -79,8 +75,8 @@ def draw_ratios(ax, arrays):
     ax.minorticks_off()
     ax.set(xlabel="posterior samples $N$", xticks=samples, xticklabels=samples, ylim=(0.45, 1.08), ylabel="learnt / data's",
            title=f"share of the data's variance, mean of the {TEN} largest")
-    lines = [Line2D([], [], color="0.4", lw=1), Line2D([], [], color="0.4", marker="o", ls="none"),
-             Line2D([], [], color="0.4", marker="o", mfc="white", ls="none")]
+    lines = [line_key(color="0.4", lw=1), line_key(color="0.4", marker="o", ls="none"),
+             line_key(color="0.4", marker="o", mfc="white", ls="none")]
     ax.legend(lines, ["predicted, $1/\\kappa$", "trained", "trained, unbiased"], fontsize=8, loc="center right",
               bbox_to_anchor=(1, 0.45))
 
@@ -107,7 +103,7 @@ def draw_active(ax, arrays):
     ax.plot(k, np.minimum((v > ACTIVE * gamma * k[:, None]).sum(1), K), color="0.3", lw=1, label="predicted")
     for m, objective, estimator, _ in models_of(arrays):
         ax.plot(arrays["kappa"][m], (arrays["learnt"][m] > ACTIVE * gamma).sum(), **marker_style(objective, estimator))
-    ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    whole_ticks(ax.yaxis, 6)
     ax.set(xlabel=r"contraction $\kappa$", ylabel=f"active latents of {K}",
            title=rf"latents not pruned: variance above {ACTIVE}$\,\gamma$")
     ax.legend(fontsize=8, loc="upper right")

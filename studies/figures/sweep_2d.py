@@ -3,12 +3,10 @@
 import math
 
 import numpy as np
-from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
 
 from objectives import LEARN
 from studies.sweep_2d import name_order, sweep_points
-from vsm.figures.style import COLORS, color_of, dash_of, new_figure, save_figure
+from vsm.figures.style import color_of, dash_of, letter_color, line_key, new_figure, save_figure
 from vsm.figures.synthetic import MARKERS, marker_of
 from vsm.linear import KAPPA_KNOWN, kappa
 from vsm.names import letter_of
@@ -171,7 +169,7 @@ def draw_sweep(ax, points, metric, origin, inner):
 
 def add_legends(figure, points):
     """Add three legends below the axes, one each for colour, line and marker."""
-    letters = [letter for letter in COLORS if letter in {letter_of(point["flags"]) for point in points}]
+    letters = dict.fromkeys(letter_of(point["flags"]) for point in sorted(points, key=name_order))
     lines = {(dash_of(point["flags"]), inference_name(point["flags"])) for point in points}
     lines = sorted(lines, key=lambda line: (line[0] != "-", line))
     sizes = sorted({point["flags"]["samples"] for point in points if point["flags"]["samples"] > 1})
@@ -179,9 +177,9 @@ def add_legends(figure, points):
     markers = [(marker, f"N = {', '.join(map(str, sizes))}" if title == "N = 5" else title)
                for marker, title in MARKERS.values() if marker in drawn]
     groups = {
-        "colour: decoder's objective": [Line2D([], [], color=COLORS[letter], lw=3, label=letter) for letter in letters],
-        "line: encoder's objective": [Line2D([], [], color="0.3", linestyle=dash, label=name) for dash, name in lines],
-        "marker: samples, estimator": [Line2D([], [], color="0.3", linestyle="", marker=marker, label=title)
+        "colour: decoder's objective": [line_key(color=letter_color(letter), lw=3, label=letter) for letter in letters],
+        "line: encoder's objective": [line_key(color="0.3", linestyle=dash, label=name) for dash, name in lines],
+        "marker: samples, estimator": [line_key(color="0.3", linestyle="", marker=marker, label=title)
                                        for marker, title in markers],
     }
     figure.set_figheight(figure.get_figheight() + 0.6)
@@ -232,7 +230,7 @@ def excess_axis(ax, values, width):
         if len(ticks) < 3:
             ticks = [0, *round_numbers(width, 2 * high, (1, 2, 5))]
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_formatter("")
     ax.tick_params(axis="y", which="minor", length=0)
 
 

@@ -1,17 +1,17 @@
 """Figures of image runs: curves against epochs, final values, rate against distortion, and what evaluate.py measured."""
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from vsm.figures.style import (
-    COLORS,
     label_ticks,
     legend,
+    letter_color,
     line_style,
     linear_around_zero,
     new_figure,
     save_figure,
     seeds_of,
+    whole_ticks,
 )
 from vsm.names import group_by_seed, pair_order, settings_of, short_name
 from vsm.stored_runs import open_runs
@@ -149,7 +149,7 @@ def draw_curves(ax, groups, name):
         groups = measured(groups, name)
     lines = draw_lines(ax, groups, "epoch", name, start=1 if name in ("negative_elbo", "reconstruction", "kl") else 0)
     ax.set(xlabel="epoch", title=title)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    whole_ticks(ax.xaxis, 5)
     if name == "active_units":
         ax.set_ylim(0, 1.05 * max([1, *(np.nanmax(values) for values in lines.values())]))
     else:
@@ -159,7 +159,6 @@ def draw_curves(ax, groups, name):
         linear_around_zero(ax, LINEAR[name])
     elif scale == "log" and ax.get_ylim()[0] > 0:
         ax.set_yscale("log")
-    ax.yaxis.set_minor_formatter(NullFormatter())
     label_ticks(ax)
 
 
@@ -269,7 +268,6 @@ def draw_final_values(ax, groups, metric):
         linear_around_zero(ax, LINEAR[metric])
     elif scale == "log":
         ax.set_yscale("log")
-    ax.yaxis.set_minor_formatter(NullFormatter())
     label_ticks(ax)
     ax.set(title=title.split(",")[0] + (" (nats)" if metric == "reconstruction" else ""), xlim=(-0.6, len(groups) - 0.4))
     ax.set_xticks(range(len(groups)), list(finals), rotation=90, fontsize=8)
@@ -357,7 +355,6 @@ def curves(runs, x, y, **options):
             limit_robustly(ax, lines, "linear")
         ax.set(title=title, **options)
         label_ticks(ax)
-        ax.yaxis.set_minor_formatter(NullFormatter())
     return figure, axes
 
 
@@ -387,7 +384,6 @@ def gradient_snr(runs, save):
                 draw_snr(ax, members, key, k, str(name), len(members[0]["objectives"]))
             ax.set(xlabel="posterior samples $N$", title=title, yscale="linear" if key == "cosine_to_elbo" else "log")
             ax.set_xticks(range(len(samples)), samples)
-            ax.yaxis.set_minor_formatter(NullFormatter())
             label_ticks(ax)
         row[0].set_ylabel(f"at the model of\n{group}, {seeds_of(members)}")
     legend(figure, axes)
@@ -404,5 +400,5 @@ def draw_snr(ax, members, key, k, name, count):
     else:
         error = members[0][f"{key}_se"][k] if f"{key}_se" in members[0] else np.full_like(mean, np.nan)
     x = np.arange(len(mean)) + 0.5 * ((k + 0.5) / count - 0.5)
-    ax.errorbar(x, mean, error, marker=".", capsize=1.5, elinewidth=0.8, lw=1, color=COLORS.get(letter, "tab:gray"),
+    ax.errorbar(x, mean, error, marker=".", capsize=1.5, elinewidth=0.8, lw=1, color=letter_color(letter),
                 linestyle=ESTIMATOR_DASHES.get(estimator, "-"), label=name)

@@ -4,7 +4,7 @@ from itertools import cycle
 
 import numpy as np
 
-from vsm.figures.style import COLORS, new_figure, save_figure
+from vsm.figures.style import letter_color, new_figure, save_figure
 from vsm.stored_runs import open_runs
 
 
@@ -15,9 +15,10 @@ def param_recovery(runs, save):
     figure, axes = new_figure(1, 3, size=(3.2, 2.9))
     left, *joints = axes[0]
     w_star, jkld, jfd = arrays["w_star"], arrays["w"][rule.index("JKLD")], arrays["w"][rule.index("JFD")]
-    left.plot(w_star, jkld.T, color=COLORS["ELBO"], lw=3, alpha=0.35, label=["JKLD, every $\\alpha$"] + [None] * (len(jkld) - 1))
+    left.plot(w_star, jkld.T, color=letter_color("ELBO"), lw=3, alpha=0.35,
+              label=["JKLD, every $\\alpha$"] + [None] * (len(jkld) - 1))
     for alpha, w, dash in zip(arrays["alpha"], jfd, cycle(("-", ":", "--", "-."))):
-        left.plot(w_star, w, color=COLORS["FAE"], linestyle=dash, label=rf"JFD, $\alpha = {alpha:g}$")
+        left.plot(w_star, w, color=letter_color("FAE"), linestyle=dash, label=rf"JFD, $\alpha = {alpha:g}$")
     if "sampled_w" in arrays:
         sampled = arrays["sampled_w"][[rule.index("JKLD"), rule.index("JFD")]].reshape(-1, len(arrays["checked_w_star"]))
         left.plot(arrays["checked_w_star"], sampled.T, "o", color="tab:blue", ms=3.5, mfc="white",
@@ -65,9 +66,9 @@ def recovery_rules(runs, save):
         for name in () if how == "plug-in" else ("ELBO", "F", "S", "B", "FAE"):
             key = "JFD" if name == "FAE" else "JKLD" if f"{how} {name}" not in recovered else f"{how} {name}"
             same = (how, name) in (("held", "F"), ("following", "B"))  # it equals the ELBO's curve, so it is dashed over that one
-            ax.plot(alpha, recovered[key], color=COLORS[name], lw=1.6, linestyle="--" if same else "-", label=name)
+            ax.plot(alpha, recovered[key], color=letter_color(name), lw=1.6, linestyle="--" if same else "-", label=name)
         for name, N in ((name, N) for name in "SB" for N in DASHES_BY_SAMPLES if how == "plug-in"):
-            ax.plot(alpha, recovered[f"held {name}, N = {N}"], color=COLORS[name], lw=1.4, linestyle=DASHES_BY_SAMPLES[N],
+            ax.plot(alpha, recovered[f"held {name}, N = {N}"], color=letter_color(name), lw=1.4, linestyle=DASHES_BY_SAMPLES[N],
                     label=f"{name}, $N = {N}$")
         ax.set_xscale("log", base=2)
         ax.set(xlabel=r"$\alpha$: variance of $q$ / exact", title=RULE_PANELS[how], ylim=(-0.1, 3 * w_star))

@@ -1,28 +1,28 @@
-"""The parts that all figures share: the canvas, colours and dashes, axes, legends, and saving."""
+"""The parts that all figures share: the canvas, colours and dashes, axes, legends, and saving.
+
+Matplotlib, which takes as long to import as half of the rest of a script, is imported inside functions here, when something is
+drawn. Figure modules take from it only what an Axes has.
+"""
 
 import io
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
-from PIL import Image
 
 from objectives import LEARN
 from vsm.names import letter_of
 from vsm.runs import write_atomic
 
 DASHES = {"kld": "-", "fd": "--", "fd-weighted": ":", "fd-repar": "-."}  # of lines, by the inference objective; others are solid
-COLORS = {entry.letter: entry.color for entry in LEARN.values()}
-
-matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
-
 
 def color_of(flags):
-    """The colour that the learning objective has in every figure; grey for an unknown one."""
-    return COLORS.get(letter_of(flags), "tab:gray")
+    """The colour that the learning objective of a run has in every figure; grey for an unknown one."""
+    return letter_color(letter_of(flags))
+
+
+def letter_color(letter):
+    return next((entry.color for entry in LEARN.values() if entry.letter == letter), "tab:gray")
 
 
 def dash_of(flags):
@@ -35,6 +35,9 @@ def line_style(flags):
 
 def new_figure(rows=1, columns=1, size=(3.2, 2.6), **options):
     """A figure on its own Agg canvas (no display, no global state) and its axes [rows, columns]; size: inches of one panel."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
@@ -44,6 +47,7 @@ def new_figure(rows=1, columns=1, size=(3.2, 2.6), **options):
 
 def save_figure(figure, save):
     """Write the figure in the format of the file's ending, a PNG without alpha. Raises UserError where it cannot be written."""
+    from PIL import Image
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format=Path(save).suffix[1:])
     if Path(save).suffix == ".png":
@@ -53,11 +57,27 @@ def save_figure(figure, save):
 
 
 def label_ticks(ax):
-    """Tick a logarithmic y axis as a linear one where fewer than two powers of ten lie in its limits."""
+    """Label no minor tick of y; tick a logarithmic axis as a linear one where fewer than two powers of ten lie in its limits."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+    ax.yaxis.set_minor_formatter("")
     low, high = ax.get_ylim()
     if sum(low <= tick <= high for tick in ax.get_yticks()) < 2:
         ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.yaxis.set_major_formatter(ScalarFormatter())
+
+
+def whole_ticks(axis, most):
+    """Tick an axis at whole numbers, at `most` intervals or fewer."""
+    from matplotlib.ticker import MaxNLocator
+    axis.set_major_locator(MaxNLocator(most, integer=True))
+
+
+def round_ticks(axis):
+    """Tick a logarithmic axis at 1, 2 and 5 times powers of ten, as plain numbers."""
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter("")
 
 
 def linear_around_zero(ax, linear):
@@ -74,6 +94,18 @@ def linear_around_zero(ax, linear):
     step = math.ceil((last - first) / 3)
     powers = 10.0 ** np.arange(first + (step if step > 1 else 0), last + 1e-9, step)
     ax.set_yticks([tick for tick in (*-powers[::-1], 0, *powers) if low <= tick <= high])
+
+
+def line_key(**style):
+    """A line without points, for a legend."""
+    from matplotlib.lines import Line2D
+    return Line2D([], [], **style)
+
+
+def area_key(color):
+    """A filled rectangle, for a legend."""
+    from matplotlib.patches import Patch
+    return Patch(color=color)
 
 
 def legend(figure, axes, columns=5):

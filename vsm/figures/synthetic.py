@@ -2,8 +2,6 @@
 
 import numpy as np
 import torch
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.figures.images import limit_robustly
@@ -11,10 +9,12 @@ from vsm.figures.style import (
     color_of,
     label_ticks,
     legend_below,
+    line_key,
     line_style,
     linear_around_zero,
     new_figure,
     save_figure,
+    whole_ticks,
 )
 from vsm.names import pair_name, pair_order
 from vsm.stored_runs import of_member, open_runs, shown_member
@@ -46,7 +46,7 @@ HISTORY = {  # metric: axis title, the scale's linear part (None: a linear axis)
 FEW = ("excess_curve", "nll_curve", "negative_elbo", "log_gamma", "posterior_sd")  # drawn where there are several data sets
 
 
-def learning_curves(runs, save):
+def training_curves(runs, save):
     """The quantities that 2-D runs record in training, against decoder updates: members (thin) and their mean (thick, markers).
 
     One data set has a panel per quantity; several have a row each, of fewer quantities. Runs far beyond most are left outside.
@@ -70,7 +70,7 @@ def learning_curves(runs, save):
     handles = {}
     for arrays in loaded:
         name = curve_name(arrays)
-        handles[name] = Line2D([], [], lw=1.8, marker=marker_of(name), ms=4, **line_style(arrays["config"]["flags"]))
+        handles[name] = line_key(lw=1.8, marker=marker_of(name), ms=4, **line_style(arrays["config"]["flags"]))
     legend_below(figure, list(handles.values()), list(handles), columns=4)
     save_figure(figure, save)
 
@@ -107,8 +107,7 @@ def draw_history(ax, loaded, name):
     elif scale == "log":
         ax.set_yscale("log")
     ax.set(title=title, xlabel="decoder updates", xlim=(0, None))
-    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    whole_ticks(ax.xaxis, 4)
     label_ticks(ax)
 
 

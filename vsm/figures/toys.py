@@ -1,15 +1,12 @@
 """Figures of the toy posteriors (Figures 2 and 5, appendix A.5). The functions draw_* make a matplotlib Figure from arrays."""
 
+from colorsys import hsv_to_rgb
 from itertools import product
 
 import numpy as np
-from matplotlib.colors import ListedColormap, hsv_to_rgb
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 
 from vsm.cli import UserError
-from vsm.figures.style import legend_below, new_figure, save_figure
+from vsm.figures.style import area_key, legend_below, line_key, new_figure, save_figure
 from vsm.forms import mismatch
 from vsm.stored_runs import open_runs
 
@@ -18,7 +15,7 @@ OBJECTIVE_TITLES = {"fd-repar": "FD, reparametrised", "fd": "FD, $z$ held fixed"
 OPTIMISER_TITLES = {"sgd": "SGD", "adam": "Adam"}
 SIDES, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), "tab:orange", "0.6"  # ends where z1 + z2 > 0, < 0; in low density; diverged
 LOW_DENSITY = "caught: 99 % of the mass is denser"
-POSTERIOR = Patch(color="0.75"), "exact posterior, down to 8 nats"
+POSTERIOR = "exact posterior, down to 8 nats"  # in grey
 
 
 def toy_trajectories(runs, save):
@@ -114,8 +111,7 @@ def draw_trajectories(arrays):
     some = slice((side - 1) % every // 2, None, every)
     drawn = np.arange(side**2).reshape(side, side)[some, some].ravel()
     starts, trajectory = arrays["starts"][:, drawn], arrays["trajectory"][:, 0][..., drawn].astype(float)  # [F, 2, L, I, P, K]
-    hue = np.arctan2(starts[1], starts[0]) / (2 * np.pi) % 1
-    colors = hsv_to_rgb(np.stack((hue, np.full_like(hue, 0.8), np.full_like(hue, 0.75)), -1))
+    colors = [hsv_to_rgb(hue, 0.8, 0.75) for hue in np.arctan2(starts[1], starts[0]) / (2 * np.pi) % 1]
     figure, panels = posterior_panels(flags)
     for (l, i, p), ax in panels.items():
         filled_contours(ax, arrays, l)
@@ -130,17 +126,19 @@ def draw_trajectories(arrays):
         ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
         note_counts(ax, arrays["caught"][l, i, p], arrays["diverged"][l, i, p])
     start = "a start and the way from it" if every == 1 else f"a start and its way (every {every}th)"
-    legend = [(Line2D([], [], color=colors[0], marker="o", ms=3, lw=0.8), start),
-              (Line2D([], [], color="black", marker="o", ms=3, ls=""), "where $q$'s mean ends"),
-              (Line2D([], [], color=CAUGHT, marker="X", ms=6, mec="black", mew=0.5, ls=""), LOW_DENSITY),
-              (Line2D([], [], color=CAUGHT, marker="o", ms=5, mfc="none", mew=1.4, ls=""), "the start of a caught one"),
-              POSTERIOR]
+    legend = [(line_key(color=colors[0], marker="o", ms=3, lw=0.8), start),
+              (line_key(color="black", marker="o", ms=3, ls=""), "where $q$'s mean ends"),
+              (line_key(color=CAUGHT, marker="X", ms=6, mec="black", mew=0.5, ls=""), LOW_DENSITY),
+              (line_key(color=CAUGHT, marker="o", ms=5, mfc="none", mew=1.4, ls=""), "the start of a caught one"),
+              (area_key("0.75"), POSTERIOR)]
     legend_below(figure, *zip(*legend), columns=2)
     return figure
 
 
 def draw_basins(arrays):
     """One cell per start, coloured by where q's location ends, and contours of the exact posterior."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patheffects import withStroke
     flags = descent_flags(arrays)
     side, extent = flags["grid"], flags["extent"]
     half = extent / max(side - 1, 1)  # half the width of a cell
@@ -158,8 +156,8 @@ def draw_basins(arrays):
         ax.set(xlim=(-extent - half, extent + half), ylim=(-extent - half, extent + half))
         note_counts(ax, caught, diverged)
     names = "ends where $z_1 + z_2 > 0$", "ends where $z_1 + z_2 < 0$", LOW_DENSITY, "diverged"
-    contour = Line2D([], [], color="white", lw=1), "exact posterior at 1, 3, 6 nats"
-    legend_below(figure, *zip(*zip([Patch(color=color) for color in cmap.colors], names), contour), columns=2)
+    contour = line_key(color="white", lw=1), "exact posterior at 1, 3, 6 nats"
+    legend_below(figure, *zip(*zip([area_key(color) for color in cmap.colors], names), contour), columns=2)
     figure.legends[0].get_lines()[0].set_path_effects([withStroke(linewidth=3, foreground="0.4")])
     return figure
 
@@ -194,11 +192,11 @@ def draw_mixtures(arrays):
         axes[l * rows, 0].set_ylabel(f"{likelihood}\nexact: right {100 * arrays['exact_right_mass'][l]:.0f} %\n$z_2$")
     for ax in axes[-1]:
         ax.set_xlabel("$z_1$")
-    legend = [(Line2D([], [], color="tab:blue", lw=1), "mixture, 0.4, 2 and 4.5 nats below its mode"),
-              (Line2D([], [], color="tab:red", marker="o", alpha=0.6, mew=0, ls=""), "means of its components, area: weight"),
-              POSTERIOR,
-              (Line2D([], [], ls=""), "KL: of the mixture from the posterior, nats"),
-              (Line2D([], [], ls=""), "right: mass where $z_1 + z_2 > 0$")]
+    legend = [(line_key(color="tab:blue", lw=1), "mixture, 0.4, 2 and 4.5 nats below its mode"),
+              (line_key(color="tab:red", marker="o", alpha=0.6, mew=0, ls=""), "means of its components, area: weight"),
+              (area_key("0.75"), POSTERIOR),
+              (line_key(ls=""), "KL: of the mixture from the posterior, nats"),
+              (line_key(ls=""), "right: mass where $z_1 + z_2 > 0$")]
     legend_below(figure, *zip(*legend), columns=2)
     return figure
 
@@ -228,6 +226,6 @@ def draw_gradients(arrays):
     right.set_xscale("log", base=2)
     right.set(xlabel="sd of $q$ (grey: that of $p$)", title="gradient / KLD's gradient", yscale="log")
     handles, labels = right.get_legend_handles_labels()
-    star = Line2D([], [], color="gold", marker="*", mec="black", ms=10, ls="")
+    star = line_key(color="gold", marker="*", mec="black", ms=10, ls="")
     legend_below(figure, [star, *handles], [f"$p = N(0, {target_sd:g}^2)$", *labels])
     return figure
