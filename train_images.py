@@ -59,8 +59,8 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (no effect with fae)")
     flag("--one-pass", action="store_true",
-         help="one forward pass of a minibatch serves encoder and decoder, which then moves by the samples from before the encoder's "
-         "step; with --infer kld, --inner-steps 1 and a --learn that does not differentiate the encoder by x; up to twice as fast")
+         help="one forward pass of a minibatch serves encoder and decoder, and the decoder moves by the samples from before the "
+         "encoder's step; goes with --infer kld, --inner-steps 1 and a --learn that does not differentiate the encoder by x")
     flag("--batch", type=positive, default=100, help="images per minibatch")
     flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for encoder and decoder")
     flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS",
