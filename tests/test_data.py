@@ -268,13 +268,26 @@ def test_labels_that_a_lenet_cannot_tell(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "channels", "labels", "network"), [
-    ("grey", 1, True, "lenet"), ("colour", 3, True, "inception"), ("bare", 1, False, "inception")])
-def test_the_data_choose_the_network_behind_fid(monkeypatch, name, channels, labels, network):
+    ("grey", 1, True, "lenet"), ("colour", 3, True, "colour"), ("bare", 1, False, "colour")])
+def test_the_data_choose_the_network_behind_fid(monkeypatch, tmp_path, name, channels, labels, network):
     images, digits = torch.zeros(4, channels, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64) if labels else None
     monkeypatch.setitem(data.DATA_SETS, name, lambda root: data.ImageData(images, images, digits, digits, {"name": name}))
     monkeypatch.setattr(features, "lenet5", lambda *_: (torch.nn.Linear(1, 1), {"name": "lenet"}))
-    monkeypatch.setattr(features, "inception", lambda *_: (torch.nn.Linear(1, 1), {"name": "inception"}))
-    assert features.features_of(name, "", torch.device("cpu")).description["name"] == network
+    monkeypatch.setattr(features, "efficientnet", lambda: (torch.nn.Linear(1, 1), {"name": "colour"}))
+    monkeypatch.setattr(features, "inception", lambda file: (torch.nn.Linear(1, 1), {"name": f"inception of {file}"}))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
+
+    def chosen(*weights):
+        return features.features_of(name, "", torch.device("cpu"), *weights).description["name"]
+
+    assert chosen() == network
+    file = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    file.parent.mkdir()
+    file.touch()
+    if network == "colour":
+        assert (chosen(), chosen("mine.pth")) == (f"inception of {file}", "inception of mine.pth")
+    else:
+        assert chosen("mine.pth") == network
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from metrics import feature_statistics, frechet_distance, kernel_distance, latent_mmd, mmd_null_sd
+from metrics import (
+    feature_distance,
+    feature_statistics,
+    frechet_distance,
+    frechet_distance_at_infinity,
+    kernel_distance,
+    latent_mmd,
+    mmd_null_sd,
+)
 
 
 def normal(n, d, seed, scale=1.0):
@@ -40,6 +48,12 @@ def test_fid_and_kid_agree_with_torch_fidelity(n, d):
     assert sd.item() == pytest.approx(theirs[fidelity.KEY_METRIC_KID_STD], rel=1e-4)
 
 
+@pytest.mark.parametrize(("n", "m", "d"), [(20, 12, 30), (20, 12, 16), (40, 50, 10)])
+def test_the_distance_of_features_is_that_of_their_statistics(n, m, d):
+    features = normal(n, d, 0), 2 * normal(m, d, 1) + 0.3
+    assert feature_distance(*features).item() == pytest.approx(fid(*features), rel=1e-6)
+
+
 @pytest.mark.parametrize("features", [
     normal(5, 30, 1), normal(50, 1, 1) * torch.ones(30), torch.zeros(50, 30), normal(50, 30, 1, 1e6)])
 def test_few_rank_one_and_collapsed_features_get_a_finite_number(features):
@@ -54,6 +68,29 @@ def test_features_that_are_not_finite_raise_nothing(value):
     features[3, 2] = value
     assert not 0 < fid(features, normal(50, 5, 1)) < 1e30
     kernel_distance(features, normal(50, 5, 1), subsets=2)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.15])
+def test_fid_at_infinity_of_gaussians_is_their_distance_whatever_the_number_of_samples(shift):
+    """N(0, I) and N(shift, 1.2^2 I) in 30 dimensions: the squared distance of the means plus 0.2^2 per dimension."""
+    exact, few, many = 30 * (shift**2 + 0.04), [], []
+    for seed in range(8):
+        for n, values in ((150, few), (600, many)):
+            features = normal(n, 30, 2 * seed), 1.2 * normal(n + 5, 30, 2 * seed + 1) + shift
+            values.append([fid(*features), frechet_distance_at_infinity(*features).item()])
+    few, many = (torch.tensor(values).mean(0) for values in (few, many))
+    assert few[0] > many[0] + 1.5 and many[0] > exact + 0.5  # the FID of finite samples is not comparable between numbers of them
+    assert few[1].item() == pytest.approx(exact, abs=0.35) and many[1].item() == pytest.approx(exact, abs=0.15)
+
+
+def test_fid_at_infinity_is_deterministic_and_needs_four_rows():
+    features = normal(60, 5, 0), normal(50, 5, 1)
+    value = frechet_distance_at_infinity(*features)
+    assert value == frechet_distance_at_infinity(*features) != frechet_distance_at_infinity(*features, seed=1)
+    assert value == frechet_distance_at_infinity(features[0][:50], features[1])
+    assert frechet_distance_at_infinity(features[0], features[1][:4]).isfinite()
+    assert frechet_distance_at_infinity(features[0], features[1][:3]).isnan()
+    assert frechet_distance_at_infinity(features[0] * torch.nan, features[1]).isnan()
 
 
 def test_kid_subsets_and_all_pairs_estimate_the_same():

