@@ -4,10 +4,6 @@ Evaluate every run, each against the whole test set of its data:
     python evaluate.py runs/images/*
 The same in seconds on a CPU, after the quick run of train_images.py:
     python evaluate.py runs/images/*glyphs* --images 20 --iw-samples 10
-Measure the signal-to-noise ratio of every objective's decoder gradient at one trained model:
-    python evaluate.py --gradient-snr runs/images/RUN
-Compare the second moment of the latents with that at which the theory says that training ends:
-    python evaluate.py --latent-scale runs/images/RUN
 
 A RUN is a run folder, or a pack of runs (.npz), whose stored arrays give the table again. Each folder gets an eval.npz, which is
 used again while its checkpoint, the test images and the settings stay the same. The folder --out gets the table and the figures.
@@ -28,17 +24,15 @@ import numpy as np
 import torch
 
 import metrics
-import plots
-from data import load_images
-from studies import gradient_snr, latent_scale
 from training import EVALUATION, seed_of
 from vsm.cli import Formatter, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
 from vsm.fid import fids, prior_metrics, reference_set
+from vsm.figures import images, latents, pictures
 from vsm.image_table import Measured, by_data_and_pair, write_table
 from vsm.loading import epochs_trained, flags_of, load_vae
 from vsm.names import group_by_seed
-from vsm.runs import load_arrays, save_arrays
+from vsm.runs import save_arrays
 from vsm.stored_runs import StoredRun, open_runs
 
 CURVES = ("epoch", "negative_elbo", "reconstruction_mse", "latent_mmd")  # every image run has them, and the table needs them
@@ -51,13 +45,6 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("experiment").add_argument
     flag("--images", type=positive, default=500, help="test images for the importance-weighted bound and denoising")
     flag("--iw-samples", type=positive, default=100, help="posterior samples of the importance-weighted bound")
-    flag("--gradient-snr", action="store_true",
-         help="measure only the signal-to-noise ratio of the decoder's gradient; the result goes to each run's folder")
-    flag("--latent-scale", action="store_true",
-         help="measure only E z^2 and the value that the theory predicts for it; the result goes to each run's folder")
-    flag("--snr-draws", type=positive, default=100, help="minibatches that the gradient's mean and variance are taken over")
-    flag("--snr-mode", choices=gradient_snr.MODES, default="eval",
-         help="mode of batch norm: eval, in which it couples no data, or train")
     flag = parser.add_argument_group("model").add_argument
     flag("--inception-weights", default=None, metavar="FILE",
          help="file of Inception's weights, for colour images (default: the one that torch-fidelity has fetched, or else the "
@@ -68,10 +55,6 @@ def parse_args(argv=None):
     flag("--out", default="runs/evaluation", help="folder for the table and the figures")
     flag("--overwrite", action="store_true", help="evaluate runs again that have been evaluated")
     args = parser.parse_args(argv)
-    if args.gradient_snr and args.latent_scale:
-        parser.error("--gradient-snr and --latent-scale are two measurements; give one of them")
-    if args.snr_draws < 2:
-        parser.error("--snr-draws must be at least 2: the variance divides by the number of draws less one")
     if args.inception_weights and not Path(args.inception_weights).is_file():
         parser.error(f"--inception-weights {args.inception_weights}: there is no such file")
     return args
@@ -80,20 +63,26 @@ def parse_args(argv=None):
 def main(args):
     device = pick_device(args.device)
     set_precision("float32", device)
-    evaluate = write_gradient_snr if args.gradient_snr else write_latent_scale if args.latent_scale else measured_run
-    runs, measured = [], []
-    for path in dict.fromkeys(args.runs):
+    measured = sorted(of_each_run(args.runs, lambda run: measured_run(run, args, device)), key=by_data_and_pair)
+    write_table(measured, Path(args.out))
+    draw_figures(measured, Path(args.out))
+
+
+def of_each_run(paths, measure):
+    """The list of measure(run) over the runs of these folders and packs, without those that fail, which stderr names.
+
+    Raises UserError where all of them fail.
+    """
+    runs, results = [], []
+    for path in dict.fromkeys(paths):
         with skipping(path):
             runs += open_runs([path])
     for run in runs:
         with skipping(run):
-            measured.append(evaluate(run, args, device))
-    if not measured:
+            results.append(measure(run))
+    if not results:
         raise UserError("none of these runs could be evaluated")
-    if evaluate is measured_run:
-        measured.sort(key=by_data_and_pair)
-        write_table(measured, Path(args.out))
-        draw_figures(measured, Path(args.out))
+    return results
 
 
 @contextlib.contextmanager
@@ -237,42 +226,6 @@ def data_metrics(vae, images, noise, samples, generator, block=100):
             "noise_levels": np.array(NOISE_LEVELS), "denoising_mse": torch.cat(errors, 1).mean(1).cpu()}
 
 
-def trained_model(run, args, device):
-    """The model of a run's last checkpoint, its training images on the device, its flags, config and status."""
-    config, status = checked_config(run), run_status(run)
-    if status.startswith("diverged@"):
-        raise UserError("it diverged, so there is no trained model")
-    vae, flags = load_vae(Path(run.name), device), flags_of(config)
-    data = load_images(flags["data"], args.data_root or flags["data_root"], flags["limit"], flags["test_limit"])
-    return vae, data.train.to(device), flags, config, status
-
-
-def write_gradient_snr(run, args, device):
-    """Write gradient_snr.npz (gradient_snr_train.npz in mode train) of the last checkpoint and its figure to the run's folder."""
-    vae, images, flags, config, status = trained_model(run, args, device)
-    arrays = gradient_snr.measure_gradient_snr(vae, images, flags, args.snr_draws, args.snr_mode,
-                                               tell=lambda line: print(f"{run}: {line}", flush=True))
-    save = Path(run.name) / ("gradient_snr.npz" if args.snr_mode == "eval" else "gradient_snr_train.npz")
-    config = {**config, "evaluation": {"draws": args.snr_draws, "mode": args.snr_mode}}
-    save_arrays(save, config, status=status, **arrays)
-    stored = StoredRun(run.name, lambda: config, lambda part: load_arrays(save), ["gradient_snr"])
-    plots.gradient_snr([stored], save.with_suffix(".png"))
-    print(save.with_suffix(".png"))
-    return stored
-
-
-def write_latent_scale(run, args, device):
-    """Write latent_scale.npz of the last checkpoint to the run's folder and print what it says."""
-    vae, images, flags, config, status = trained_model(run, args, device)
-    if vae.latent != "gaussian":
-        raise UserError("its latents are not Gaussian, so their scale is fixed")
-    arrays = latent_scale.measure_latent_scale(vae, images, flags)
-    settings = {"minibatches": latent_scale.MINIBATCHES, "samples": latent_scale.SAMPLES}
-    save_arrays(Path(run.name) / "latent_scale.npz", {**config, "evaluation": settings}, status=status, **arrays)
-    print(f"{run}: {latent_scale.sentence_of(arrays)}", flush=True)
-    return run
-
-
 # --------------------------------------------------------------------------------------------------------- the figures
 
 
@@ -285,18 +238,18 @@ def draw_figures(measured, out):
 
     groups = group_by_seed([each.run for each in measured], [each.run.config for each in measured])
     firsts = [next((measured[i] for i in members if "samples" in measured[i].run.arrays()), None) for _, members in groups]
-    figures = {"trajectories": measured, "importance_bound": alive, "denoising": alive,
-               "posterior_sd": with_arrays("posterior_sd"),
-               "aggregate_posterior": with_arrays("posterior_sd", "aggregate_histogram"),
-               "posterior_mean": with_arrays("posterior_mean_histogram"),
-               "samples": [first for first in firsts if first]}  # published runs may have no samples
+    figures = {images.trajectories: measured, images.importance_bound: alive, images.denoising: alive,
+               latents.posterior_sd: with_arrays("posterior_sd"),
+               latents.aggregate_posterior: with_arrays("posterior_sd", "aggregate_histogram"),
+               latents.posterior_mean: with_arrays("posterior_mean_histogram"),
+               pictures.samples: [first for first in firsts if first]}  # published runs may have no samples
     for figure, members in figures.items():
         if not members:
             continue
         try:
-            plots.FIGURES[figure]([each.run for each in members], out / f"{figure}.png")
+            figure([each.run for each in members], out / f"{figure.__name__}.png")
         except (UserError, KeyError, IndexError, ValueError) as error:
-            print(f"{figure}.png was not drawn: {sentence(error)}", file=sys.stderr)
+            print(f"{figure.__name__}.png was not drawn: {sentence(error)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

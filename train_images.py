@@ -58,6 +58,9 @@ def parse_args(argv=None):
     flag("--init-sd", type=positive_float, default=0.1, help="initial standard deviation of p(x|z)")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (no effect with fae)")
+    flag("--one-pass", action="store_true",
+         help="one forward pass of a minibatch serves encoder and decoder, and the decoder moves by the samples from before the "
+         "encoder's step; goes with --infer kld, --inner-steps 1 and a --learn that does not differentiate the encoder by x")
     flag("--batch", type=positive, default=100, help="images per minibatch")
     flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for encoder and decoder")
     flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS",
@@ -85,11 +88,23 @@ def parse_args(argv=None):
         parser.error("--temperature applies to --latent bernoulli only")
     if args.norm == "group" and not NETS[args.net].has_norm:
         parser.error(f"--norm group does not apply to --net {args.net}, which has no normalisation layers")
+    if args.one_pass:
+        refuse_one_pass(parser, args)
     if args.fid_every % args.eval_every:
         parser.error(f"--fid-every {args.fid_every} is not a multiple of --eval-every {args.eval_every}")
     defaults = vars(parser.parse_args([])) | {"width": NETS[args.net].width, "infer_samples": args.samples}
     args.out = args.out or f"runs/images/{run_name(args, AXES, defaults)}"
     return args
+
+
+def refuse_one_pass(parser, args):
+    """End the program where one forward pass cannot serve encoder and decoder."""
+    if args.infer != "kld" or LEARN[args.learn].needs_b or args.latent != "gaussian":
+        names = ", ".join(name for name, entry in LEARN.items() if not entry.needs_b)
+        parser.error(f"--one-pass goes with --infer kld, Gaussian latents and --learn {names}")
+    if args.inner_steps > 1 or args.infer_samples != args.samples:
+        parser.error("--one-pass uses the same samples for encoder and decoder; it needs --inner-steps 1, "
+                     "and --infer-samples equal to --samples")
 
 
 def main(args):
@@ -115,7 +130,8 @@ def main(args):
 def fit(run, args, vae, data, device):
     trainer = ImageTrainer(vae, data.train.to(device), learn=args.learn, infer=args.infer, estimator=args.estimator,
                       samples=args.samples, inner_steps=args.inner_steps, noise=args.noise, batch=args.batch, lr=args.lr,
-                      seed=args.seed, graph=not args.no_graph, infer_samples=args.infer_samples, lr_half_life=args.lr_half_life)
+                      seed=args.seed, graph=not args.no_graph, infer_samples=args.infer_samples, lr_half_life=args.lr_half_life,
+                      one_pass=args.one_pass)
     test = data.test.to(device)
     reference = reference_of(test, args.data, args.data_root) if args.fid_every else None
     status, history = train(run, trainer, args.epochs, args.eval_every, lambda: measure(trainer, args, test, reference))

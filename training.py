@@ -71,6 +71,34 @@ def theta_loss(vae, x, learn, noise, **options):
     return LEARN[learn](vae, x, q, z, **options)
 
 
+def shared_losses(vae, x, infer, learn, noise, **options):
+    """The losses of phi and of theta, each [B], from one forward pass and the same samples z.
+
+    Where both are the same objective, they are one tensor, whose gradient serves both. Neither q nor z is a constant here: the
+    caller differentiates the first loss by phi alone and the second by theta alone.
+    """
+    q = vae.encode(x)
+    z = vae.sample(q, noise)
+    decoded = Decoded(vae, z)
+    loss = INFER[infer](decoded, x, q, z)
+    if LEARN[learn].function is INFER[infer].function:
+        return loss, loss
+    return loss, LEARN[learn](decoded, x, q, z, **options)
+
+
+class Decoded:
+    """A model at samples z whose images it decodes once, for several objectives."""
+
+    def __init__(self, vae, z):
+        self.vae, self.z, self.g = vae, z, vae.decode(z)
+
+    def decode(self, z):
+        return self.g if z is self.z else self.vae.decode(z)
+
+    def __getattr__(self, name):
+        return getattr(self.vae, name)
+
+
 def joint_loss(vae, x, learn, noise):
     """The one loss of theta and phi per datum [B], for the Fisher autoencoder: z is reparametrised and all is differentiable."""
     x.requires_grad_()
@@ -171,13 +199,14 @@ class ImageTrainer(TrainingState):
     """
 
     def __init__(self, vae, images, *, learn, infer, estimator, samples, inner_steps, noise, batch, lr, seed, graph=True,
-                 infer_samples=None, lr_half_life=None):
+                 infer_samples=None, lr_half_life=None, one_pass=False):
         if len(images) < batch:
             raise UserError(f"{len(images)} training images are fewer than one minibatch of {batch}; use a smaller --batch")
         if not (LEARN[learn].joint or infer == "fd-repar"):  # a double backward, mostly of batch norm, is slower in channels_last
             to_channels_last(vae)
         self.images, self.learn, self.infer, self.estimator = images, learn, infer, estimator
         self.samples, self.infer_samples, self.inner_steps = samples, infer_samples or samples, inner_steps
+        self.one_pass = one_pass
         self.noise, self.batch, self.seed, self.lr, self.lr_half_life = noise, batch, seed, lr, lr_half_life
         graph = graph and images.device.type == "cuda"
         self.generator = torch.Generator(images.device).manual_seed(seed_of(seed, NOISE))
@@ -202,13 +231,26 @@ class ImageTrainer(TrainingState):
         self.advance(with_decoder, lambda: self.update(with_decoder))
 
     def update(self, with_decoder):
-        """One minibatch: phi moves and, if `with_decoder`, then theta. A joint objective moves both by one loss."""
+        """One minibatch: phi moves and, if `with_decoder`, then theta. A joint objective moves both by one loss.
+
+        With `one_pass`, theta moves by the samples of the q from before phi's step, where Algorithm 1 draws new ones from after.
+        """
         x, noise = self.minibatch()
+        t = -noise.flatten(1) / self.noise if LEARN[self.learn].takes("t") else None  # the score of the data's noise
         if LEARN[self.learn].joint:
             self.train_only(self.phi, self.theta)
             z_noise = latent_noise(self.vae, x, self.samples, self.generator)
             loss = joint_loss(self.vae, x, self.learn, z_noise)
             self.step_by(loss, self.phi, self.theta)
+        elif self.one_pass:
+            self.train_only(self.phi, self.theta)
+            z_noise = latent_noise(self.vae, x, self.samples, self.generator)
+            loss, other = shared_losses(self.vae, x, self.infer, self.learn, z_noise, estimator=self.estimator, t=t)
+            if other is loss:
+                self.step_by(loss, self.phi, self.theta)
+            else:
+                self.step_by(loss, self.phi, keep_graph=True)
+                self.step_by(other, self.theta)
         else:
             self.train_only(self.phi)
             z_noise = latent_noise(self.vae, x, self.infer_samples, self.generator)
@@ -217,7 +259,6 @@ class ImageTrainer(TrainingState):
             if with_decoder:
                 self.train_only(self.theta)
                 z_noise = latent_noise(self.vae, x, self.samples, self.generator)
-                t = -noise.flatten(1) / self.noise if LEARN[self.learn].takes("t") else None  # the score of the data's noise
                 loss = theta_loss(self.vae, x, self.learn, z_noise, estimator=self.estimator, t=t)
                 self.step_by(loss, self.theta)
         self.clock += 1
@@ -235,10 +276,10 @@ class ImageTrainer(TrainingState):
             for p in group.params:
                 p.requires_grad_(group in groups)
 
-    def step_by(self, loss, *groups):
+    def step_by(self, loss, *groups, keep_graph=False):
         """One Adam step of the parameter `groups` on the mean of loss [B] over the minibatch. It never waits for the device."""
         loss, params = loss.mean(), [p for group in groups for p in group.params]
-        set_gradients(params, torch.autograd.grad(loss, params))
+        set_gradients(params, torch.autograd.grad(loss, params, retain_graph=keep_graph))
         for group, sums in zip((self.phi, self.theta), self.sums):
             if group in groups:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in group.params])

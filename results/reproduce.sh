@@ -285,14 +285,14 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python evaluate.py $runs/fashion-conv-*-$budget-width16-* --images 200 --iw-samples 100 --out runs/evaluation/fashion
     python evaluate.py $runs/mnist-mlp-*-limit20000-* --images 200 --iw-samples 100 --out runs/evaluation/mlp
     python evaluate.py $runs/celeba-*-limit4000-* --images 100 --iw-samples 30 --out runs/evaluation/celeba
-    python evaluate.py --gradient-snr --snr-draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
-    python evaluate.py --gradient-snr $runs/mnist-mlp-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-*-seed[23]
+    python -m studies.gradient_snr --draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
+    python -m studies.gradient_snr $runs/mnist-mlp-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-*-seed[23]
     for mode in eval train; do
-        python evaluate.py --gradient-snr --snr-mode $mode $runs/mnist-conv-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-width8-dim-z16-inner-steps1-*-seed0
+        python -m studies.gradient_snr --mode $mode $runs/mnist-conv-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-width8-dim-z16-inner-steps1-*-seed0
     done
-    python evaluate.py --latent-scale $runs/mnist-{mlp,conv,resnet}-kld-*-test-limit2000-*
-    python evaluate.py --latent-scale $runs/celeba-conv-kld-*-test-limit1000-* $runs/mnist-conv-fd-fd-test-limit2000-infer-samples1-init-sd1*
-    python evaluate.py --latent-scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
+    python -m studies.latent_scale $runs/mnist-{mlp,conv,resnet}-kld-*-test-limit2000-*
+    python -m studies.latent_scale $runs/celeba-conv-kld-*-test-limit1000-* $runs/mnist-conv-fd-fd-test-limit2000-infer-samples1-init-sd1*
+    python -m studies.latent_scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
 figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 15,000 updates (F with J = 5 also 45,000), three seeds: 13 runs of 2 to 40 min

@@ -18,7 +18,7 @@ def study_table(runs):
 
 
 def latent_scale_of(run):
-    """What evaluate.py --latent-scale measured of a run, under names of their own; nothing where it did not."""
+    """What studies/latent_scale.py measured of a run, under names of their own; nothing where it did not."""
     names = {"second_moment": "training_moment", "predicted_moment": "predicted_moment"}
     return {mine: run.arrays("latent_scale")[key] for key, mine in names.items()} if run.has("latent_scale") else {}
 

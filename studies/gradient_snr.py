@@ -1,16 +1,30 @@
-"""The signal-to-noise ratio of the decoder's gradient, by learning objective and number of posterior samples, at one model.
+"""The signal-to-noise ratio of the decoder's gradient, by learning objective and number of posterior samples, at trained models.
 
-The paper asks in its discussion whether the variance of the gradient explains the failures of swersky and bao.
+    python -m studies.gradient_snr runs/images/RUN
+
+The paper asks in its discussion whether the variance of the gradient explains the failures of swersky and bao. Each image run is
+measured at its last checkpoint; its folder gets gradient_snr.npz (gradient_snr_train.npz with --mode train) and the figure.
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
+import argparse
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from data import load_images
+from evaluate import checked_config, of_each_run, run_status
 from objectives import ESTIMATORS, LEARN, dot
 from training import EVALUATION, joint_loss, latent_noise, seed_of, theta_loss
+from vsm.cli import Formatter, UserError, command_line, positive
+from vsm.device import pick_device, set_precision
+from vsm.figures import images as figures
+from vsm.loading import flags_of, load_vae
+from vsm.runs import load_arrays, save_arrays
+from vsm.stored_runs import StoredRun
 from vsm.tables import with_error
 
 SAMPLES = (1, 2, 5, 10)
@@ -141,3 +155,63 @@ def unbiased_moments(total, squares, draws):
 def squared_norms(g):
     """The squared norms of the two parts of g [P], the decoder's weights and log_gamma: [2]."""
     return torch.stack([dot(g[:-1], g[:-1]), g[-1] ** 2])
+
+
+# -------------------------------------------------------------------------------------------------------- the command line
+
+
+def parser_of_runs(description):
+    """The parser of a measurement of trained image models, to which it adds flags of its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=Formatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train_images.py made")
+    parser.add_argument("--data-root", default=None, help="folder of the data sets (default: the one that each run had)")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
+    return parser
+
+
+def measure_models(args, name, settings, measure):
+    """Write {name}.npz of each run: the arrays that measure(run, vae, images, flags) returns, and `settings` in its config.
+
+    vae is the model of the run's last checkpoint, images are its training images, uint8 on the device. Returns the paths. A run
+    that cannot be measured is named on stderr; raises UserError where none can.
+    """
+    device = pick_device(args.device)
+    set_precision("float32", device)
+
+    def measured(run):
+        config, status = checked_config(run), run_status(run)
+        if status.startswith("diverged@"):
+            raise UserError("it diverged, so there is no trained model")
+        vae, flags, save = load_vae(run.name, device), flags_of(config), Path(run.name) / f"{name}.npz"
+        data = load_images(flags["data"], args.data_root or flags["data_root"], flags["limit"], flags["test_limit"])
+        arrays = measure(run, vae, data.train.to(device), flags)
+        save_arrays(save, {**config, "evaluation": settings}, status=status, **arrays)
+        return save
+
+    return of_each_run(args.runs, measured)
+
+
+def parse_args(argv=None):
+    parser = parser_of_runs(__doc__)
+    parser.add_argument("--draws", type=positive, default=100, help="minibatches that the mean and variance are taken over")
+    parser.add_argument("--mode", choices=MODES, default="eval", help="batch norm: eval, in which it couples no data, or train")
+    args = parser.parse_args(argv)
+    if args.draws < 2:
+        parser.error("--draws must be at least 2: the variance divides by the number of draws less one")
+    return args
+
+
+def main(args):
+    def measure(run, vae, images, flags):
+        return measure_gradient_snr(vae, images, flags, args.draws, args.mode, lambda line: print(f"{run}: {line}", flush=True))
+
+    name = "gradient_snr" if args.mode == "eval" else "gradient_snr_train"
+    for save in measure_models(args, name, {"draws": args.draws, "mode": args.mode}, measure):
+        arrays = load_arrays(save)
+        only = StoredRun(str(save.parent), lambda: arrays["config"], lambda part: arrays, ["gradient_snr"])
+        figures.gradient_snr([only], save.with_suffix(".png"))
+        print(save.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    command_line(parse_args, main)

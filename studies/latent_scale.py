@@ -1,15 +1,20 @@
 """The scale of a trained model's latents: E z^2, and the value at which the theory says that training would end.
 
-docs/theory.md has the proposition (equation 6) under "The scale of the latents, for any decoder".
+    python -m studies.latent_scale runs/images/RUN
+
+docs/theory.md has the proposition (equation 6) under "The scale of the latents, for any decoder". Each image run is
+measured at its last checkpoint; its folder gets latent_scale.npz.
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
 import math
 
 import numpy as np
 import torch
 
-from studies.gradient_snr import differentiable_decoder, noisy_minibatch
+from studies.gradient_snr import differentiable_decoder, measure_models, noisy_minibatch, parser_of_runs
 from training import EVALUATION, seed_of
+from vsm.cli import UserError, command_line
 
 MINIBATCHES, SAMPLES = 40, 16  # minibatches of training images; posterior samples of each image
 
@@ -66,3 +71,22 @@ def sentence_of(arrays):
     if not math.isfinite(predicted):
         return f"the mean E z^2 is {moment:.3g}; no end point is known for this pair of objectives"
     return f"the mean E z^2 is {moment:.3g}; where training is stationary it equals {predicted:.3g} ± {error:.1g}"
+
+
+def parse_args(argv=None):
+    return parser_of_runs(__doc__).parse_args(argv)
+
+
+def main(args):
+    def measure(run, vae, images, flags):
+        if vae.latent != "gaussian":
+            raise UserError("its latents are not Gaussian, so their scale is fixed")
+        arrays = measure_latent_scale(vae, images, flags)
+        print(f"{run}: {sentence_of(arrays)}", flush=True)
+        return arrays
+
+    measure_models(args, "latent_scale", {"minibatches": MINIBATCHES, "samples": SAMPLES}, measure)
+
+
+if __name__ == "__main__":
+    command_line(parse_args, main)

@@ -179,6 +179,11 @@ def test_another_network_latent_or_schedule_keeps_the_rules(net, options):
     watch_images(image_trainer("bao", "kld", net, **options))
 
 
+@pytest.mark.parametrize("learn", ["elbo", "swersky"])
+def test_one_pass_keeps_the_rules(learn):
+    watch_images(image_trainer(learn, "kld", "conv", inner_steps=1, one_pass=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"lr_half_life": 1.0}])
 @pytest.mark.parametrize("learn, infer", PAIRS)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from PIL import Image
 
 import evaluate
@@ -16,17 +15,15 @@ import plots
 import train_images
 from data import load_images
 from metrics import evaluate_images
-from studies.gradient_snr import differentiable_decoder, gradient_moments
 from studies.packs import pack
 from training import EVALUATION, seed_of
 from vsm import features
 from vsm.cli import UserError
 from vsm.fid import prior_metrics, reference_set
-from vsm.figures import images, style
+from vsm.figures import style
 from vsm.loading import load_vae, vae_of
 from vsm.names import group_by_seed
 from vsm.runs import load_arrays, load_config, save_arrays
-from vsm.stored_runs import StoredRun
 
 CPU = torch.device("cpu")
 QUICK = ["--images", "20", "--iw-samples", "8", "--device", "cpu"]
@@ -198,7 +195,6 @@ def test_a_run_of_another_version_is_skipped_and_an_older_one_gets_defaults(runs
 def test_bad_flags(runs, fails, tmp_path):
     assert "there is no such file" in fails(evaluate, runs.a, "--inception-weights", tmp_path / "none.pth")
     assert "--iw-samples" in fails(evaluate, runs.a, "--iw-samples", "0")
-    assert "at least 2" in fails(evaluate, runs.a, "--gradient-snr", "--snr-draws", "1")
 
 
 def test_the_rebuilt_model_is_the_trained_one(runs, digits):
@@ -244,75 +240,6 @@ def test_without_inception_every_other_number_is_there(tmp_path, capsys):
     assert np.isnan(table["fid_mean"][0])
     assert np.isfinite([table[f"{name}_mean"][0] for name in ("negative_elbo", "negative_iw_bound", "latent_mmd",
                                                               "posterior_fd")]).all()
-
-
-def test_gradient_snr(runs, monkeypatch, tmp_path):
-    monkeypatch.setattr("studies.gradient_snr.SAMPLES", (1, 2))
-    evaluate.main(evaluate.parse_args([str(runs.a), "--gradient-snr", "--snr-draws", "2", "--device", "cpu"]))
-    arrays = load_arrays(runs.a / "gradient_snr.npz")
-    names = ["ELBO", "F", "S plugin", "S unbiased", "B plugin", "B unbiased", "B released", "FAE"]
-    assert arrays["objectives"].tolist() == names and arrays["samples"].tolist() == [1, 2]
-    assert [name for name, snr in zip(names, arrays["snr"]) if np.isnan(snr[0])] == ["S unbiased", "B unbiased"]
-    assert np.isfinite(arrays["snr"][:, 1:]).all() and (runs.a / "gradient_snr.png").exists()
-    evaluate.main(evaluate.parse_args([str(runs.half), "--gradient-snr", "--snr-draws", "3", "--snr-mode", "train", "--device",
-                                       "cpu"]))
-    trained = load_arrays(runs.half / "gradient_snr_train.npz")
-    assert trained["status"] == "unfinished@8" and trained["config"]["evaluation"] == {"draws": 3, "mode": "train"}
-    assert np.isfinite(trained["snr_se"][:, 1:]).all() and (trained["snr_se"][:, 1:] > 0).all()
-    assert not (runs.half / "gradient_snr.npz").exists()
-    parts = {"gradient_snr": arrays, "gradient_snr_train": trained}  # a run with both has a row for each
-    images.gradient_snr([StoredRun("both", lambda: arrays["config"], parts.get, parts)], tmp_path / "both.png")
-    assert len(imread(tmp_path / "both.png")) > 1.5 * len(imread(runs.a / "gradient_snr.png"))
-
-
-def test_latent_scale(runs, capsys, monkeypatch):
-    monkeypatch.setattr("studies.latent_scale.MINIBATCHES", 3)
-    evaluate.main(evaluate.parse_args([str(runs.a), str(runs.half), "--latent-scale", "--device", "cpu"]))
-    out = capsys.readouterr().out
-    for run in (runs.a, runs.half):
-        arrays = load_arrays(run / "latent_scale.npz")
-        assert f"the mean E z^2 is {arrays['second_moment']:.3g}; where" in out and arrays["second_moment"] > 0
-        assert arrays["variance_slope"] == pytest.approx(0, abs=1e-2)  # batch norm: the decoder does not feel the scale
-    assert arrays["config"]["evaluation"] == {"minibatches": 3, "samples": 16} and arrays["status"] == "unfinished@8"
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.parse_args([str(runs.a), "--latent-scale", "--gradient-snr"])
-    assert "give one of them" in capsys.readouterr().err
-
-
-def test_the_gradients_mode_couples_data_and_leaves_the_model_as_it_was(runs, digits):
-    vae, images = load_vae(runs.a), load_images("mnist", digits).train
-    before = {name: value.clone() for name, value in vae.state_dict().items()}
-    found = {}
-    for mode in ("eval", "train"):
-        with differentiable_decoder(vae, mode):
-            flags, generator = load_config(runs.a)["flags"], torch.Generator().manual_seed(0)
-            found[mode] = gradient_moments(vae, images, flags, "fd", "plugin", 2, 3, generator).mean
-    assert not torch.allclose(found["eval"], found["train"], rtol=0.01)
-    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
-    assert not vae.training and not any(p.requires_grad for p in vae.parameters())
-
-
-@pytest.mark.slow
-def test_gradient_moments_are_unbiased_and_posterior_samples_lower_the_variance(runs, digits):
-    config, vae = load_config(runs.a), load_vae(runs.a)
-    vae.decoder.requires_grad_(True)
-    vae.log_gamma.requires_grad_(True)
-    images = load_images("mnist", digits).train
-
-    def moments(samples, seed, draws=150):
-        flags, generator = config["flags"] | {"batch": 5}, torch.Generator().manual_seed(seed)
-        return gradient_moments(vae, images, flags, "fd", "plugin", samples, draws, generator)
-
-    (mean1, signal1, variance1, error1), (mean2, signal2, variance2, _) = moments(1, 0), moments(1, 1)
-    product = (mean1[:-1] * mean2[:-1]).sum()  # independent: its mean is ||E g||^2
-    assert abs(product - (signal1[0] + signal2[0]) / 2) < 4 * (2 * signal1[0] * variance1[0] / 150
-                                                               + variance1[0]**2 / 150**2).sqrt()
-    assert variance1[0] == pytest.approx(variance2[0].item(), rel=0.5)
-    assert moments(10, 2).variance[0] < variance1[0]
-    ratios = torch.stack([found.signal / found.variance for found in (moments(1, seed, 20) for seed in range(3, 15))])
-    # The jackknife's error is roughly that of repetitions.
-    assert (moments(1, 3, 20).snr_se / ratios.std(0)).log2().abs().max() < 1.2
-    assert (error1 < moments(1, 3, 20).snr_se).all()
 
 
 def test_groups_differ_in_their_seed_alone():

@@ -21,12 +21,13 @@ GONE = {"runs": [2]}
 
 def identity(script, flags):
     """The script and the flags that make a run what it is, as something to compare."""
-    return script, json.dumps({key: value for key, value in flags.items() if key not in NOT_IDENTITY}, sort_keys=True)
+    mine = {key: value for key, value in flags.items() if key not in (*NOT_IDENTITY, "module")}
+    return script, json.dumps(mine, sort_keys=True)
 
 
 @functools.cache
 def defaults_of(script):
-    return vars(importlib.import_module(script).parse_args([]))
+    return vars(importlib.import_module("benchmarks.benchmark" if script == "benchmark" else script).parse_args([]))
 
 
 def stored_identity(run):
@@ -49,8 +50,9 @@ def commands():
             if line not in parsed:
                 python, script, *argv = shlex.split(line)
                 assert python == "python"
-                flags = vars(importlib.import_module(script.removesuffix(".py")).parse_args(argv))
-                parsed[line] = identity(script.removesuffix(".py"), flags), flags
+                module, *argv = argv if script == "-m" else [script.removesuffix(".py"), *argv]
+                flags = vars(importlib.import_module(module).parse_args(argv)) | {"module": module}
+                parsed[line] = identity(module.rpartition(".")[2], flags), flags
         found[part] = dict(parsed[line] for line in lines)
         assert len(found[part]) == len(lines), f"two commands of {part} make the same run"
     return found
@@ -80,15 +82,15 @@ def test_a_part_has_the_runs_of_its_pack_and_no_others(commands, runs):
 
 def test_stored_evaluations_have_their_command(commands, runs):
     """A command of the part `evaluations` reads the folder of each evaluated run, with the stored settings."""
-    folders = {key: flags["out"] for part in commands.values() for key, flags in part.items()}
+    folders = {key: flags.get("out", "") for part in commands.values() for key, flags in part.items()}
     for _, run, key in runs:
-        for part, names in (("eval", {"images": "images", "iw_samples": "iw_samples"}), ("gradient_snr", {"draws": "snr_draws"}),
-                            ("latent_scale", {})):
+        for part, module, names in (("eval", "evaluate", ("images", "iw_samples")),
+                                    ("gradient_snr", "studies.gradient_snr", ("draws",)),
+                                    ("latent_scale", "studies.latent_scale", ())):
             if not run.has(part):
                 continue
             stored = run.arrays(part)["config"]["evaluation"]
-            wanted = {flag: stored[setting] for setting, flag in names.items()}
-            wanted |= {mode: part == mode for mode in ("gradient_snr", "latent_scale")}
+            wanted = {"module": module} | {name: stored[name] for name in names}
             assert any(wanted.items() <= flags.items() and any(fnmatch.fnmatch(folders[key], glob) for glob in flags["runs"])
                        for flags in commands["evaluations"].values()), (str(run), part)
 

@@ -191,6 +191,8 @@ def test_default_folders_of_a_sweep_never_collide():
     (["--batch", "1e3"], "1e3 is not a whole number of 1 or more"),
     (["--precision", "tf32"], "GPU"),
     (["--learn", "sliced"], "invalid choice"),
+    (["--one-pass", "--learn", "bao", "--inner-steps", "1"], "--one-pass goes with --infer kld"),
+    (["--one-pass", "--inner-steps", "1", "--samples", "2", "--infer-samples", "1"], "--infer-samples equal to --samples"),
 ])
 def test_bad_flags_get_one_sentence(digits, tmp_path, fails, argv, words):
     out = tmp_path / "run"
