@@ -6,39 +6,31 @@
     glyphs                                   digits drawn here from matplotlib's fonts; needs no file and no network
 
 DATA_SETS has one entry for each name. Pictures are converted once, to an array that is kept beside the data, or in $VSM_CACHE if
-that is set, or in ./cache if the data are read-only. Pillow, torchvision and matplotlib are imported where they are used, so that
---help is fast.
+that is set, or in ./cache if the data are read-only. torchvision is imported where it is used, so that --help is fast.
 """
 
 import contextlib
-import errno
-import fcntl
 import gzip
-import hashlib
 import io
-import json
 import math
 import os
 import re
-import shutil
 import socket
-import stat
 import struct
 import sys
 import tempfile
-import warnings
-import zipfile
 import zlib
-from multiprocessing.pool import ThreadPool
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from vsm.cache import cache_folder, cached, digest
 from vsm.cli import UserError
 from vsm.glyphs import FONTS, draw_glyphs
+from vsm.pictures import EXTENSIONS, Pictures
 from vsm.runs import write_atomic
 
 # Name: a function that maps the data root (a Path) to ImageData, of arrays or CPU tensors. All else follows from what it returns.
@@ -50,12 +42,8 @@ DATA_SETS = {
 }
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CELEBA_TRAIN, CELEBA_TEST = range(1, 162771), range(182638, 202600)  # by file number; between them lies the validation set
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-
-# A small file can expand to many GB. These bounds are far above any real data set and below any real memory.
-MAX_IDX_BYTES = 2**30
-MAX_PICTURE_BYTES = 2**27
-MAX_PICTURE_ASPECT = 100  # the long side over the short one, which becomes 32 or 64 pixels
+MAX_IDX_BYTES = 2**30  # a small .gz file can expand to more than the memory holds
+FEWEST_PICTURES = 11  # the fewest of which two are test pictures, as MMD and FID need
 
 
 class ImageData(NamedTuple):
@@ -72,10 +60,32 @@ def data_names():
     return " | ".join([*DATA_SETS, "folder:PATH"])
 
 
+def data_name(text):
+    """The type of --data: the name, with the path of folder:PATH made absolute, so that one folder has one name everywhere."""
+    path = text.removeprefix("folder:")
+    return f"folder:{os.path.abspath(expanded(path))}" if path and path != text else text
+
+
+def moved_folder(text):
+    """The type of --data of scripts that read runs, where it says to which folder the pictures of the runs have moved."""
+    if not (name := data_name(text)).startswith("folder:"):
+        raise ArgumentTypeError(f"{text} is not folder:PATH; for other data than folders of pictures there is --data-root")
+    return name
+
+
+def expanded(path):
+    """A path with the home folder in place of ~. Raises UserError where that is unknown."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"the home folder in {path} is unknown; write its path out") from error
+
+
 def load_images(name, root="data", limit=0, test_limit=0):
     """The ImageData of the data set `name`, a key of DATA_SETS or folder:PATH.
 
-    It keeps the first `limit` training images and the first `test_limit` test images of the official order; 0 keeps all.
+    It keeps the first `limit` training images and the first `test_limit` test images of the official order; 0 keeps all. The
+    recipe gets `counts`, the numbers kept, and `digest`, which tells these pixels, before any limit, from all others.
     Raises UserError for an unknown name, for missing data (with the layout that is wanted) and for damaged data (with the file).
     """
     if min(limit, test_limit) < 0:
@@ -84,7 +94,7 @@ def load_images(name, root="data", limit=0, test_limit=0):
     if not folder and name not in DATA_SETS:
         raise UserError(f"unknown data {name!r}; choose one of {data_names()}")
     try:
-        data = load_folder(folder) if folder else DATA_SETS[name](Path(root))
+        data = load_folder(expanded(folder)) if folder else DATA_SETS[name](expanded(root))
     except OSError as error:
         raise UserError(f"{error.filename or root} cannot be read ({error.strerror or error})") from error
     require_images(name, data.train, data.train_labels, "training")
@@ -92,6 +102,8 @@ def load_images(name, root="data", limit=0, test_limit=0):
     train, train_labels = first_rows(limit, data.train), first_rows(limit, data.train_labels)
     test, test_labels = first_rows(test_limit, data.test), first_rows(test_limit, data.test_labels)
     recipe = {"size": list(train.shape[1:]), **data.recipe, "counts": {"train": len(train), "test": len(test)}}
+    if "digest" not in recipe:
+        recipe["digest"] = digest(data.train, data.test)
     return ImageData(train, test, train_labels, test_labels, recipe)
 
 
@@ -110,14 +122,6 @@ def require_images(name, images, labels, part):
         raise UserError(f"{name} has no {part} images")
     if labels is not None and ("int64" not in str(labels.dtype) or labels.shape != images.shape[:1]):
         raise UserError(f"the {part} labels of {name} are {labels.dtype} {list(labels.shape)}, not int64 [{len(images)}]")
-
-
-def digest(*tensors):
-    """The first 12 hexadecimal digits of the SHA-256 of the tensors' bytes."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.cpu().contiguous().numpy())
-    return sha.hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------------------------------- idx files
@@ -204,204 +208,32 @@ def load_celeba(root):
         train = [name for number, name in sorted(by_number.items()) if number in CELEBA_TRAIN]
         test = [name for number, name in sorted(by_number.items()) if number in CELEBA_TEST]
         if train and test:
-            return pictures.convert("celeba", train, test, 64, "official, by file number: train 1-162770, test 182638-202599")
+            return converted(pictures, "celeba", train, test, 64, "official, by file number: train 1-162770, test 182638-202599")
     raise UserError(f"no CelebA in {root}: put its pictures (of the training set, 1-162770, and the test set, 182638-202599) at "
                     f"{root}/celeba/img_align_celeba/NNNNNN.jpg or, zipped, at {root}/celeba/img_align_celeba.zip, "
                     "or name that folder or zip as the data root")
 
 
-def load_folder(text):
-    """The pictures of the folder or zip `text`; every tenth is a test image. They become 64x64, or 32x32 if they are small."""
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"the home folder in folder:{text} is unknown; write its path out") from error
+def load_folder(path):
+    """The pictures of a folder or zip; every tenth is a test image. They become 64x64, or 32x32 if the first is smaller."""
     pictures = Pictures(path)
-    if len(pictures.names) < 2:
-        raise UserError(f"{path} holds fewer than two pictures ({' '.join(EXTENSIONS)}); a training and a test set want more")
+    if (count := len(pictures.names)) < FEWEST_PICTURES:
+        raise UserError(f"{path} holds {count} pictures ({' '.join(EXTENSIONS)}); {FEWEST_PICTURES} or more are wanted, "
+                        "because every tenth is a test picture and a run needs two of these")
     test = pictures.names[::10]
     train = [name for i, name in enumerate(pictures.names) if i % 10]
-    size = 64 if min(pictures.open(test[0]).size) >= 64 else 32
-    return pictures.convert("folder", train, test, size, "every 10th of the sorted paths, from the first, is a test image")
+    size = 64
+    with contextlib.suppress(UserError):  # the conversion names all pictures that cannot be read
+        size = 64 if min(pictures.open(test[0]).size) >= 64 else 32
+    return converted(pictures, "folder", train, test, size, "every 10th of the sorted paths, from the first, is a test image")
 
 
-def is_picture(name):
-    """Whether a path has the extension of a picture and no leading dot in its file name."""
-    return name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith(".")
-
-
-def regular_pictures(folder):
-    """{relative path: its os.stat_result} of the pictures in `folder` and its subfolders; links to folders are not followed.
-
-    Only regular files count: reading a FIFO named x.png would wait for ever. Raises OSError for what cannot be read.
-    """
-    def refuse(error):
-        raise error
-
-    found = {}
-    for place, _, names in os.walk(folder, onerror=refuse):
-        for path in (Path(place, name) for name in names if is_picture(name)):
-            if stat.S_ISREG((status := path.stat()).st_mode):
-                found[path.relative_to(folder).as_posix()] = status
-    return found
-
-
-def open_zip(path):
-    """The zip at `path`. Raises UserError where it is none, or damaged."""
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, EOFError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is neither a folder of pictures nor a whole zip of them ({error})") from error
-
-
-class Pictures:
-    """The pictures of a zip, or of a folder and its subfolders: sorted `names`, and a `stamp` that changes when they do."""
-
-    def __init__(self, source):
-        from PIL import Image
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # otherwise only a warning, up to twice Pillow's bound
-        self.source, self.archive = Path(os.path.realpath(source)), None
-        try:
-            status = source.stat()
-            if stat.S_ISDIR(status.st_mode):
-                found = regular_pictures(source)
-                self.names, statuses = sorted(found), list(found.values())
-            elif stat.S_ISREG(status.st_mode):
-                self.archive = open_zip(source)
-                self.names, statuses = sorted(filter(is_picture, self.archive.namelist())), [status]
-            else:
-                raise UserError(f"{source} is neither a folder nor a file; name a folder of pictures or a zip of them")
-        except OSError as error:
-            mend = "name a folder of pictures or a zip of them" if error.errno == errno.ENOENT else "mend it or take it away"
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}); {mend}") from error
-        newest = max((status.st_mtime_ns for status in statuses), default=0)
-        self.stamp = [len(self.names), sum(status.st_size for status in statuses), newest]
-
-    def read(self, name):
-        """The bytes of a picture's file. Raises UserError for a file too large for a picture, and for an encrypted one."""
-        path = Path(f"{self.source}/{name}")
-        member = self.archive and self.archive.getinfo(name)
-        size = member.file_size if member else path.stat().st_size
-        if size > MAX_PICTURE_BYTES:
-            raise UserError(f"{path} has {size:,} bytes, more than {MAX_PICTURE_BYTES:,}; make it smaller or take it away")
-        if not member:
-            return path.read_bytes()
-        if member.flag_bits & 1:
-            raise UserError(f"{path} is encrypted; unpack the zip and name the folder")
-        content = io.BytesIO()
-        try:
-            with self.archive.open(member) as file:
-                shutil.copyfileobj(file, content, 4096)  # small reads: LZMA and bzip2 expand all that one read takes
-        except NotImplementedError as error:
-            raise UserError(f"{path} cannot be unpacked by Python ({error}); unpack the zip and name the folder") from error
-        return content.getvalue()
-
-    def open(self, name):
-        """A picture as RGB, turned upright.
-
-        Raises UserError for one that is damaged, of an absurd size, or of more than 8 bits a channel, which Pillow would clip.
-        """
-        from PIL import Image, ImageOps
-        file = f"{self.source}/{name}"
-        try:
-            picture = Image.open(io.BytesIO(self.read(name)))
-            if picture.mode.startswith(("I", "F")):
-                raise UserError(f"{file} has more than 8 bits a channel; save it with 8 first")
-            if max(picture.size) > MAX_PICTURE_ASPECT * min(picture.size):
-                raise UserError(f"{file} has {picture.width}x{picture.height} pixels, too long for a square; take it away")
-            return ImageOps.exif_transpose(picture).convert("RGB")
-        except (UserError, MemoryError):
-            raise
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise UserError(f"{file} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller or take it away") from error
-        except Exception as error:  # the readers raise almost anything, depending on the format and the damage
-            raise UserError(f"{file} is damaged ({type(error).__name__})") from error
-
-    def convert(self, data, train, test, size, split):
-        """ImageData of the named pictures, resized and cropped; from the cache, or converted and cached."""
-        names = train + test
-        recipe = {"name": data, "source": self.source.name, "size": [3, size, size], "split": split, "pad": 0,
-                  "crop": f"short side to {size}, centre {size}x{size}", "filter": "bilinear, antialiased (Pillow)"}
-
-        def rows():
-            with ThreadPool() as pool:  # Pillow decodes and resizes outside the interpreter's lock
-                yield from tqdm(pool.imap(lambda name: resize_and_crop(self.open(name), size), names, chunksize=16),
-                                f"converting {self.source.name}", len(names), unit="image", disable=None)
-
-        images = cached(cache_path(self.source), dict(recipe, stamp=self.stamp), (len(names), 3, size, size), rows)
-        return ImageData(images[:len(train)], images[len(train):], None, None, recipe)
-
-
-def resize_and_crop(picture, size):
-    """Resize the short side to `size` and crop the central square, bit for bit as torchvision does: uint8 [3, size, size]."""
-    from PIL import Image
-    short = min(picture.size)
-    width, height = (int(size * side / short) for side in picture.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    crop = picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    return np.asarray(crop).transpose(2, 0, 1)
-
-
-# ------------------------------------------------------------------------------------- arrays that are made once and kept
-
-
-def cache_folder():
-    """The folder for what is made once and can be made again: $VSM_CACHE, or ./cache."""
-    return Path(os.environ.get("VSM_CACHE", "cache"))
-
-
-def cache_path(source):
-    """The path of the converted array of `source` (None: the glyphs). The mode is checked because root may write anywhere."""
-    if source and "VSM_CACHE" not in os.environ and os.access(source.parent, os.W_OK) and source.parent.stat().st_mode & 0o222:
-        return source.with_name(f"{source.name}.converted.npy")
-    name = f"{source.name}-{zlib.crc32(os.fsencode(source)):08x}" if source else "glyphs"
-    return cache_folder() / f"{name}.npy"
-
-
-def cached(path, recipe, shape, rows):
-    """The array of this recipe and shape at `path`, memory-mapped; where it is not there, it is made from the arrays of rows().
-
-    The file is written whole or not at all; one process writes it, the others wait. Raises UserError where that fails.
-    """
-    if (images := read_cache(path, recipe, shape)) is not None:
-        return images
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if read_cache(path, recipe, shape) is None:
-                print(f"making {path}; this happens once", file=sys.stderr)
-                write_cache(path, recipe, shape, rows())
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); set VSM_CACHE to a folder with room") from error
-    return np.load(path, mmap_mode="r")
-
-
-def read_cache(path, recipe, shape):
-    """The cached array, or None where it is absent, of another recipe, or damaged."""
-    try:
-        images = np.load(path, mmap_mode="r")
-        same_recipe = json.loads(path.with_suffix(".json").read_text()) == recipe
-    except Exception:  # the readers raise almost anything, depending on the damage; a damaged cache is made again
-        return None
-    whole = images.shape == shape and images.dtype == np.uint8 and images.flags.c_contiguous
-    return images if same_recipe and whole else None
-
-
-def write_cache(path, recipe, shape, rows):
-    """Write the arrays `rows` as one uint8 array to `path`, and then the recipe beside it."""
-    path.with_suffix(".json").unlink(missing_ok=True)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:  # not memory-mapped: a full disk would then be a SIGBUS
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            file.writelines(row.tobytes() for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    write_atomic(path.with_suffix(".json"), json.dumps(recipe, indent=1).encode())
+def converted(pictures, name, train, test, size, split):
+    """ImageData of the pictures with these paths, which become squares of `size` pixels."""
+    recipe = {"name": name, "source": pictures.source.name, "size": [3, size, size], "split": split, "pad": 0,
+              "crop": f"short side to {size}, centre {size}x{size}", "filter": "bilinear, antialiased (Pillow)"}
+    images, content = pictures.squares(train + test, size, recipe)
+    return ImageData(images[:len(train)], images[len(train):], None, None, {**recipe, "digest": content})
 
 
 # --------------------------------------------------------------------------------------------------------------- glyphs
@@ -411,6 +243,7 @@ def load_glyphs():
     """70,000 drawn digits. A change of vsm/glyphs.py must raise the version in the recipe; otherwise old caches stay in use."""
     recipe = {"name": "glyphs", "source": f"digits of {len(FONTS)} fonts, affine jitter (version 2), seed 0",
               "size": [1, 32, 32], "crop": None, "filter": None, "pad": 2, "split": "60,000 + 10,000 independent draws"}
-    images = cached(cache_path(None), dict(recipe, fonts=FONTS), (70_000, 1, 32, 32), lambda: draw_glyphs(70_000))
+    images, content = cached(cache_folder() / "glyphs.npy", dict(recipe, fonts=FONTS), (70_000, 1, 32, 32),
+                             lambda: draw_glyphs(70_000))
     labels = np.arange(70_000) % 10
-    return ImageData(images[:60_000], images[60_000:], labels[:60_000], labels[60_000:], recipe)
+    return ImageData(images[:60_000], images[60_000:], labels[:60_000], labels[60_000:], {**recipe, "digest": content})

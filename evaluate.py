@@ -24,13 +24,14 @@ import numpy as np
 import torch
 
 import metrics
+from data import moved_folder
 from training import EVALUATION, seed_of
 from vsm.cli import Formatter, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
 from vsm.fid import fids, prior_metrics, reference_set
 from vsm.figures import images, latents, pictures
 from vsm.image_table import Measured, by_data_and_pair, write_table
-from vsm.loading import epochs_trained, flags_of, load_vae
+from vsm.loading import epochs_trained, flags_of, load_vae, place_of_images
 from vsm.names import group_by_seed
 from vsm.runs import save_arrays
 from vsm.stored_runs import StoredRun, open_runs
@@ -51,6 +52,7 @@ def parse_args(argv=None):
               "features are those of EfficientNet-Lite0)")
     flag = parser.add_argument_group("output").add_argument
     flag("--data-root", default=None, help="folder of the data sets (default: the one that each run had)")
+    flag("--data", type=moved_folder, default=None, metavar="folder:PATH", help="where the pictures of the runs on a folder are now")
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     flag("--out", default="runs/evaluation", help="folder for the table and the figures")
     flag("--overwrite", action="store_true", help="evaluate runs again that have been evaluated")
@@ -181,8 +183,7 @@ def evaluate_run(folder, config, status, args, device):
     An eval.npz of the same checkpoint that has FID and KID is kept, too, where these cannot be computed now.
     """
     flags, save, old = flags_of(config), folder / "eval.npz", None
-    root = args.data_root or flags["data_root"]
-    reference = reference_set(flags["data"], root, flags["test_limit"], args.inception_weights, device)
+    reference = reference_set(*place_of_images(folder, config, args), flags["test_limit"], args.inception_weights, device)
     settings = {"checkpoint": hashlib.sha256((folder / "checkpoint.pt").read_bytes()).hexdigest()[:12], "images": args.images,
                 "iw_samples": args.iw_samples, **reference.settings}
     if save.exists():

@@ -15,7 +15,7 @@ import argparse
 import torch
 
 import plots
-from data import data_names, load_images
+from data import data_name, data_names, load_images
 from metrics import evaluate_images, quantise
 from models import NETS, NORMS
 from objectives import ESTIMATORS, INFER, LEARN, label
@@ -33,7 +33,7 @@ AXES = ("data", "net", "infer", "learn", "seed")
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--data", default="mnist", metavar="NAME", help=data_names())
+    flag("--data", type=data_name, default="mnist", metavar="NAME", help=data_names())
     flag("--data-root", default="data", help="folder of the data sets, also for downloads")
     flag("--limit", type=count, default=0, help="number of training images, the first ones; 0: all")
     flag("--test-limit", type=count, default=0, help="number of test images, the first ones; 0: all")

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import load_images
+from data import load_images, moved_folder
 from evaluate import checked_config, of_each_run, run_status
 from objectives import ESTIMATORS, LEARN, dot
 from training import EVALUATION, joint_loss, latent_noise, seed_of, theta_loss
 from vsm.cli import Formatter, UserError, command_line, positive
 from vsm.device import pick_device, set_precision
 from vsm.figures import images as figures
-from vsm.loading import flags_of, load_vae
+from vsm.loading import flags_of, load_vae, place_of_images
 from vsm.runs import load_arrays, save_arrays
 from vsm.stored_runs import StoredRun
 from vsm.tables import with_error
@@ -165,6 +165,7 @@ def parser_of_runs(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=Formatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train_images.py made")
     parser.add_argument("--data-root", default=None, help="folder of the data sets (default: the one that each run had)")
+    parser.add_argument("--data", type=moved_folder, metavar="folder:PATH", help="where the pictures of the runs on a folder are now")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     return parser
 
@@ -183,7 +184,7 @@ def measure_models(args, name, settings, measure):
         if status.startswith("diverged@"):
             raise UserError("it diverged, so there is no trained model")
         vae, flags, save = load_vae(run.name, device), flags_of(config), Path(run.name) / f"{name}.npz"
-        data = load_images(flags["data"], args.data_root or flags["data_root"], flags["limit"], flags["test_limit"])
+        data = load_images(*place_of_images(run, config, args), flags["limit"], flags["test_limit"])
         arrays = measure(run, vae, data.train.to(device), flags)
         save_arrays(save, {**config, "evaluation": settings}, status=status, **arrays)
         return save

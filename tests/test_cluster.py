@@ -15,13 +15,13 @@ PATIENCE = 600  # seconds: a busy machine may be slow
 NEEDS = {"xargs": ["xargs"], "ssh": ["parallel", "ssh", "sshd"], "slurm": ["slurmctld", "slurmd", "munged", "sbatch"]}
 
 
-def start(tmp_path, *lines, task=1):
-    """The batch script as task `task` of an array over `lines`; `scontrol` writes its words to calls.txt."""
+def start(tmp_path, *lines, task=1, file="commands.txt"):
+    """The batch script as task `task` of an array over `lines`, in commands.txt; `scontrol` writes its words to calls.txt."""
     (tmp_path / "commands.txt").write_text("".join(f"{line}\n" for line in lines))
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho $* >>calls.txt\n")
     (tmp_path / "scontrol").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": "7"}
-    return subprocess.Popen(["bash", FOLDER / "array.sbatch", "commands.txt"], cwd=tmp_path, env=environment)
+    return subprocess.Popen(["bash", FOLDER / "array.sbatch", *filter(None, [file])], cwd=tmp_path, env=environment)
 
 
 def wait_for(path):
@@ -36,6 +36,18 @@ def test_a_task_runs_its_line_and_ends_with_its_exit_code(tmp_path):
     assert (tmp_path / "line.txt").read_text() == "one; two\n"
     assert start(tmp_path, "true").wait(PATIENCE) == 0
     assert not (tmp_path / "calls.txt").exists()
+
+
+@pytest.mark.parametrize(("file", "task"), [("commands.txt", 0), ("commands.txt", 3), ("commands.txt", 2), ("comands.txt", 1),
+                                            (None, 1)])
+def test_a_task_without_a_command_fails_with_a_sentence(tmp_path, capfd, file, task):
+    assert start(tmp_path, "true\r", "\r", task=task, file=file).wait(PATIENCE) == 2
+    assert f"{file or 'no file'} has no command in line {task}" in capfd.readouterr().err
+
+
+def test_line_ends_of_windows_are_no_part_of_the_command(tmp_path):
+    assert start(tmp_path, "true\r", "echo one >line.txt\r", task=2).wait(PATIENCE) == 0
+    assert (tmp_path / "line.txt").read_text() == "one\n"
 
 
 @pytest.mark.parametrize("word", ["", "true && "])  # bash becomes the single command; of two it is the parent

@@ -21,6 +21,7 @@ import data
 import evaluate
 import train_images
 from vsm import features
+from vsm.cache import digest
 from vsm.cli import UserError
 from vsm.glyphs import glyph_atlas
 from vsm.names import short_name
@@ -316,9 +317,9 @@ def test_short_names():
 
 def test_digest_follows_every_tensor():
     a, b = torch.arange(6, dtype=torch.uint8), torch.arange(3)
-    assert data.digest(a) == "17e88db187af"
-    assert data.digest(a.view(2, 3).T) == data.digest(torch.tensor([0, 3, 1, 4, 2, 5], dtype=torch.uint8))
-    assert len({data.digest(a), data.digest(b), data.digest(a, b), data.digest(b, a), data.digest(a + 1)}) == 5
+    assert digest(a) == "17e88db187af"
+    assert digest(a.view(2, 3).T) == digest(torch.tensor([0, 3, 1, 4, 2, 5], dtype=torch.uint8))
+    assert len({digest(a), digest(b), digest(a, b), digest(b, a), digest(a + 1)}) == 5
 
 
 def test_negative_limit(tmp_path):

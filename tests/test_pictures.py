@@ -22,10 +22,18 @@ from torchvision import transforms
 import data
 import train_images
 from test_data import REAL, one_line, real, scratch  # noqa: F401
+from vsm import pictures
 from vsm.cli import UserError
 from vsm.names import short_name
+from vsm.pictures import Pictures
 
 NUMBERS = [1, 7, 162770, 162771, 182637, 182638, 202599]  # the ends of the three official splits
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Two pictures are enough for these tests."""
+    monkeypatch.setattr(data, "FEWEST_PICTURES", 2)
 
 
 def picture(number, width=89, height=109):
@@ -75,18 +83,18 @@ def test_celeba_official_split_and_recipe(tmp_path, layout):
     assert json.loads(json.dumps(recipe)) == recipe and str(tmp_path) not in json.dumps(recipe)
 
 
-@pytest.mark.parametrize("size", [(178, 218), (218, 178), (64, 64), (65, 64), (40, 30), (64, 131), (500, 333)])
+@pytest.mark.parametrize("size", [(178, 218), (218, 178), (64, 64), (65, 64), (40, 30), (64, 131), (131, 64), (500, 333)])
 def test_resize_and_crop_is_torchvisions_to_the_bit(size):
     image = picture(3, *size)
     square = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.PILToTensor()])
-    np.testing.assert_array_equal(data.resize_and_crop(image, 64), square(image))
+    np.testing.assert_array_equal(pictures.resize_and_crop(image, 64), square(image))
 
 
 def test_cache_is_reused_and_follows_the_source(tmp_path, monkeypatch):
     root = write_celeba(tmp_path / "root", "folder")
     first = data.load_images("celeba", root)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "resize_and_crop", None)  # whoever converts again fails
+        patch.setattr(pictures, "resize_and_crop", None)  # whoever converts again fails
         again = data.load_images("celeba", root, limit=1)
     assert torch.equal(again.train, first.train[:1]) and torch.equal(again.test, first.test)
     path = root / "celeba" / "img_align_celeba" / "000001.jpg"
@@ -124,7 +132,7 @@ def cache_holds_nothing(folder):
 
 @pytest.mark.parametrize("failure", [RuntimeError("midway"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
 def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch, failure):
-    root, convert, calls = write_celeba(tmp_path / "root", "folder"), data.resize_and_crop, []
+    root, convert, calls = write_celeba(tmp_path / "root", "folder"), pictures.resize_and_crop, []
 
     def fails_midway(image, size):
         calls.append(image)
@@ -133,7 +141,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch, failure):
         return convert(image, size)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "resize_and_crop", fails_midway)
+        patch.setattr(pictures, "resize_and_crop", fails_midway)
         with pytest.raises(UserError if isinstance(failure, OSError) else RuntimeError) as error:
             data.load_images("celeba", root)
         if isinstance(failure, OSError):
@@ -145,8 +153,8 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch, failure):
 def start_slow_conversion(root, log):
     """A process that converts, a fifth of a second a picture; it appends what it says, and the images' sum, to the file `log`."""
     def convert_slowly():
-        sys.stderr, convert = open(log, "a"), data.resize_and_crop
-        data.resize_and_crop = lambda image, size: (time.sleep(0.2), convert(image, size))[1]
+        sys.stderr, convert = open(log, "a"), pictures.resize_and_crop
+        pictures.resize_and_crop = lambda image, size: (time.sleep(0.2), convert(image, size))[1]
         print("sum", data.load_images("celeba", root).train.sum().item(), file=sys.stderr, flush=True)
 
     process = multiprocessing.get_context("fork").Process(target=convert_slowly)
@@ -220,8 +228,8 @@ def test_folder_of_any_pictures(tmp_path):
     (folder / ".hidden.png").write_bytes(b"")
     images = data.load_images(f"folder:{folder}")
     assert images.train.shape == (9, 3, 64, 64) and images.test.shape == (2, 3, 64, 64)
-    np.testing.assert_array_equal(images.test[0], data.resize_and_crop(picture(0, 80, 120), 64))  # a00.png, the first by path
-    np.testing.assert_array_equal(images.test[1], data.resize_and_crop(picture(9, 89, 120).convert("L").convert("RGB"), 64))
+    np.testing.assert_array_equal(images.test[0], pictures.resize_and_crop(picture(0, 80, 120), 64))  # a00.png, the first by path
+    np.testing.assert_array_equal(images.test[1], pictures.resize_and_crop(picture(9, 89, 120).convert("L").convert("RGB"), 64))
     assert torch.equal(data.load_images(f"folder:{folder}", limit=5, test_limit=1).train, images.train[:5])
     small = tmp_path / "small"
     small.mkdir()
@@ -301,7 +309,7 @@ def test_zips_of_every_packing_that_python_knows(tmp_path, compression):
 @pytest.mark.parametrize(("compression", "honest"), [
     (zipfile.ZIP_DEFLATED, True), (zipfile.ZIP_DEFLATED, False), pytest.param(zipfile.ZIP_LZMA, False, marks=pytest.mark.slow)])
 def test_a_zip_bomb_is_not_unpacked(tmp_path, compression, honest, monkeypatch):
-    monkeypatch.setattr(data, "MAX_PICTURE_BYTES", 2**20)
+    monkeypatch.setattr(pictures, "MAX_PICTURE_BYTES", 2**20)
     path = zip_of(tmp_path / "bomb.zip", {"a.png": bytes(2**27)}, compression)
     if not honest:
         patched_zip(path, {24: struct.pack("<I", 1000)})  # it says that it expands to 1000 bytes
@@ -319,7 +327,7 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path, compression, honest, monkeypatch):
     (bitmap(20_000, 20_000), "pixels"), (bitmap(10_000, 10_000), "pixels"), (bitmap(70_000, 2), "70000x2 pixels"),
     (bytes(2**20 + 1), "1,048,577 bytes")])
 def test_pictures_of_absurd_size(tmp_path, content, words, monkeypatch, recwarn):
-    monkeypatch.setattr(data, "MAX_PICTURE_BYTES", 2**20)
+    monkeypatch.setattr(pictures, "MAX_PICTURE_BYTES", 2**20)
     (tmp_path / "a.png").write_bytes(content)
     picture(1).save(tmp_path / "b.png")
     message = refusal(tmp_path)
@@ -334,7 +342,7 @@ def test_only_regular_files_count_and_linked_folders_are_not_followed(tmp_path):
     for i in range(2):
         picture(i).save(folder / "folder.png" / f"{i}.png")
     (folder / "linked.png").symlink_to(folder / "folder.png" / "0.png")
-    assert data.Pictures(folder).names == ["folder.png/0.png", "folder.png/1.png", "linked.png"]
+    assert Pictures(folder).names == ["folder.png/0.png", "folder.png/1.png", "linked.png"]
     assert data.load_images(f"folder:{folder}").recipe["counts"] == {"train": 2, "test": 1}
     (folder / "loop.png").symlink_to(folder / "loop.png")
     assert str(folder / "loop.png") in refusal(folder)
@@ -379,7 +387,7 @@ def test_damaged_pictures_never_end_in_a_traceback(tmp_path, extension):
     picture(1, 40, 40).save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(extension, extension))
     path, whole = tmp_path / f"a.{extension}", np.frombuffer(buffer.getvalue(), np.uint8)
     path.write_bytes(whole)
-    pictures, refused = data.Pictures(tmp_path), 0
+    pictures, refused = Pictures(tmp_path), 0
     for _ in range(60):
         content = whole.copy()
         content[rng.integers(0, min(len(content), 300), 4)] = rng.integers(0, 256, 4)
@@ -415,7 +423,7 @@ def test_rotated_by_its_camera(tmp_path):
         exif = Image.Exif()
         exif[0x0112] = 8  # shown upright after a quarter turn
         upright.transpose(Image.Transpose.ROTATE_270).save(tmp_path / f"{i}.png", exif=exif)
-    np.testing.assert_array_equal(data.load_images(f"folder:{tmp_path}").train[0], data.resize_and_crop(upright, 64))
+    np.testing.assert_array_equal(data.load_images(f"folder:{tmp_path}").train[0], pictures.resize_and_crop(upright, 64))
 
 
 def test_a_bad_folder_ends_the_script_in_one_sentence(tmp_path, fails):
@@ -437,7 +445,7 @@ def test_unwritable_cache(tmp_path, monkeypatch):
 def test_real_celeba_originals_agree_with_the_resized_ones():
     originals = data.load_images("celeba", REAL / "celeba_originals.zip")
     assert len(originals.train) + len(originals.test) <= 64 and originals.train.shape[1:] == (3, 64, 64)
-    resized, names = data.Pictures(REAL / "celeba" / "img_align_celeba.zip"), data.Pictures(REAL / "celeba_originals.zip").names
+    resized, names = Pictures(REAL / "celeba" / "img_align_celeba.zip"), Pictures(REAL / "celeba_originals.zip").names
     for name, image in zip(names[:5], originals.train[:5]):
-        difference = image.float() - torch.from_numpy(data.resize_and_crop(resized.open(name), 64).astype(np.float32))
+        difference = image.float() - torch.from_numpy(pictures.resize_and_crop(resized.open(name), 64).astype(np.float32))
         assert difference.abs().mean() < 4  # theirs went through JPEG again

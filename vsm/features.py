@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import cache_folder, digest, load_images
+from data import load_images
+from vsm.cache import cache_folder, digest
 from vsm.cli import UserError
 from vsm.device import evaluating
 from vsm.runs import load_arrays, save_arrays

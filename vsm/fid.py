@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.distributions import Bernoulli, Independent, Normal
 
-from data import cache_folder, load_images
+from data import load_images
 from metrics import (
     feature_statistics,
     frechet_distance,
@@ -17,9 +17,10 @@ from metrics import (
     quantise,
     sample_images,
 )
+from vsm.cache import cache_folder, digest
 from vsm.cli import UserError
 from vsm.device import evaluating
-from vsm.features import Features, digest, features_of, load_or_make
+from vsm.features import Features, features_of, load_or_make
 
 FIDS = ("fid", "fid_aggregate", "fid_reconstruction")
 

@@ -12,17 +12,19 @@ writes what load_vae reads, config.json and the model's tensors, to a new folder
 """
 
 import argparse
+import functools
 import io
 from pathlib import Path
 
 import torch
 
+from data import load_images
 from models import VAE, build_ensemble, build_vae, mlp
 from vsm.cli import UserError, command_line
 from vsm.device import to_channels_last
 from vsm.forms import mismatch
 from vsm.names import NOT_IDENTITY, flag_name
-from vsm.runs import load_checkpoint, load_config, write_atomic
+from vsm.runs import load_checkpoint, load_config, refuse_other_images, write_atomic
 
 # The flags of the two trainers with their defaults, which stand in for flags younger than a folder. A test compares them with the
 # scripts. A flag that is not listed makes a folder unreadable, because it might change how the model is built.
@@ -148,6 +150,23 @@ def image_shape_of(config):
     if mismatch(size, [1, 1, 1]):
         raise UserError(f"its config.json is damaged (its images have the size {size!r})")
     return size
+
+
+def place_of_images(run, config, args):
+    """The name and the root with which load_images finds the images of an image run, by the flags --data and --data-root in `args`.
+
+    Raises UserError where the images there are not those that the run was trained on.
+    """
+    flags = flags_of(config)
+    name = args.data if args.data and flags["data"].startswith("folder:") else flags["data"]
+    root = args.data_root or flags["data_root"]
+    refuse_other_images(run, config, recipe_at(name, root))
+    return name, root
+
+
+@functools.cache
+def recipe_at(name, root):
+    return load_images(name, root, 1, 1).recipe
 
 
 def member_of(ensemble, member):

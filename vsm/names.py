@@ -50,7 +50,7 @@ def flag_name(key):
 def short_name(data_flag):
     """A data set's name for run folders and titles: folder:/long/path/faces becomes folder-faces-ab12cd, other names stay.
 
-    The six hexadecimal digits come from a hash of the path as it was given, so that two folders of the same name differ.
+    The six hexadecimal digits come from a hash of the path, so that two folders of the same name differ.
     """
     if not data_flag.startswith("folder:"):
         return data_flag

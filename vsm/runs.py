@@ -118,6 +118,21 @@ def environment(device):
             "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown", "device": f"{device.type} ({name})"}
 
 
+def identity_of(config):
+    """The script and the flags that make a run what it is. Pictures may move: of folder:PATH only the content counts."""
+    flags = {key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, BUDGET)}
+    moved = {"data": "folder"} if str(flags.get("data")).startswith("folder:") else {}
+    return {"script": config["script"], **flags, **moved}
+
+
+def refuse_other_images(run, config, recipe):
+    """Raises UserError where the digest of images, in their `recipe`, is not that of the images that `run` was trained on."""
+    before, now = ((data or {}).get("digest") for data in (config.get("data"), recipe))
+    if None not in (before, now) and before != now:
+        raise UserError(f"the images are not those that {run} was trained on (their digest was {before}, is now {now}); "
+                        "put back what was changed, renamed, added or taken away, or train on the new images in another --out")
+
+
 class Run:
     """A run folder, locked during the context. If the process dies, the lock is gone.
 
@@ -261,20 +276,19 @@ class Run:
                 self.aside.rmdir()
 
     def _refuse_other_flags(self, old):
-        mine, theirs = ({**config["flags"], "script": config["script"], "data": config.get("data")}
-                        for config in (json.loads(json.dumps(self.config)), old))
+        mine, theirs = (identity_of(config) for config in (json.loads(json.dumps(self.config)), old))
         for key in mine.keys() - theirs.keys():  # flags younger than the folder
             theirs[key] = OLD_DEFAULTS.get(key, lambda flags: mine[key])(theirs)
         differ = [f"{key} was {theirs.get(key)!r}, is now {mine.get(key)!r}" for key in sorted(mine.keys() | theirs.keys())
-                  if key not in (*NOT_IDENTITY, BUDGET) and mine.get(key) != theirs.get(key)]
+                  if mine.get(key) != theirs.get(key)]
         if differ:
             raise UserError(f"{self.path} was made with other flags ({'; '.join(differ)}); "
                             "choose another --out, or --overwrite to redo it")
+        refuse_other_images(self.path, old, self.config.get("data"))
 
     def identity(self):
         """The script and the flags that a checkpoint must agree with, as a JSON string."""
-        flags = {key: value for key, value in self.config["flags"].items() if key not in (*NOT_IDENTITY, BUDGET)}
-        return json.dumps({"script": self.config["script"], **flags}, sort_keys=True)
+        return json.dumps(identity_of(self.config), sort_keys=True)
 
     def save_checkpoint(self, state):
         """Write `state`, a dict of tensors, containers and plain Python values, so that it loads with weights_only=True."""
