@@ -52,7 +52,7 @@ def parse_args(argv=None):
               "features are those of EfficientNet-Lite0)")
     flag = parser.add_argument_group("output").add_argument
     flag("--data-root", default=None, help="folder of the data sets (default: the one that each run had)")
-    flag("--data", type=moved_folder, default=None, metavar="folder:PATH", help="where the pictures of the runs on a folder are now")
+    flag("--data", type=moved_folder, default=None, metavar="folder:PATH", help="where the pictures of runs on a folder are now")
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     flag("--out", default="runs/evaluation", help="folder for the table and the figures")
     flag("--overwrite", action="store_true", help="evaluate runs again that have been evaluated")

@@ -165,7 +165,8 @@ def parser_of_runs(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=Formatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train_images.py made")
     parser.add_argument("--data-root", default=None, help="folder of the data sets (default: the one that each run had)")
-    parser.add_argument("--data", type=moved_folder, metavar="folder:PATH", help="where the pictures of the runs on a folder are now")
+    parser.add_argument("--data", type=moved_folder, metavar="folder:PATH",
+                        help="where the pictures of runs on a folder are now")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     return parser
 

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import evaluate
@@ -66,6 +67,15 @@ def test_gifs_are_read_and_other_files_are_counted(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+def test_rotated_by_its_camera(tmp_path):
+    upright = picture(1, 64, 100)
+    for i in range(2):
+        exif = Image.Exif()
+        exif[0x0112] = 8  # shown upright after a quarter turn
+        upright.transpose(Image.Transpose.ROTATE_270).save(tmp_path / f"{i}.png", exif=exif)
+    np.testing.assert_array_equal(data.load_images(f"folder:{tmp_path}").train[0], pictures.resize_and_crop(upright, 64))
+
+
 def test_one_conversion_names_all_damaged_pictures(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "any", range(8))
     for number in (0, 3, 7):
@@ -120,7 +130,7 @@ def test_a_run_knows_its_pictures_wherever_they_lie(tmp_path, monkeypatch, capsy
     capsys.readouterr()
     other = f"not those that {run} was trained on"
     assert other in fails(train_images, *SMALL, "--data", f"folder:{tmp_path}/elsewhere", "--out", run, "--epochs", 6)
-    for script, words in ((evaluate, arguments), (latent_scale, [run, "--data", f"folder:{tmp_path}/elsewhere", "--device", "cpu"])):
+    for script, words in ((evaluate, arguments), (latent_scale, [run, "--data", f"folder:{tmp_path}/elsewhere"])):
         with pytest.raises(SystemExit):
             command_line(lambda: script.parse_args([*map(str, words)]), script.main)
         assert other in capsys.readouterr().err

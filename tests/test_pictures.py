@@ -417,15 +417,6 @@ def test_a_damaged_cache_is_made_again(tmp_path):
         assert torch.equal(data.load_images("celeba", root).train, first.train)
 
 
-def test_rotated_by_its_camera(tmp_path):
-    upright = picture(1, 64, 100)
-    for i in range(2):
-        exif = Image.Exif()
-        exif[0x0112] = 8  # shown upright after a quarter turn
-        upright.transpose(Image.Transpose.ROTATE_270).save(tmp_path / f"{i}.png", exif=exif)
-    np.testing.assert_array_equal(data.load_images(f"folder:{tmp_path}").train[0], pictures.resize_and_crop(upright, 64))
-
-
 def test_a_bad_folder_ends_the_script_in_one_sentence(tmp_path, fails):
     (tmp_path / "a.png").write_bytes(b"no picture")
     picture(1).save(tmp_path / "b.png")

@@ -153,7 +153,7 @@ def image_shape_of(config):
 
 
 def place_of_images(run, config, args):
-    """The name and the root with which load_images finds the images of an image run, by the flags --data and --data-root in `args`.
+    """The name and root with which load_images finds the images of an image run, by the flags --data and --data-root in `args`.
 
     Raises UserError where the images there are not those that the run was trained on.
     """
