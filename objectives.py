@@ -153,7 +153,7 @@ class Objective:
         return keyword in inspect.signature(self.function).parameters
 
 
-def likelihood_gamma(loss, slope, gamma, D):
+def likelihood_gamma(loss, slope, gamma, D, t=None):
     """E||r||^2 and D; their ratio is the stationary gamma of the ELBO, E||r||^2 / (2 gamma) + D/2 log gamma + constant.
 
     r_n = x - g(z_n). loss and slope = d loss / d log gamma, [] or [S], are means over a minibatch at this gamma; q, z are held.
@@ -162,12 +162,14 @@ def likelihood_gamma(loss, slope, gamma, D):
     return (D - 2 * slope) * gamma, torch.full_like(gamma, D)
 
 
-def score_gamma(loss, slope, gamma, D):
+def score_gamma(loss, slope, gamma, D, t=None):
     """P and Q, whose ratio is the stationary gamma of P / (2 gamma^2) - Q / gamma, as in likelihood_gamma.
 
     F has P = E||r||^2, S 2 E||r||^2 - ||rbar||^2 and B ||rbar||^2, with the estimator's ||rbar||^2; Q is D, for B D + E[r . b].
-    A loss with a constant besides has to be given less that. P or Q below 0, which noise can give B, means no stationary gamma.
+    With the score t [B, D] of the data's noise the loss also has the constant 1/2 ||t||^2: DSM, with P = ||rbar||^2 and
+    Q = -E[rbar . t]. P or Q below 0, which noise can give B and DSM, means no stationary gamma.
     """
+    loss = loss if t is None else loss - 1 / 2 * dot(t, t).mean(-1)
     return -2 * (loss + slope) * gamma**2, -(2 * loss + slope) * gamma
 
 

@@ -23,6 +23,7 @@ from training import EVALUATION, INIT, ImageTrainer, announce, resolve_pair, see
 from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.fid import FIDS, fids, reference_of
+from vsm.gamma import GAMMA_HELP, MODES
 from vsm.loading import vae_of
 from vsm.names import run_name, short_name
 from vsm.runs import Run
@@ -56,6 +57,7 @@ def parse_args(argv=None):
     flag("--temperature", type=positive_float, default=0.5,
          help="temperature of the Gumbel-softmax relaxation of Bernoulli latents")
     flag("--init-sd", type=positive_float, default=0.1, help="initial standard deviation of p(x|z)")
+    flag("--gamma", choices=MODES, default="learned", help=GAMMA_HELP)
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (no effect with fae)")
     flag("--one-pass", action="store_true",
@@ -131,7 +133,7 @@ def fit(run, args, vae, data, device):
     trainer = ImageTrainer(vae, data.train.to(device), learn=args.learn, infer=args.infer, estimator=args.estimator,
                       samples=args.samples, inner_steps=args.inner_steps, noise=args.noise, batch=args.batch, lr=args.lr,
                       seed=args.seed, graph=not args.no_graph, infer_samples=args.infer_samples, lr_half_life=args.lr_half_life,
-                      one_pass=args.one_pass)
+                      one_pass=args.one_pass, gamma=args.gamma)
     test = data.test.to(device)
     reference = reference_of(test, args.data, args.data_root) if args.fid_every else None
     status, history = train(run, trainer, args.epochs, args.eval_every, lambda: measure(trainer, args, test, reference))

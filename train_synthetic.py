@@ -43,6 +43,7 @@ from vsm.cuda_graphs import compiled, refuse_to_compile
 from vsm.device import evaluating, pick_device
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.figures.synthetic import synthetic_samples
+from vsm.gamma import GAMMA_HELP, MODES, StationaryGamma
 from vsm.names import run_name
 from vsm.runs import Run
 from vsm.stored_runs import shown_member
@@ -84,9 +85,12 @@ class EnsembleTrainer(TrainingState):
         vae = build_ensemble(2, 2, args.hidden, [seed_of(seed, INIT) for seed in seeds], init_sd=args.init_sd).to(device)
         self.phi, self.theta = list(vae.encoder.parameters()), [*vae.decoder.parameters(), vae.log_gamma]
         graph = device.type == "cuda" and not args.no_graph
-        self.adam = adam(self.theta, args.lr, graph, args.lr_half_life is not None)
+        stepped = self.theta if args.gamma == "learned" else self.theta[:-1]  # by Adam
+        self.adam = adam(stepped, args.lr, graph, args.lr_half_life is not None)
         super().__init__(vae, [self.adam], [torch.Generator(device).manual_seed(seed_of(seed, NOISE)) for seed in seeds],
                          torch.zeros(2, 2, len(seeds)), members=(len(seeds),), graph=graph, seeds=seeds)
+        self.stationary = StationaryGamma(args.learn, vae.log_gamma, 2) if args.gamma == "stationary" else None
+        self.tensors = self.stationary.tensors if self.stationary else {}
         self.rate = torch.ones((), device=device)  # the factor of both step sizes under --lr-half-life
         if args.compile:
             self.infer, self.learn = compiled(self.infer), compiled(self.learn)
@@ -127,6 +131,8 @@ class EnsembleTrainer(TrainingState):
         learn, gradient, phi = self.learn(vae, x, self.infer_noise[args.inner_steps:], self.learn_noise)
         set_gradients(self.theta, gradient)
         self.adam.step()
+        if self.stationary:
+            self.stationary.update(learn, vae.log_gamma.grad)
         with torch.no_grad():
             if args.bilevel_steps:
                 torch._foreach_copy_(self.phi, phi)
@@ -178,6 +184,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("model").add_argument
     flag("--hidden", type=positive, default=30, help="units of each of the two hidden layers (100 in Figure 6)")
     flag("--init-sd", type=positive_float, default=0.1, help="initial standard deviation of p(x|z)")
+    flag("--gamma", choices=MODES, default="learned", help=GAMMA_HELP)
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K")
     flag("--bilevel-steps", type=count, default=0,
@@ -212,6 +219,8 @@ def parse_args(argv=None):
         parser.error("--estimator released follows the paper's code for 2-D data, which has one sample; leave out --samples")
     if args.compile and args.bilevel_steps and args.lr_half_life:
         parser.error("--compile with --bilevel-steps fixes the step size of the encoder; leave out --lr-half-life")
+    if args.gamma == "stationary" and args.bilevel_steps:
+        parser.error("--gamma stationary holds q, and with --bilevel-steps q moves with gamma; leave one of them out")
     args.inner_lr = args.inner_lr or default_inner_lr(args.infer)
     defaults = vars(parser.parse_args([])) | {"inner_lr": default_inner_lr(args.infer), "infer_samples": args.samples}
     args.out = args.out or f"runs/synthetic/{run_name(args, AXES, defaults)}"

@@ -14,6 +14,7 @@ from vsm.cli import Stopped, UserError, progress, stopping
 from vsm.cuda_graphs import Graphs
 from vsm.device import peak_memory, to_channels_last
 from vsm.forms import mismatch
+from vsm.gamma import StationaryGamma
 
 LOOK_SECONDS = 1  # the host waits for the device, to see whether the run has diverged, at most this often
 CHECKPOINT_SECONDS = 60  # between checkpoints within an epoch
@@ -43,6 +44,10 @@ def resolve_pair(parser, args):
         parser.error(f"--estimator {args.estimator} applies to --learn {names} only")
     if args.estimator == "unbiased" and args.samples < 2:
         parser.error("--estimator unbiased needs --samples of at least 2, because it divides by N - 1")
+    if args.gamma == "stationary" and learn.gamma is None:
+        names = ", ".join(name for name, entry in LEARN.items() if entry.gamma)
+        parser.error(f"--gamma stationary applies to --learn {names}, whose gamma has a closed form (the field `gamma` of an "
+                     "entry of objectives.LEARN)")
 
 
 def announce(args, name, data, model):
@@ -184,11 +189,11 @@ class TrainingState:
 
 
 class ParameterGroup:
-    """The parameters that one loss trains, phi or theta, and their optimiser."""
+    """The parameters that one loss trains, phi or theta, and their optimiser, which leaves out those in `closed_form`."""
 
-    def __init__(self, params, lr, capturable, scheduled):
-        self.params = list(params)
-        self.optimiser = adam(self.params, lr, capturable, scheduled)
+    def __init__(self, params, lr, capturable, scheduled, closed_form=()):
+        self.params = [*params, *closed_form]
+        self.optimiser = adam(self.params[:len(self.params) - len(closed_form)], lr, capturable, scheduled)
 
 
 class ImageTrainer(TrainingState):
@@ -199,7 +204,7 @@ class ImageTrainer(TrainingState):
     """
 
     def __init__(self, vae, images, *, learn, infer, estimator, samples, inner_steps, noise, batch, lr, seed, graph=True,
-                 infer_samples=None, lr_half_life=None, one_pass=False):
+                 infer_samples=None, lr_half_life=None, one_pass=False, gamma="learned"):
         if len(images) < batch:
             raise UserError(f"{len(images)} training images are fewer than one minibatch of {batch}; use a smaller --batch")
         if not (LEARN[learn].joint or infer == "fd-repar"):  # a double backward, mostly of batch norm, is slower in channels_last
@@ -210,15 +215,18 @@ class ImageTrainer(TrainingState):
         self.noise, self.batch, self.seed, self.lr, self.lr_half_life = noise, batch, seed, lr, lr_half_life
         graph = graph and images.device.type == "cuda"
         self.generator = torch.Generator(images.device).manual_seed(seed_of(seed, NOISE))
-        self.phi, self.theta = (ParameterGroup(params, lr, graph, lr_half_life is not None)
-                                for params in (vae.encoder.parameters(), [*vae.decoder.parameters(), vae.log_gamma]))
+        vae.log_gamma.requires_grad_(gamma != "fixed")
+        self.stationary = StationaryGamma(learn, vae.log_gamma, images[0].numel()) if gamma == "stationary" else None
+        learned, closed_form = ([vae.log_gamma] if gamma == mode else [] for mode in ("learned", "stationary"))
+        self.phi = ParameterGroup(vae.encoder.parameters(), lr, graph, lr_half_life is not None)
+        self.theta = ParameterGroup([*vae.decoder.parameters(), *learned], lr, graph, lr_half_life is not None, closed_form)
         super().__init__(vae, [self.phi.optimiser, self.theta.optimiser], [self.generator], graph=graph, seeds=[seed],
                          sums=torch.zeros(2, 3, dtype=torch.float64))  # loss, gradient norm, count
         self.captured_generators = self.generators
         self.steps_per_epoch = len(images) // batch
         self.order = torch.arange(len(images), device=self.device)
         self.cursor = torch.arange(batch, device=self.device)  # the positions in `order` of the next minibatch
-        self.tensors = {"order": self.order, "cursor": self.cursor}
+        self.tensors = {"order": self.order, "cursor": self.cursor} | (self.stationary.tensors if self.stationary else {})
 
     def run_step(self):
         """Update number `step`, counted from 0: one minibatch, in which theta moves too if it is a K-th update."""
@@ -250,7 +258,7 @@ class ImageTrainer(TrainingState):
                 self.step_by(loss, self.phi, self.theta)
             else:
                 self.step_by(loss, self.phi, keep_graph=True)
-                self.step_by(other, self.theta)
+                self.step_by(other, self.theta, t=t)
         else:
             self.train_only(self.phi)
             z_noise = latent_noise(self.vae, x, self.infer_samples, self.generator)
@@ -260,7 +268,7 @@ class ImageTrainer(TrainingState):
                 self.train_only(self.theta)
                 z_noise = latent_noise(self.vae, x, self.samples, self.generator)
                 loss = theta_loss(self.vae, x, self.learn, z_noise, estimator=self.estimator, t=t)
-                self.step_by(loss, self.theta)
+                self.step_by(loss, self.theta, t=t)
         self.clock += 1
 
     def minibatch(self):
@@ -276,8 +284,11 @@ class ImageTrainer(TrainingState):
             for p in group.params:
                 p.requires_grad_(group in groups)
 
-    def step_by(self, loss, *groups, keep_graph=False):
-        """One Adam step of the parameter `groups` on the mean of loss [B] over the minibatch. It never waits for the device."""
+    def step_by(self, loss, *groups, keep_graph=False, t=None):
+        """One Adam step of the parameter `groups` on the mean of loss [B] over the minibatch. It never waits for the device.
+
+        With --gamma stationary, gamma then takes its closed form, for which `t` is needed where the loss uses it.
+        """
         loss, params = loss.mean(), [p for group in groups for p in group.params]
         set_gradients(params, torch.autograd.grad(loss, params, retain_graph=keep_graph))
         for group, sums in zip((self.phi, self.theta), self.sums):
@@ -285,6 +296,8 @@ class ImageTrainer(TrainingState):
                 norm = torch.nn.utils.get_total_norm([p.grad for p in group.params])
                 sums += torch.stack([loss.detach(), norm, torch.ones_like(norm)])
                 group.optimiser.step()
+        if self.stationary and self.theta in groups:
+            self.stationary.update(loss.detach(), self.vae.log_gamma.grad, t)
         self.note_divergence(loss.detach())
 
     def begin_epoch(self, epoch):

@@ -67,19 +67,19 @@ study_mnist() {  # mnist, MLP of width 128, 9600 updates, five or three seeds: 4
     for seed in 0 1 2 3 4; do
         for pair in "elbo kld" "swersky kld" "bao kld" "fd kld" "bao kld --estimator unbiased" "bao kld --estimator released" "fd fd-weighted" "fd fd"; do
             set -- $pair
-            python train_images.py --data mnist --data-root "$DATA" --learn $1 --infer $2 ${3:-} ${4:-} $mnist_budget --samples 5 --seed $seed
+            python train_images.py --data mnist --data-root "$DATA" --learn $1 --infer $2 ${3:-} ${4:-} $mnist_budget --samples 5 --init-sd 0.1 --seed $seed
         done
     done
     for seed in 0 1 2; do for pair in "fd fd-repar" "swersky fd" "bao fd"; do
         set -- $pair
-        python train_images.py --data mnist --data-root "$DATA" --learn $1 --infer $2 $mnist_budget --samples 5 --seed $seed
+        python train_images.py --data mnist --data-root "$DATA" --learn $1 --infer $2 $mnist_budget --samples 5 --init-sd 0.1 --seed $seed
     done; done
 }
 
 study_samples() {  # the same with N = 1, 2 and 20, three seeds: 18 runs of 2 to 6 min
     local seed samples learn
     for seed in 0 1 2; do for samples in 1 2 20; do for learn in swersky bao; do
-        python train_images.py --data mnist --data-root "$DATA" --learn $learn --infer kld $mnist_budget --samples $samples --seed $seed
+        python train_images.py --data mnist --data-root "$DATA" --learn $learn --infer kld $mnist_budget --samples $samples --init-sd 0.1 --seed $seed
     done; done; done
 }
 
@@ -95,7 +95,7 @@ study_start() {  # the MLP from an initial standard deviation of 1, and from 0.1
         python train_images.py --data mnist --data-root "$DATA" --learn $pair $mnist_long --samples 5 --init-sd 1
     done
     for pair in elbo swersky bao; do
-        python train_images.py --data mnist --data-root "$DATA" --learn $pair $mnist_long --samples 5
+        python train_images.py --data mnist --data-root "$DATA" --learn $pair $mnist_long --samples 5 --init-sd 0.1
         python train_images.py --data mnist --data-root "$DATA" --learn $pair $mnist_budget --samples 5 --init-sd 1
     done
 }
@@ -114,7 +114,7 @@ study_fashion() {  # fashion from an initial standard deviation of 1: the MLP, 1
 }
 
 study_conv() {  # ConvNets of width 8 on mnist, 6000 or 7200 updates, with and without batch norm: 51 runs of 4 to 6 min
-    local budget="$small_nets --net conv --lr 1e-3 --lr-half-life 1.25 --epochs 5 --samples 5"
+    local budget="$small_nets --net conv --lr 1e-3 --lr-half-life 1.25 --epochs 5 --samples 5 --init-sd 0.1"
     local seed pair
     for seed in 0 1 2; do for pair in "elbo" "swersky" "bao" "fd" "bao --estimator unbiased" "fd --infer fd"; do
         python train_images.py --data mnist --data-root "$DATA" --learn $pair $budget --seed $seed
@@ -147,7 +147,7 @@ study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with 
     local budget="--net conv --width 8 --dim-z 32 --samples 5 --infer-samples 1 --inner-steps 1 --batch 25 --epochs 6 --eval-every 1 --test-limit 500"
     local seed pair
     for seed in 0 1; do for pair in "elbo" "swersky" "bao" "bao --estimator unbiased" "fd"; do
-        python train_images.py --data celeba --data-root "$DATA" $budget --lr 1e-3 --lr-half-life 1.5 --learn $pair --seed $seed
+        python train_images.py --data celeba --data-root "$DATA" $budget --init-sd 0.1 --lr 1e-3 --lr-half-life 1.5 --learn $pair --seed $seed
     done; done
     for pair in elbo swersky bao; do
         python train_images.py --data celeba --data-root "$DATA" $budget --norm none --init-sd 1 --lr 2e-3 --lr-half-life 2 --learn $pair
@@ -236,7 +236,7 @@ figure3_batch200() {  # transients of minibatch 200 on mixture: 17 runs of 1 to 
 }
 
 pairs=("elbo" "fd" "fd --infer fd" "swersky" "swersky --infer fd" "bao" "bao --infer fd" "fae")
-few_images() { python train_images.py --data-root "$DATA" --dim-z 16 --inner-steps 1 --batch 50 --lr 2e-3 --eval-every 1 "$@"; }
+few_images() { python train_images.py --data-root "$DATA" --dim-z 16 --init-sd 0.1 --inner-steps 1 --batch 50 --lr 2e-3 --eval-every 1 "$@"; }
 
 images() {  # image tables, transients of 1000 updates, two seeds, also with group norm: 38 runs of 1 to 7 min
     local budget="--limit 10000 --test-limit 1000 --width 16 --epochs 5"
@@ -270,7 +270,7 @@ images_celeba() {  # image tables, transients of 240 updates: 16 ConvNets of 30 
 }
 
 images_mlp() {  # claim 8, an MLP with 100 latents, transients of 4000 updates, two seeds: 8 runs of 1 to 2 min
-    local budget="--net mlp --limit 20000 --test-limit 1000 --samples 1 --inner-steps 1 --lr 1e-3 --epochs 20 --eval-every 5"
+    local budget="--net mlp --limit 20000 --test-limit 1000 --samples 1 --init-sd 0.1 --inner-steps 1 --lr 1e-3 --epochs 20 --eval-every 5"
     local seed flags
     for seed in 0 1; do for flags in "elbo" "elbo --latent bernoulli" "fd" "fd --infer fd"; do
         python train_images.py --data mnist --data-root "$DATA" $budget --seed $seed --learn $flags

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from vsm.names import pair_name, pair_order, settings_of
+from vsm.names import aged, pair_name, pair_order, settings_of
 from vsm.tables import markdown_table, mean_and_error, number_text, with_error
 
 COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over the data, is not in use
@@ -49,12 +49,13 @@ def table_of_2d_runs(loaded):
     Differences from KLD-ELBO are between members of the same seed and model, with the same N where KLD-ELBO has it.
     """
     lines = []
-    of_model, of_training = ("init_sd", "hidden", "batch"), ("inner_steps", "bilevel_steps", "epochs")
+    of_model, of_training = ("init_sd", "gamma", "hidden", "batch"), ("inner_steps", "bilevel_steps", "epochs")
     for data in dict.fromkeys(arrays["config"]["flags"]["data"] for arrays in loaded):
         mine = [arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data]
         configs = [arrays["config"] for arrays in mine]
         group = sorted(zip(mine, settings_of(configs, of_model + of_training), settings_of(configs, of_model)),
-                       key=lambda run: ([run[0]["config"]["flags"].get(key, 0) for key in of_model + of_training],
+                       key=lambda run: ([aged(run[0]["config"]["flags"], ["gamma"]).get(key, 0)
+                                         for key in of_model + of_training],
                                         pair_order(run[0]["config"]["flags"]), row_name(*run[:2])))
         for arrays, settings, model in group:
             samples = arrays["config"]["flags"]["samples"]
@@ -88,7 +89,8 @@ def table_of_image_runs(loaded):
     """
     groups, elbos = {}, {}
     configs = [arrays["config"] for arrays in loaded]
-    for arrays, settings in zip(loaded, settings_of(configs, ("data", "net", "width", "norm", "init_sd", "lr", "epochs"))):
+    apart = ("data", "net", "width", "norm", "init_sd", "gamma", "lr", "epochs")
+    for arrays, settings in zip(loaded, settings_of(configs, apart)):
         flags = arrays["config"]["flags"]
         groups.setdefault((settings, *pair_order(flags), row_name(arrays, settings)), []).append(arrays)
         if arrays["config"]["label"] == "KLD-ELBO" and arrays["status"] == "ok":

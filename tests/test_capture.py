@@ -174,7 +174,8 @@ def test_an_update_on_images_keeps_the_rules(learn, infer):
 
 
 @pytest.mark.parametrize("net, options", [("conv", {}), ("mlp", {"lr_half_life": 1.0}), ("mlp", {"latent": "bernoulli"}),
-                                          ("mlp", {"infer_samples": 3})])
+                                          ("mlp", {"infer_samples": 3}), ("mlp", {"gamma": "stationary"}),
+                                          ("mlp", {"gamma": "fixed"})])
 def test_another_network_latent_or_schedule_keeps_the_rules(net, options):
     watch_images(image_trainer("bao", "kld", net, **options))
 
@@ -213,6 +214,12 @@ def test_every_law_keeps_the_rules(law):
 @pytest.mark.parametrize("learn, infer", MARKED)
 def test_every_pair_of_an_ensemble_keeps_the_rules(learn, infer):
     watch_ensemble(ensemble_trainer(learn, infer))
+
+
+@pytest.mark.parametrize("learn", [learn for learn, entry in LEARN.items() if entry.gamma])
+def test_stationary_gamma_keeps_the_rules(learn):
+    watch_images(image_trainer(learn, gamma="stationary"))
+    watch_ensemble(ensemble_trainer(learn, "kld", "--gamma", "stationary"))
 
 
 @pytest.mark.parametrize("learn, infer", [pytest.param(*pair, marks=() if pair == ("bao", "fd") else pytest.mark.slow)

@@ -229,8 +229,8 @@ def test_resumed_in_the_middle_of_an_epoch_equals_undisturbed(tmp_path, monkeypa
 
 BEHAVIOUR = {  # a non-default value of each flag changes the weights of a run
     "--data": "ring", "--learn": "elbo", "--infer": "fd", "--samples": 3, "--seeds": 3, "--seed": 4, "--hidden": 7,
-    "--init-sd": 0.2, "--inner-steps": 3, "--bilevel-steps": 1, "--batch": 30, "--lr": 1e-3, "--inner-lr": 1e-3,
-    "--steps-per-epoch": 5, "--epochs": 3}
+    "--init-sd": 0.2, "--gamma": "fixed", "--inner-steps": 3, "--bilevel-steps": 1, "--batch": 30, "--lr": 1e-3,
+    "--inner-lr": 1e-3, "--steps-per-epoch": 5, "--epochs": 3}
 
 
 def test_every_flag_changes_config_and_behaviour(tmp_path):

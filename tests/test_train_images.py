@@ -111,8 +111,8 @@ def test_finished_runs_are_skipped_and_overwrite_redoes(digits, run, capsys):
 
 BEHAVIOUR = {  # a non-default value of each flag changes the weights of a two-epoch run
     "--limit": 200, "--learn": "elbo", "--infer": "fd", "--samples": 3, "--noise": 0.2, "--seed": 5, "--net": "mlp", "--width": 5,
-    "--norm": "none", "--dim-z": 4, "--init-sd": 0.2, "--inner-steps": 1, "--batch": 30, "--lr": 1e-2, "--epochs": 3,
-    "--precision": "bf16"}
+    "--norm": "none", "--dim-z": 4, "--init-sd": 0.2, "--gamma": "fixed", "--inner-steps": 1, "--batch": 30, "--lr": 1e-2,
+    "--epochs": 3, "--precision": "bf16"}
 
 
 @pytest.mark.slow

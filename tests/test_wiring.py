@@ -362,12 +362,14 @@ def test_the_pair_is_filled_in(argv, expected):
 
 @pytest.mark.parametrize("changes", [
     dict(learn="fd", infer="fae"), dict(learn="fae", infer="kld"), dict(learn="fae", infer_samples=2),
-    dict(learn="fd", estimator="unbiased", samples=2), dict(learn="bao", estimator="unbiased")])
+    dict(learn="fd", estimator="unbiased", samples=2), dict(learn="bao", estimator="unbiased"),
+    dict(learn="fae", gamma="stationary")])
 def test_pairs_without_a_meaning_are_refused(changes):
     def error(message):
         raise ZeroDivisionError(message)
 
-    args = types.SimpleNamespace(**dict(learn="fd", infer=None, samples=1, infer_samples=None, estimator="plugin") | changes)
+    defaults = dict(learn="fd", infer=None, samples=1, infer_samples=None, estimator="plugin", gamma="learned")
+    args = types.SimpleNamespace(**defaults | changes)
     with pytest.raises(ZeroDivisionError):
         resolve_pair(types.SimpleNamespace(error=error), args)
 

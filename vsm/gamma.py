@@ -3,10 +3,12 @@
 import torch
 
 from objectives import LEARN
-from vsm.cli import UserError
 
 DECAY = 0.99  # of the means over minibatches: noise of some percent in a minibatch becomes some tenths of a percent
 LARGEST_MOVE = 1.0  # of log gamma in one update
+MODES = ("learned", "stationary", "fixed")
+GAMMA_HELP = ("the variance of p(x|z): learned by Adam, set to the stationary value of the decoder's loss after each of its "
+              "updates, or fixed at the square of --init-sd")
 
 
 class StationaryGamma:
@@ -15,22 +17,18 @@ class StationaryGamma:
     That gamma is the ratio of two exponential means over minibatches, of the statistics that the objective's entry gives. Where
     one of them is not positive the loss has no stationary gamma, and log gamma keeps its value. It moves by LARGEST_MOVE at most,
     because the denominator of `bao` can be near 0. `tensors` is the state that a checkpoint needs. dim_x: D, the number of pixels
-    or coordinates. Raises UserError for an objective without a closed form.
+    or coordinates. The objective's entry must have a closed form.
     """
 
     def __init__(self, learn, log_gamma, dim_x):
-        if LEARN[learn].gamma is None:
-            known = ", ".join(name for name, entry in LEARN.items() if entry.gamma)
-            raise UserError(f"--gamma stationary needs an objective whose gamma has a closed form ({known}), and {learn} has "
-                            "none: the field `gamma` of its entry in objectives.LEARN is empty")
         self.statistics, self.log_gamma, self.dim_x = LEARN[learn].gamma, log_gamma, dim_x
         self.means = torch.zeros(2, *log_gamma.shape, device=log_gamma.device)  # from 0 both: the ratio needs no correction
         self.tensors = {"gamma_means": self.means}
 
     @torch.no_grad()
-    def update(self, loss, slope, **options):
-        """One minibatch's mean loss and d loss / d log gamma, both like log gamma. It never waits for the device."""
-        statistics = self.statistics(loss, slope, self.log_gamma.exp(), self.dim_x, **options)
+    def update(self, loss, slope, t=None):
+        """One minibatch's mean loss and d loss / d log gamma, [] or [S]; t as in objectives.py. It never waits for the device."""
+        statistics = self.statistics(loss, slope, self.log_gamma.exp(), self.dim_x, t)
         self.means.lerp_(torch.stack(statistics), 1 - DECAY)
         move = (self.means[0] / self.means[1]).log() - self.log_gamma
         move.clamp_(-LARGEST_MOVE, LARGEST_MOVE)

@@ -32,12 +32,13 @@ FLAGS = {
     "train_images": {
         "data": "mnist", "limit": 0, "test_limit": 0, "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 5,
         "infer_samples": 5, "noise": 0.1, "seed": 0, "net": "conv", "width": 64, "norm": "batch", "dim_z": 100,
-        "latent": "gaussian", "temperature": 0.5, "init_sd": 0.1, "inner_steps": 5, "one_pass": False, "batch": 100, "lr": 1e-4,
-        "lr_half_life": None, "epochs": 1000, "precision": "float32", "eval_every": 10, "fid_every": 0, "data_root": "data"},
+        "latent": "gaussian", "temperature": 0.5, "init_sd": 0.1, "gamma": "learned", "inner_steps": 5, "one_pass": False,
+        "batch": 100, "lr": 1e-4, "lr_half_life": None, "epochs": 1000, "precision": "float32", "eval_every": 10,
+        "fid_every": 0, "data_root": "data"},
     "train_synthetic": {
         "data": "mixture", "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 1, "infer_samples": 1, "seeds": 10,
-        "seed": 0, "hidden": 30, "init_sd": 0.1, "inner_steps": 5, "bilevel_steps": 0, "batch": 1000, "lr": 1e-4,
-        "inner_lr": 0.01, "lr_half_life": None, "steps_per_epoch": 100, "epochs": 100, "test_size": 5000,
+        "seed": 0, "hidden": 30, "init_sd": 0.1, "gamma": "learned", "inner_steps": 5, "bilevel_steps": 0, "batch": 1000,
+        "lr": 1e-4, "inner_lr": 0.01, "lr_half_life": None, "steps_per_epoch": 100, "epochs": 100, "test_size": 5000,
         "importance_samples": 100_000, "eval_every": 5}}
 MODEL_FLAGS = {  # the flags from which a model is built; their types are checked
     "train_images": ("net", "dim_z", "width", "norm", "latent", "temperature", "init_sd", "precision"),

@@ -26,12 +26,8 @@ import numpy as np
 import torch
 
 from vsm.cli import UserError
-from vsm.names import BUDGET, NOT_IDENTITY
+from vsm.names import BUDGET, NOT_IDENTITY, OLD_DEFAULTS, aged
 
-# The value, from the other flags, that a folder older than a flag had in effect. A flag that is not listed changed nothing.
-OLD_DEFAULTS = {"infer_samples": lambda flags: flags.get("samples"), "lr_half_life": lambda flags: None,
-                "fid_every": lambda flags: 0, "spectrum": lambda flags: None,
-                "objectives": lambda flags: ["fd-repar", "fd", "kld"]}
 # The metrics of shape [S] in 2-D runs
 OF_MEMBERS = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss", "nll_curve", "excess_curve")
 
@@ -304,7 +300,8 @@ class Run:
         state = load_checkpoint(path, device)
         if not isinstance(state, dict) or not state:
             raise UserError(f"{path} is not a checkpoint of this script and is kept as it is; move it away")
-        if state.pop("identity", self.identity()) != self.identity():
+        mine = json.loads(self.identity())
+        if aged(json.loads(state.pop("identity", self.identity())), mine) != mine:
             raise UserError(f"{path} is of a run with other flags or another seed and is kept as it is; move it away")
         return state
 

@@ -112,7 +112,7 @@ def fid_curves(runs, save):
     z comes from the prior, or from a Gaussian with the mean and variance of the aggregate posterior. The prior's E z^2 is 1, in
     grey.
     """
-    panels = grouped(runs, split=("norm", "init_sd", "epochs"))
+    panels = grouped(runs, split=("norm", "init_sd", "gamma", "epochs"))
     if not any(measured(groups, "fid") for groups in panels.values()):
         raise KeyError("fid")
     names = ("fid", "fid_aggregate", "active_second_moment")

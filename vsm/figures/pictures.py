@@ -33,7 +33,7 @@ def interpolations(runs, save):
 
 def grids(runs, save, make):
     """Draw one picture for each run, that of make(arrays), under the run's name."""
-    panels = grouped(runs, split=("norm", "init_sd"))
+    panels = grouped(runs, split=("norm", "init_sd", "gamma"))
     named = []
     for panel, groups in panels.items():
         for name, members in groups:
