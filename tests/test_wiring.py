@@ -189,7 +189,7 @@ def test_a_narrow_resnet_trains_a_step_and_stays_contiguous():
 
 def test_every_flag_of_the_image_script_reaches_the_trainer(digits, tmp_path, monkeypatch):
     flags = dict(learn="bao", infer="fd-weighted", estimator="unbiased", samples=4, infer_samples=3, inner_steps=7, noise=0.3,
-                 batch=60, lr=2e-3, seed=9, lr_half_life=2.5)
+                 batch=60, lr=2e-3, seed=9, lr_half_life=2.5, gamma="stationary")
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     given = {}
 
