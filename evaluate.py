@@ -35,6 +35,7 @@ from vsm.loading import epochs_trained, flags_of, load_vae, place_of_images
 from vsm.names import group_by_seed
 from vsm.runs import save_arrays
 from vsm.stored_runs import StoredRun, open_runs
+from vsm.tables import failed
 
 CURVES = ("epoch", "negative_elbo", "reconstruction_mse", "latent_mmd")  # every image run has them, and the table needs them
 NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -104,11 +105,11 @@ def skipping(run):
 def measured_run(run, args, device):
     """The Measured of a run: from its model where its folder has a checkpoint, else from its stored arrays.
 
-    A diverged run is not evaluated; the table only counts it. Raises UserError for a run that cannot be evaluated.
+    A failed run is not evaluated; the table only counts it. Raises UserError for a run that cannot be evaluated.
     """
     config = checked_config(run)
     status = run_status(run)
-    if not status.startswith("diverged@"):
+    if not failed(status):
         if (Path(run.name) / "checkpoint.pt").exists():
             evaluate_run(Path(run.name), config, status, args, device)
         elif not run.has("eval") and not (Path(run.name) / "eval.npz").exists():
@@ -122,7 +123,7 @@ def measured_run(run, args, device):
     if len(lengths) > 1 or 0 in lengths:
         raise UserError("its metrics.npz is damaged; delete it, and the command of its folder makes it again from the checkpoint")
     last = {key: value[-1] for key, value in curves.items() if len(value)}
-    return Measured(run, status, last, {} if status.startswith("diverged@") else evaluation_of(run))
+    return Measured(run, status, last, {} if failed(status) else evaluation_of(run))
 
 
 def checked_config(run):
@@ -137,7 +138,7 @@ def checked_config(run):
 
 
 def run_status(run):
-    """The status of a run: ok, diverged@<step>, or unfinished@<epoch>, with the epoch of the last checkpoint."""
+    """The status of a run: ok, diverged@<step>, exploded@<step>, or unfinished@<epoch>, with the epoch of the last checkpoint."""
     arrays = run.arrays()
     if "status" in arrays:
         return str(arrays["status"])
@@ -232,7 +233,7 @@ def data_metrics(vae, images, noise, samples, generator, block=100):
 
 def draw_figures(measured, out):
     """Draw the figures of all runs; the grids of samples are those of the first seed of each group that has samples."""
-    alive = [each for each in measured if not each.diverged]
+    alive = [each for each in measured if not each.failed]
 
     def with_arrays(*keys):
         return [each for each in alive if {*keys} <= each.run.arrays().keys()]

@@ -11,6 +11,7 @@ A run writes config.json, checkpoint.pt, metrics.npz and PNGs into a folder unde
 
 import vsm.quiet  # noqa: F401  # isort: skip
 import argparse
+import math
 
 import torch
 
@@ -19,7 +20,7 @@ from data import data_name, data_names, load_images
 from metrics import evaluate_images, quantise
 from models import NETS, NORMS
 from objectives import ESTIMATORS, INFER, LEARN, label
-from training import EVALUATION, INIT, ImageTrainer, announce, resolve_pair, seed_of, stack, train
+from training import EVALUATION, INIT, ImageTrainer, announce, decay, resolve_pair, seed_of, stack, train
 from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.fid import FIDS, fids, reference_of
@@ -29,6 +30,7 @@ from vsm.names import run_name, short_name
 from vsm.runs import Run
 
 AXES = ("data", "net", "infer", "learn", "seed")
+DISTANCE = 5  # log gamma goes about 4 from an initial standard deviation of 1 to its end on MNIST
 
 
 def parse_args(argv=None):
@@ -56,7 +58,7 @@ def parse_args(argv=None):
          help="family of prior and posterior; bernoulli: latents are 0 or 1, with prior probability 1/2")
     flag("--temperature", type=positive_float, default=0.5,
          help="temperature of the Gumbel-softmax relaxation of Bernoulli latents")
-    flag("--init-sd", type=positive_float, default=0.1, help="initial standard deviation of p(x|z)")
+    flag("--init-sd", type=positive_float, default=1.0, help="initial standard deviation of p(x|z)")
     flag("--gamma", choices=MODES, default="learned", help=GAMMA_HELP)
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (no effect with fae)")
@@ -121,6 +123,8 @@ def main(args):
     vae = vae_of(vars(args), data.train.shape[1:]).to(device)
     name = label(args.learn, args.infer, args.samples, args.estimator)
     announce(args, name, *describe(args, vae, data, device))
+    if args.gamma == "learned" and (reach := reach_of(args, len(data.train) // args.batch)) < DISTANCE:
+        print(f"log gamma moves by {reach:.2g} at most, the sum of Adam's steps, and so cannot arrive: docs/images.md, Gamma")
     if args.dry_run:
         return
     with Run(args.out, "train_images", vars(args), device, args.overwrite, args.tensorboard, label=name, data=data.recipe) as run:
@@ -137,7 +141,7 @@ def fit(run, args, vae, data, device):
     test = data.test.to(device)
     reference = reference_of(test, args.data, args.data_root) if args.fid_every else None
     status, history = train(run, trainer, args.epochs, args.eval_every, lambda: measure(trainer, args, test, reference))
-    # A diverged run has no pictures: its model depends on when the loop noticed the divergence.
+    # A failed run has no pictures: a diverged model depends on when the loop noticed the divergence.
     shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}
     run.save_metrics(**stack(history), **shown, status=status)
     if shown:
@@ -171,6 +175,12 @@ def pictures(vae, test, noise, seed, n=64):
         start, end = (codes[rows % len(codes)][:, None] for rows in (torch.arange(8), torch.arange(8, 16)))
         images["interpolations"] = vae.decode(torch.lerp(start, end, torch.linspace(0, 1, 8, device=codes.device)[:, None]))
     return {name: quantise(image).cpu().numpy() for name, image in images.items()}
+
+
+def reach_of(args, steps_per_epoch):
+    """The sum of the step sizes of the decoder's updates, which is about the farthest that Adam moves log gamma."""
+    K, half_life = 1 if LEARN[args.learn].joint else args.inner_steps, args.lr_half_life or math.inf
+    return sum(args.lr * decay(step, steps_per_epoch, half_life) for step in range(K - 1, steps_per_epoch * args.epochs, K))
 
 
 def describe(args, vae, data, device):

@@ -17,6 +17,7 @@ from vsm.forms import mismatch
 from vsm.gamma import StationaryGamma
 
 LOOK_SECONDS = 1  # the host waits for the device, to see whether the run has diverged, at most this often
+EXPLODED_KL = 1e5  # nats an image: more than the 68,000 that its 8-bit numbers hold at 64 x 64 pixels in colour
 CHECKPOINT_SECONDS = 60  # between checkpoints within an epoch
 NEVER = torch.iinfo(torch.int64).max
 
@@ -375,7 +376,8 @@ def train(run, trainer, epochs, eval_every, evaluate):
     """Train up to `epochs`, from the run's checkpoint if it has one. Returns the status and the history.
 
     evaluate() returns a dict of CPU tensors; it is called at epoch 0, every `eval_every` epochs and at the last one. The history
-    is a list of its values per metric. The status is `ok`, or `diverged@<step>` where a loss was not finite, which is a result.
+    is a list of its values per metric. The status is `ok`, or a failure, which is a result: `diverged@<step>` where a loss was
+    not finite, `exploded@<step>` where at an evaluation, which then is no row, the metric `kl` was above EXPLODED_KL or NaN.
     `epochs` is a budget: a run that ended with fewer continues, and equals one that had the larger budget from the start.
     Ctrl-C and SIGTERM write a checkpoint and raise Stopped.
     """
@@ -386,8 +388,8 @@ def train(run, trainer, epochs, eval_every, evaluate):
     def checkpoint():
         run.save_checkpoint({"trainer": trainer.save(), "history": history, "seconds": time.monotonic() - started})
 
-    def record(epoch):
-        row = {"epoch": torch.tensor(epoch), **evaluate(), **trainer.averages(reset=epoch % eval_every == 0),
+    def record(epoch, tested):
+        row = {"epoch": torch.tensor(epoch), **tested, **trainer.averages(reset=epoch % eval_every == 0),
                "seconds": torch.tensor(time.monotonic() - started), "peak_memory": torch.tensor(peak_memory(trainer.device))}
         for name, value in row.items():
             history.setdefault(name, []).append(value)
@@ -397,7 +399,7 @@ def train(run, trainer, epochs, eval_every, evaluate):
 
     with stopping() as stop, progress(total, trainer.step) as bar:
         if not history:
-            record(0)
+            record(0, evaluate())
         while trainer.step < total:
             if stop.requested:
                 checkpoint()
@@ -414,7 +416,10 @@ def train(run, trainer, epochs, eval_every, evaluate):
                 return f"diverged@{diverged}", history
             bar.set_postfix(trainer.progress(bar.format_dict["rate"] or 0), refresh=False)
             if evaluates:
-                record(epoch)
+                tested = evaluate()
+                if not tested.get("kl", 0) <= EXPLODED_KL:
+                    return f"exploded@{trainer.step}", history
+                record(epoch, tested)
             elif last_look - last_save > CHECKPOINT_SECONDS:
                 checkpoint()
             else:

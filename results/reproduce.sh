@@ -288,10 +288,10 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python -m studies.gradient_snr --draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
     python -m studies.gradient_snr $runs/mnist-mlp-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-*-seed[23]
     for mode in eval train; do
-        python -m studies.gradient_snr --mode $mode $runs/mnist-conv-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-width8-dim-z16-inner-steps1-*-seed0
+        python -m studies.gradient_snr --mode $mode $runs/mnist-conv-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-width8-dim-z16-init-sd0.1-*-seed0
     done
     python -m studies.latent_scale $runs/mnist-{mlp,conv,resnet}-kld-*-test-limit2000-*
-    python -m studies.latent_scale $runs/celeba-conv-kld-*-test-limit1000-* $runs/mnist-conv-fd-fd-test-limit2000-infer-samples1-init-sd1*
+    python -m studies.latent_scale $runs/celeba-conv-kld-*-test-limit1000-* $runs/mnist-conv-fd-fd-test-limit2000-infer-samples1-inner-steps1-*
     python -m studies.latent_scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 

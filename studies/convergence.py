@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from vsm.names import aged, pair_name, pair_order, settings_of
-from vsm.tables import markdown_table, mean_and_error, number_text, with_error
+from vsm.tables import count_failures, failures_text, markdown_table, mean_and_error, number_text, with_error
 
 COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over the data, is not in use
 
@@ -85,7 +85,7 @@ def table_of_image_runs(loaded):
     """A row for each pair and setting: final metrics over seeds, and how they changed in the last quarter of training.
 
     Runs with --fid-every have FIDs, FID's change in %, and FID over KLD-ELBO's: of two runs of the same seed and setting, with
-    the same N where KLD-ELBO has it. Runs without have the change of the negative ELBO, in nats. A diverged run is in no mean.
+    the same N where KLD-ELBO has it. Runs without have the change of the negative ELBO, in nats. A failed run is in no mean.
     """
     groups, elbos = {}, {}
     configs = [arrays["config"] for arrays in loaded]
@@ -107,12 +107,13 @@ def table_of_image_runs(loaded):
     rows = []
     for (settings, *_, name), runs in sorted(groups.items()):
         members = [arrays for arrays in runs if arrays["status"] == "ok"]
-        diverged = f" (+{len(runs) - len(members)} diverged)" if len(members) < len(runs) else ""
+        failures = failures_text(count_failures([str(arrays["status"]) for arrays in runs]))
+        others = f" (+{failures})" if failures else ""
 
         def over_seeds(key, digits, factor=1):
             return interval_text([factor * final(arrays, key) for arrays in members], digits)
 
-        row = {"pair": name, "n": f"{len(members)}{diverged}"}
+        row = {"pair": name, "n": f"{len(members)}{others}"}
         if with_fid:
             change = interval([100 * (final(arrays, "fid") / before_the_last_quarter(arrays, "fid") - 1)
                                for arrays in members])[0]

@@ -25,7 +25,7 @@ from vsm.figures import images as figures
 from vsm.loading import flags_of, load_vae, place_of_images
 from vsm.runs import load_arrays, save_arrays
 from vsm.stored_runs import StoredRun
-from vsm.tables import with_error
+from vsm.tables import failed, with_error
 
 SAMPLES = (1, 2, 5, 10)
 MODES = ("eval", "train")
@@ -182,8 +182,8 @@ def measure_models(args, name, settings, measure):
 
     def measured(run):
         config, status = checked_config(run), run_status(run)
-        if status.startswith("diverged@"):
-            raise UserError("it diverged, so there is no trained model")
+        if failed(status):
+            raise UserError(f"it {status.partition('@')[0]}, so there is no trained model")
         vae, flags, save = load_vae(run.name, device), flags_of(config), Path(run.name) / f"{name}.npz"
         data = load_images(*place_of_images(run, config, args), flags["limit"], flags["test_limit"])
         arrays = measure(run, vae, data.train.to(device), flags)

@@ -105,17 +105,18 @@ def test_image_runs_without_fid_have_the_change_of_the_negative_elbo():
 
 
 @pytest.mark.parametrize("fid", [True, False])
-def test_a_diverged_image_run_is_counted_and_in_no_mean(fid):
+def test_a_failed_image_run_is_counted_and_in_no_mean(fid):
     runs = [image(0, 10.0), image(1, 12.0), image(1, 90.0, "KLD-B", "bao"), image(0, 30.0, "KLD-B", "bao"),
             image(0, 80.0, "KLD-S", "swersky"), image(1, 24.0, "KLD-F", "fd")]
     for lost in (runs[1], runs[2], runs[4]):
         lost["status"] = np.array("diverged@7")
+    runs[4]["status"] = np.array("exploded@9")
     for run in runs if not fid else []:
         del run["fid"]
     table = table_of_image_runs(runs)
     header = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
     elbo, F, swersky, bao = (dict(zip(header, cells(table, i))) for i in range(4))
-    assert [row["n"] for row in (elbo, swersky, bao)] == ["1 (+1 diverged)", "0 (+1 diverged)", "1 (+1 diverged)"]
+    assert [row["n"] for row in (elbo, swersky, bao)] == ["1 (+1 diverged)", "0 (+1 exploded)", "1 (+1 diverged)"]
     assert [row["negative ELBO"] for row in (elbo, swersky, bao)] == ["10.0", "-", "30.0"] and "nan" not in table
     if fid:
         assert [row["FID / KLD-ELBO's"] for row in (bao, F, swersky, elbo)] == ["3.00", "-", "-", ""]

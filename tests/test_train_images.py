@@ -1,6 +1,7 @@
 """The image script as its user meets it: runs resume bit by bit, every flag matters, mistakes are answered in one sentence."""
 
 import json
+import math
 import resource
 import shutil
 
@@ -10,6 +11,7 @@ import torch
 
 import plots
 import train_images
+import training
 from objectives import INFER, LEARN, label
 from vsm.runs import load_arrays, load_checkpoint
 
@@ -161,6 +163,32 @@ def test_divergence_is_a_result(digits, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "run" / "training_curves.png").exists()
     train(digits, tmp_path / "run", "--learn", "elbo", "--lr", 1e3)
     assert "finished before (diverged@" in capsys.readouterr().out
+
+
+def test_an_exploded_run_ends_with_a_status_of_its_own(digits, tmp_path, capsys, monkeypatch):
+    """Losses stay finite, but the KL is that of no useful code. The rows are those of the evaluations before."""
+    monkeypatch.setattr(training, "EXPLODED_KL", -1.0)
+    arrays = train(digits, tmp_path / "run", "--learn", "elbo")
+    assert str(arrays["status"]) == "exploded@6" and arrays["epoch"].tolist() == [0] and "samples" not in arrays
+    train(digits, tmp_path / "run", "--learn", "elbo")
+    assert "finished before (exploded@" in capsys.readouterr().out
+    monkeypatch.setattr(training, "EXPLODED_KL", math.inf)
+    monkeypatch.setattr(train_images, "evaluate_images", nan_kl(train_images.evaluate_images))
+    assert str(train(digits, tmp_path / "nan", "--learn", "elbo")["status"]) == "exploded@6"
+
+
+def nan_kl(evaluate_images):
+    return lambda *args, **options: evaluate_images(*args, **options) | {"kl": torch.tensor(math.nan)}
+
+
+@pytest.mark.parametrize("words, reach", [
+    ("", "0.006"), ("--lr 1", ""), ("--lr 1 --lr-half-life 1", "4.5"), ("--lr 1 --inner-steps 3", "4"), ("--lr 1 --batch 60", ""),
+    ("--lr 1 --learn fae --inner-steps 99", ""), ("--gamma stationary", ""), ("--gamma fixed", "")])
+def test_a_run_says_where_log_gamma_cannot_arrive(digits, capsys, words, reach):
+    """300 images, two epochs: six updates of the decoder by default. "" means that nothing is said."""
+    train_images.main(train_images.parse_args([*SMALL, "--data-root", str(digits), *words.split(), "--dry-run"]))
+    printed = capsys.readouterr().out
+    assert f"log gamma moves by {reach} at most" in printed if reach else "log gamma" not in printed
 
 
 def test_dry_run_writes_nothing(digits, tmp_path, capsys):

@@ -10,14 +10,14 @@ from vsm.loading import FLAGS
 from vsm.names import NOT_IDENTITY, flag_name, group_by_seed
 from vsm.runs import save_arrays, write_atomic
 from vsm.stored_runs import StoredRun
-from vsm.tables import markdown_table, mean_and_error_text
+from vsm.tables import count_failures, failed, failures_text, markdown_table, mean_and_error_text
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 COLUMNS = {"fid": "FID", "kid_x1000": "KID x1000", "fid_aggregate": "FID, aggregate", "fid_reconstruction": "FID, posterior",
            "negative_elbo": "-ELBO", "negative_iw_bound": "-IW bound", "reconstruction_mse": "MSE", "latent_mmd": "MMD^2",
            "posterior_fd": "posterior FD", "active_second_moment": "E z^2"}
 AXES = ("data", "net", "infer", "learn", "seed")  # flags that the table's other columns show
-NOTES = """- mean ± standard error over the runs, which differ in their seed; a diverged run is in no mean
+NOTES = """- mean ± standard error over the runs, which differ in their seed; a run that diverged or exploded is in no mean
 - lower is better, except for E z^2, which is that of the active latents under the aggregate posterior; it is 1 under the prior
 - FID, aggregate: z from a Gaussian with the mean and diagonal variance of the aggregate posterior in place of the prior
 - FID, posterior: one posterior sample of each test image, decoded""".splitlines()
@@ -26,8 +26,8 @@ NOTES = """- mean ± standard error over the runs, which differ in their seed; a
 class Measured(NamedTuple):
     """A run as the table needs it.
 
-    run: its config has every flag, and the label of an unfinished run says so. status: ok, diverged@<step> or unfinished@<epoch>.
-    last: the last values of its curves. evaluation: the arrays of eval.npz, {} for a diverged run.
+    run: its config has every flag, and the label of an unfinished run says so. status: ok, diverged@<step>, exploded@<step> or
+    unfinished@<epoch>. last: the last values of its curves. evaluation: the arrays of eval.npz, {} for a failed run.
     """
     run: StoredRun
     status: str
@@ -35,8 +35,8 @@ class Measured(NamedTuple):
     evaluation: dict
 
     @property
-    def diverged(self):
-        return self.status.startswith("diverged@")
+    def failed(self):
+        return failed(self.status)
 
     def numbers(self):
         """{column: value} with NaN for what was not measured."""
@@ -68,9 +68,9 @@ def write_table(measured, out):
 
 def row_of(name, members):
     """The row of a group of seeds: {column of table.npz: value}."""
-    config, ok = members[0].run.config, [each.numbers() for each in members if not each.diverged]
+    config, ok = members[0].run.config, [each.numbers() for each in members if not each.failed]
     row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "n": len(ok),
-           "diverged": len(members) - len(ok), **published(config)}
+           **count_failures([each.status for each in members]), **published(config)}
     for key in COLUMNS:
         values = np.array([numbers[key] for numbers in ok], float)
         row[f"{key}_mean"] = values.mean() if len(values) else np.nan
@@ -109,8 +109,8 @@ def table_of(rows, references):
         header += [title, "paper"] if f"paper_{key}" in rows[0] else [title]
     lines = []
     for row in rows:
-        diverged = f" (+{row['diverged']} diverged)" if row["diverged"] else ""
-        line = [row["data"], row["net"], row["objectives"], f"{row['n']}{diverged}"]
+        others = f" (+{failures})" if (failures := failures_text(row)) else ""
+        line = [row["data"], row["net"], row["objectives"], f"{row['n']}{others}"]
         for key in COLUMNS:
             line.append(mean_and_error_text(row[f"{key}_mean"], row[f"{key}_se"]))
             if f"paper_{key}" in row:

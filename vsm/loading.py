@@ -32,7 +32,7 @@ FLAGS = {
     "train_images": {
         "data": "mnist", "limit": 0, "test_limit": 0, "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 5,
         "infer_samples": 5, "noise": 0.1, "seed": 0, "net": "conv", "width": 64, "norm": "batch", "dim_z": 100,
-        "latent": "gaussian", "temperature": 0.5, "init_sd": 0.1, "gamma": "learned", "inner_steps": 5, "one_pass": False,
+        "latent": "gaussian", "temperature": 0.5, "init_sd": 1.0, "gamma": "learned", "inner_steps": 5, "one_pass": False,
         "batch": 100, "lr": 1e-4, "lr_half_life": None, "epochs": 1000, "precision": "float32", "eval_every": 10,
         "fid_every": 0, "data_root": "data"},
     "train_synthetic": {

@@ -1,7 +1,7 @@
 """Run folders: flags, lock, checkpoint and arrays of a run.
 
     runs/<family>/<name>/config.json      every flag, versions, commit, device, data recipe
-                         metrics.npz      plain arrays, `config` as a JSON string, `status`: ok | diverged@<step>
+                         metrics.npz      plain arrays, `config` as a JSON string, `status`: ok | diverged@N | exploded@N
                          checkpoint.pt    the state from which the same command resumes
                          log.csv          a line per evaluation
                          *.png            drawn from metrics.npz alone
@@ -99,7 +99,7 @@ def load_config(folder):
 
 
 def status_of(folder):
-    """`ok`, `diverged@<step>`, or None for a run that has not ended."""
+    """`ok`, `diverged@<step>`, `exploded@<step>`, or None for a run that has not ended."""
     path = Path(folder) / "metrics.npz"
     return str(load_arrays(path).get("status", "")) or None if path.exists() else None
 

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+FAILURES = ("diverged", "exploded")  # a status is ok, one of these with the step, as in diverged@400, or unfinished@<epoch>
+
 
 def markdown_table(header, rows, align=None):
     """The lines of a Markdown table, joined: header [C] and rows [R, C] of anything that str() takes; None is an empty cell.
@@ -13,6 +15,21 @@ def markdown_table(header, rows, align=None):
     rules = {"l": "---", "c": ":---:", "r": "---:"}
     lines = [header, [rules[letter] for letter in align or "l" * len(header)], *rows]
     return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def failed(status):
+    """Whether the status of a run says that it has no trained model."""
+    return status.partition("@")[0] in FAILURES
+
+
+def count_failures(statuses):
+    """{"diverged": how many of the statuses of runs say so, "exploded": ...}."""
+    return {word: sum(status.startswith(f"{word}@") for status in statuses) for word in FAILURES}
+
+
+def failures_text(counts):
+    """Those counts as in "2 diverged, 1 exploded"; "" without any."""
+    return ", ".join(f"{counts[word]} {word}" for word in FAILURES if counts[word])
 
 
 def number_text(value, form):

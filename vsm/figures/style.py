@@ -13,6 +13,7 @@ import numpy as np
 from objectives import LEARN
 from vsm.names import letter_of
 from vsm.runs import write_atomic
+from vsm.tables import count_failures, failures_text
 
 DASHES = {"kld": "-", "fd": "--", "fd-weighted": ":", "fd-repar": "-."}  # of lines, by the inference objective; others are solid
 
@@ -127,5 +128,5 @@ def seeds_of(members):
     statuses = [str(arrays.get("status", "unfinished")) for arrays in members]
     if len(members) == 1:
         return f"seed {members[0]['config']['flags']['seed']}" + "".join(f" ({status})" for status in statuses if status != "ok")
-    diverged = sum(status.startswith("diverged") for status in statuses)
-    return f"{len(members)} seeds" + (f" ({diverged} diverged)" if diverged else "")
+    failures = failures_text(count_failures(statuses))
+    return f"{len(members)} seeds" + (f" ({failures})" if failures else "")
