@@ -13,7 +13,7 @@ figure1() {  # Figure 1 and every rule: 1 min
 }
 
 spectrum() {  # linear VAEs of MNIST, 22 models: 5 min
-    python param_recovery.py --spectrum mnist --data-root "$DATA" --out runs/spectrum
+    python -m studies.spectrum mnist --data-root "$DATA" --out runs/spectrum
 }
 
 toys() {  # Figures 2 and 5, basins of attraction, A.5.1, A.5.3: 10 min

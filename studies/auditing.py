@@ -259,7 +259,7 @@ CHECKS = (check_form, check_gradient, check_coupling, check_composition, check_t
 
 def check_spectrum(name, options, data, root, samples=5, shown=10):
     """The variances that a linear VAE learns from images by steps of the objective from the PCA solution, against PCA's."""
-    args = SimpleNamespace(spectrum=data, data_root=root, limit=20_000, latents=16, gamma=0.25, lr=0.1, iterations=300, batch=200,
+    args = SimpleNamespace(data=data, data_root=root, limit=20_000, latents=16, gamma=0.25, lr=0.1, iterations=300, batch=200,
                            seed=0)
     pixels = load_pixels(args)
     C = pixels.T.double() @ pixels.double() / len(pixels)

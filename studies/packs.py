@@ -1,14 +1,19 @@
-"""Write a pack, which holds many run folders in one `.npz`; vsm/stored_runs.py reads it and describes its arrays."""
+"""Write many runs into one `.npz`, a pack, which vsm/stored_runs.py reads; it describes the arrays.
 
+    python -m studies.packs runs/synthetic/* --save runs/mine.npz --keep test_data
+"""
+
+import vsm.quiet  # noqa: F401  # isort: skip
+import argparse
 import fnmatch
 import json
 from pathlib import Path
 
 import numpy as np
 
-from vsm.cli import UserError
+from vsm.cli import Formatter, UserError, command_line
 from vsm.runs import save_arrays
-from vsm.stored_runs import HEAVY, OF_MEMBERS, PARTS, open_runs, shown_member
+from vsm.stored_runs import HEAVY, OF_MEMBERS, PARTS, add_run_flags, chosen_runs, open_runs, shown_member
 
 
 def pack(paths, save, keep=(), keep_of="*", drop=()):
@@ -56,3 +61,28 @@ def _record(run, keep, drop):
                 record[f"{part}.{key}_of"], value = np.array([member]), value[member : member + 1]
             record[f"{part}.{key}"] = value
     return record
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    add_run_flags(parser)
+    flag = parser.add_argument
+    flag("--save", required=True, metavar="FILE.npz", help="the pack to write")
+    flag("--keep", nargs="+", default=[], choices=HEAVY, metavar="KEY",
+         help=f"large arrays to keep, of {', '.join(HEAVY)}; of model_samples the pack has the member that figures show, of "
+              "density_grid the members that the run stored: those with the median and with the least NLL")
+    flag("--keep-of", default="*", metavar="GLOB", help="keep the large arrays only in runs whose names match this pattern")
+    flag("--drop", nargs="+", default=[], metavar="KEY", help="arrays to leave out")
+    args = parser.parse_args(argv)
+    if Path(args.save).suffix != ".npz":
+        parser.error(f"--save {args.save} must end in .npz")
+    return args
+
+
+def main(args):
+    pack(chosen_runs(args), args.save, args.keep, args.keep_of, args.drop)
+    print(args.save)
+
+
+if __name__ == "__main__":
+    command_line(parse_args, main)

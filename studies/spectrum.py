@@ -1,9 +1,13 @@
-"""Linear VAEs on real images: which variances does each learning objective give its model? (`param_recovery.py --spectrum mnist`)
+"""Linear VAEs on real images: which variances does each learning objective give its model?
+
+    python -m studies.spectrum mnist        # 22 models, by minibatches: 5 to 10 min on a CPU
 
 The data are the pixels less their mean, without the pixels that never change; gamma is given and stays fixed. Every model starts
 at the PCA solution, the maximum of the likelihood, so that a departure from its spectrum is due to the objective.
 """
 
+import vsm.quiet  # noqa: F401  # isort: skip
+import argparse
 import math
 
 import numpy as np
@@ -12,8 +16,12 @@ from tqdm import tqdm
 
 from data import load_images
 from objectives import LEARN
-from vsm.cli import UserError
+from studies.figures import spectrum as figures
+from vsm.cli import Formatter, UserError, command_line, count, positive, positive_float
+from vsm.device import pick_device
 from vsm.linear import expected_slope, kappa, linear_vae, set_posterior
+from vsm.names import run_name
+from vsm.runs import Run
 
 SAMPLES = (1, 2, 5, 20)
 OBJECTIVES = (("elbo", "plugin"), ("fd", "plugin"), ("swersky", "plugin"), ("swersky", "unbiased"), ("bao", "plugin"),
@@ -48,10 +56,10 @@ def learn_spectra(args, device):
 
 def load_pixels(args):
     """The training images as float32 rows less their mean, without the pixels that never change."""
-    pixels = load_images(args.spectrum, args.data_root, limit=args.limit).train.flatten(1)
+    pixels = load_images(args.data, args.data_root, limit=args.limit).train.flatten(1)
     pixels = pixels[:, (pixels != pixels[0]).any(0)].float() / 255
     if args.latents > pixels.shape[1]:
-        raise UserError(f"--latents {args.latents} are more than the {pixels.shape[1]} pixels of {args.spectrum} that change")
+        raise UserError(f"--latents {args.latents} are more than the {pixels.shape[1]} pixels of {args.data} that change")
     return pixels - pixels.mean(0)
 
 
@@ -125,3 +133,42 @@ def report_spectrum(arrays):
               f"{(learnt > 1.05 * gamma).sum():5} {(v > 1.05 * k * gamma).sum():3}")
     error = 100 * np.abs(arrays["expected"] / np.maximum(v / arrays["kappa"][:, None], gamma) - 1)
     print(f"expected updates, largest error: {error.max():.2g} % of all {K} directions, {error[:, :10].max():.2g} % of ten")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument("data", metavar="DATA", help="mnist, fashion, celeba, glyphs or folder:PATH")
+    flag = parser.add_argument_group("experiment").add_argument
+    flag("--data-root", default="data", help="folder of the data sets")
+    flag("--limit", type=count, default=0, help="use the first so many training images; 0: all")
+    flag("--latents", type=positive, default=48, help="number of latents")
+    flag("--gamma", type=positive_float, default=0.25, help="variance of p(x|z), which is not learnt")
+    flag("--seed", type=count, default=0, help="seed of the minibatches and the posterior samples")
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--iterations", type=positive, default=1500, help="gradient steps")
+    flag("--lr", type=positive_float, default=0.2, help="the first step, in units of gamma^2")
+    flag("--batch", type=positive, default=100, help="data per step, an even number")
+    flag = parser.add_argument_group("output").add_argument
+    flag("--device", default="cpu", help="auto | cpu | cuda | cuda:1 ... (the models are so small that a CPU is as fast)")
+    flag("--out", default=None, help="the run's folder (default: runs/spectrum/ and the flags that matter)")
+    flag("--overwrite", action="store_true", help="redo a run that is there")
+    args = parser.parse_args(argv)
+    if args.batch % 2:
+        parser.error(f"--batch {args.batch} must be even: every image is in its minibatch twice")
+    defaults = vars(parser.parse_args([args.data]))
+    args.out = args.out or f"runs/spectrum/{run_name(args, ('data', 'seed'), defaults)}"
+    return args
+
+
+def main(args):
+    device = pick_device(args.device)
+    with Run(args.out, "spectrum", vars(args), device, args.overwrite) as run:
+        if not run.status:
+            arrays = learn_spectra(args, device)
+            run.save_metrics(**arrays, status="ok" if np.isfinite(arrays["learnt"]).all() else f"diverged@{args.iterations}")
+            report_spectrum(arrays)
+        figures.spectrum([run.path], run.path / "spectrum.png")
+
+
+if __name__ == "__main__":
+    command_line(parse_args, main)

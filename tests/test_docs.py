@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted((ROOT / "results").glob("reproduce*.sh"))
 # Lines that begin with these are left out.
-OTHERS = r"git|pip|pytest|python3? -m|\.|source|export|sbatch|scontrol|parallel|xargs|apt|ssh|tail|VSM_\w+=\S+ pytest"
+OTHERS = (r"git|pip|pytest|python3? -m (?!studies|benchmarks)|\.|source|export|sbatch|scontrol|parallel|xargs|apt|ssh|tail|"
+          r"VSM_\w+=\S+ pytest")
 # Commands are not run but printed, with their loops and variables expanded by a real shell.
 PRELUDE = """set -f
 python() { printf 'COMMAND'; printf '\\x1f%s' "$@"; printf '\\n'; }
@@ -55,11 +56,13 @@ def test_commands_parse(page, capsys, tmp_path):
     for shell in shells:
         assert subprocess.run(["bash", "-n"], input=shell, capture_output=True, text=True, check=False).returncode == 0, shell
         for script, *argv in commands(shell, tmp_path):
+            if script == "-m":
+                script, *argv = f"{argv[0].replace('.', '/')}.py", *argv[1:]
             if not script.endswith(".py") or not (ROOT / script).exists():
                 assert script == "-c" or script.startswith("-"), f"{page.name}: python {script}"
                 continue
             try:
-                importlib.import_module(script.removesuffix(".py")).parse_args(argv)
+                importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args(argv)
             except SystemExit as error:
                 message = capsys.readouterr().err.strip().rpartition("\n")[2]
                 assert error.code == 0, f"{page.name}: python {script} {shlex.join(argv)}: {message}"

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import param_recovery
-import studies.spectrum
 from models import EnsembleVAE
 from objectives import LEARN
-from param_recovery import CHECKED, RULES, MismatchedEncoder, Scale, joint_fd, joint_kld, minimise, posterior_variance, recover
+from param_recovery import CHECKED
 from vsm.linear import kappa, matched_noise
+from vsm.recovery import RULES, MismatchedEncoder, Scale, joint_fd, joint_kld, minimise, posterior_variance, recover
 from vsm.runs import load_arrays
 
 POINTS = [(0.7, 0.2, 0.5, 1.3, 1.1), (1.5, 0.6, 2.0, 0.7, 0.4), (0.0, -0.3, 0.9, 1.0, 2.0)]  # w, phi, alpha, gamma, w*
@@ -204,39 +204,3 @@ def test_plug_in_rules_learn_the_variance_over_kappa_and_meet_the_exact_ones(nam
         assert 1 + w**2 == pytest.approx(10 / kappa(objective, "plugin", N, 0.5))
     assert np.allclose(recover("held S, N = 1", 0.5, 1.0, CHECKED), recover("held F", 0.5, 1.0, CHECKED))
     assert np.allclose(recover("held S, N = 2", 1.0, 1.0, CHECKED), recover("held B, N = 2", 1.0, 1.0, CHECKED))
-
-
-def test_the_spectra_of_images(tmp_path, capsys, digits, monkeypatch):
-    monkeypatch.setattr(studies.spectrum, "EXPECTED_UPDATES", 250)
-    monkeypatch.setattr(studies.spectrum, "OBJECTIVES", (("swersky", "plugin"), ("bao", "unbiased")))
-    out = tmp_path / "run"
-    argv = ["--spectrum", "mnist", "--data-root", str(digits), "--latents", "4", "--iterations", "30", "--batch", "8",
-            "--out", str(out)]
-    param_recovery.main(param_recovery.parse_args(argv))
-    arrays = load_arrays(out / "metrics.npz")
-    assert arrays["status"] == "ok"
-    assert arrays["learnt"].shape == arrays["expected"].shape == arrays["second_moment"].shape == (7, 4)
-    v = arrays["eigenvalues"][:4]
-    assert np.abs(arrays["expected"] / np.maximum(v / arrays["kappa"][:, None], arrays["gamma"]) - 1).max() < 0.02
-    assert (out / "spectrum.png").stat().st_size > 10_000
-    assert "largest error" in capsys.readouterr().out
-    param_recovery.main(param_recovery.parse_args(argv))
-    assert "finished before" in capsys.readouterr().out
-
-
-def test_a_diverged_spectrum_says_so(tmp_path, digits, monkeypatch):
-    monkeypatch.setattr(studies.spectrum, "EXPECTED_UPDATES", 1)
-    monkeypatch.setattr(studies.spectrum, "OBJECTIVES", (("fd", "plugin"),))
-    argv = ["--spectrum", "mnist", "--data-root", str(digits), "--latents", "2", "--iterations", "9", "--batch", "8",
-            "--lr", "1e30"]
-    param_recovery.main(param_recovery.parse_args([*argv, "--out", str(tmp_path / "run")]))
-    assert load_arrays(tmp_path / "run" / "metrics.npz")["status"] == "diverged@9"
-
-
-@pytest.mark.parametrize("argv, words", [(["--latents", 5], "with --spectrum only"), (["--limit", 5], "with --spectrum only"),
-                                         (["--spectrum", "mnist", "--alpha", 1], "has no use for"),
-                                         (["--spectrum", "mnist", "--stochastic"], "has no use for"),
-                                         (["--spectrum", "mnist", "--batch", 5], "must be even"),
-                                         (["--spectrum", "letters"], "unknown data")])
-def test_flags_of_the_spectrum_are_checked(fails, tmp_path, argv, words):
-    assert words in fails(param_recovery, *argv, "--out", tmp_path / "run")

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 import plots
+from studies import packs, tables
 from studies.packs import pack
 from studies.sweep_2d import sweep_points, sweep_table
 from vsm.cli import UserError
@@ -18,7 +19,7 @@ from vsm.figures.images import grouped, robust_limits
 from vsm.figures.style import color_of
 from vsm.names import letter_of
 from vsm.runs import save_arrays
-from vsm.stored_runs import of_member, open_runs, shown_member
+from vsm.stored_runs import HEAVY, of_member, open_runs, shown_member
 from vsm.tables import markdown_table, mean_and_error
 
 ROOT = Path(__file__).parent.parent
@@ -164,20 +165,7 @@ FIGURES_OF = {
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "images" else ()) for kind in FIGURES_OF])
 def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
     packed = tmp_path / "all.npz"
-    draw(
-        "pack",
-        *runs[kind],
-        "--save",
-        packed,
-        "--keep",
-        "model_samples",
-        "density_grid",
-        "test_data",
-        "samples",
-        "inputs",
-        "reconstructions",
-        "interpolations",
-    )
+    packs.main(packs.parse_args([*map(str, runs[kind]), "--save", str(packed), "--keep", *HEAVY]))
     for i, figure in enumerate(FIGURES_OF[kind]):
         draw(figure, packed, "--save", tmp_path / "a.png")
         if i % 4 == 0:
@@ -266,11 +254,10 @@ def test_bad_input_gets_one_sentence(runs, tmp_path, fails):
     assert "not a regular file" in fails(plots, "synthetic", folder, "--save", save)
     assert "cannot write" in fails(plots, "synthetic", synthetic, "--save", synthetic / "config.json" / "a.png")
     assert "must end in" in fails(plots, "synthetic", synthetic, "--save", tmp_path / "a.gif")
-    assert "must end in .npz" in fails(plots, "pack", synthetic, "--save", save)
-    assert "needs --save" in fails(plots, "pack", synthetic)
-    assert "go with pack only" in fails(plots, "study", synthetic, "--keep", "samples")
+    assert "must end in .npz" in fails(packs, synthetic, "--save", save)
+    assert "must end in .md" in fails(tables, synthetic, "--save", save)
     assert "leave no run" in fails(plots, "study", synthetic, "--only", "nothing")
-    assert "named b5" in fails(plots, "pack", synthetic, synthetic_run(tmp_path / "b5"), "--save", tmp_path / "twins.npz")
+    assert "named b5" in fails(packs, synthetic, synthetic_run(tmp_path / "b5"), "--save", tmp_path / "twins.npz")
     assert not save.exists()
 
 
@@ -320,7 +307,7 @@ def test_published_packs_open():
 
 
 def published_figures():
-    """(file, command line of plots.py) of each row of results/README.md that plots.py makes."""
+    """(file, arguments) of each row of results/README.md that plots.py or studies/tables.py makes."""
     rows = re.findall(r"\| \[(\S+\.(?:png|md))\]\(\1\) \|[^|]*\| `([^`]*)` \|", (ROOT / "results" / "README.md").read_text())
     return [(file, command.replace("results/", f"{ROOT}/results/")) for file, command in rows]
 
@@ -330,15 +317,16 @@ def test_every_published_figure_has_its_command():
     others = {"README.md", "image_tables.md", "audit", "models", "reproduce.sh"}
     files = {path.name for path in (ROOT / "results").iterdir()} - others
     assert {name for name in files if not name.endswith(".npz")} == found.keys()
-    for command in found.values():
-        tables = command.startswith(("sweep_table", "study_table"))
-        plots.parse_args(shlex.split(command) + (["--save", "a.md"] if tables else []))
+    for file, command in found.items():
+        script = tables if file.endswith(".md") else plots
+        script.parse_args([*shlex.split(command), "--save", file])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file, command", published_figures())
 def test_published_figures_are_redrawn_to_the_pixel(file, command, tmp_path):
-    plots.main(plots.parse_args([*shlex.split(command), "--save", str(tmp_path / file)]))
+    script = tables if file.endswith(".md") else plots
+    script.main(script.parse_args([*shlex.split(command), "--save", str(tmp_path / file)]))
     if file.endswith(".md"):
         assert (tmp_path / file).read_text() == (ROOT / "results" / file).read_text()
     else:

@@ -33,7 +33,7 @@ def defaults_of(script):
 def stored_identity(run):
     """The identity of a stored run. A flag that it lacks has its default."""
     script, flags = run.config["script"], dict(run.config["flags"])
-    defaults = {} if flags.get("spectrum") else defaults_of(script)  # --spectrum removes the flags that it does not read
+    defaults = {} if script == "spectrum" else defaults_of(script)  # studies/spectrum.py has no default for its data
     for key in defaults.keys() - flags.keys():
         flags[key] = OLD_DEFAULTS[key](flags) if key in OLD_DEFAULTS else defaults[key]
     return identity(script, {key: value for key, value in flags.items() if key in defaults or GONE.get(key) != value})

@@ -16,6 +16,7 @@ import train_synthetic
 from models import build_ensemble
 from objectives import INFER, LEARN
 from small_runs import assert_equal_runs
+from studies import tables
 from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
 from training import phi_loss
 from vsm.distributions_2d import DISTRIBUTIONS
@@ -293,7 +294,7 @@ def test_figures_are_redrawn_from_the_arrays(tmp_path, fails, monkeypatch):
         save = tmp_path / f"{figure}.png"
         plots.main(plots.parse_args([figure, *map(str, runs), "--save", str(save)]))
         assert save.stat().st_size > 10_000
-    plots.main(plots.parse_args(["sweep_table", *map(str, runs), "--save", str(tmp_path / "synthetic.md")]))
+    tables.main(tables.parse_args([*map(str, runs), "--sweep", "--save", str(tmp_path / "synthetic.md")]))
     nll = load_arrays(runs[0] / "metrics.npz")["nll"]
     table = (tmp_path / "synthetic.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| mixture | 0 | KLD-ELBO |")]
@@ -369,7 +370,7 @@ def test_members_are_told_apart_by_the_latents_they_use(tmp_path, fails):
     sd[-1] = 0.1
     sd[-1, 0], sd[-1, 1, 0] = 0.95, 0.95
     save_arrays(run / "metrics.npz", config, **arrays)
-    plots.main(plots.parse_args(["sweep_table", str(run), "--save", str(run / "synthetic.md")]))
+    tables.main(tables.parse_args([str(run), "--sweep", "--save", str(run / "synthetic.md")]))
     assert "(1 c, 1 h) |" in (run / "synthetic.md").read_text()
     twin = shutil.copytree(run, tmp_path / "twin")
     assert f"{run} and {twin} are the same experiment with the same seed 0" in fails(plots, "synthetic", run, twin)

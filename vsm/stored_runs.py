@@ -10,6 +10,7 @@ strings: `config.json`, and `metrics.config` or `eval.config` where they differ 
 checkpoints, and it has large arrays (HEAVY) only where they were asked for.
 """
 
+import fnmatch
 import json
 from pathlib import Path
 
@@ -70,6 +71,36 @@ def open_runs(paths):
     return runs
 
 
+def add_run_flags(parser):
+    """Give an argparse parser the flags that `chosen_runs` reads."""
+    flag = parser.add_argument
+    flag("runs", nargs="+", metavar="RUN", help="run folders, or packs of runs (.npz)")
+    flag("--only", nargs="+", default=["*"], metavar="GLOB", help="use only the runs whose names match one of these patterns")
+    flag("--without", nargs="+", default=[], metavar="GLOB", help="leave out the runs whose names match one of these patterns")
+
+
+def chosen_runs(args):
+    """The opened runs that these flags name, at least one. Raises UserError where there is none."""
+    def matches(run, globs):
+        return any(fnmatch.fnmatch(run.short_name, glob) for glob in globs)
+
+    runs = [run for run in open_runs(args.runs) if matches(run, args.only) and not matches(run, args.without)]
+    if not runs:
+        raise UserError("--only and --without leave no run")
+    return runs
+
+
+def refuse_other_scripts(name, runs, scripts):
+    """Raises UserError for runs that none of the `scripts` made, or that two of them made; `name` is the reader's."""
+    for run in runs:
+        if (made_by := run.config["script"]) not in scripts:
+            names = " or ".join(f"{script}.py" for script in scripts)
+            raise UserError(f"{run} is a run of {made_by}.py; {name} draws runs of {names}")
+        if made_by != runs[0].config["script"]:
+            raise UserError(f"{run} is a run of {made_by}.py and {runs[0]} one of {runs[0].config['script']}.py; "
+                            "draw them separately")
+
+
 def _open_folder(folder):
     def regular(file):
         if file.exists() and not file.is_file():
@@ -91,7 +122,7 @@ def _open_pack(path):
         raise UserError(f"{path} does not exist")
     arrays = load_arrays(path)
     if not {"runs", "blocks", "index"} <= arrays.keys():
-        raise UserError(f"{path} is not a pack of runs; name the folder of a run, or a pack that `python plots.py pack` made")
+        raise UserError(f"{path} is not a pack of runs; name the folder of a run, or a pack that `python -m studies.packs` made")
     names, blocks, index = list(map(str, arrays["runs"])), list(map(str, arrays["blocks"])), arrays["index"]
     fits = (index.shape == (len(names), len(blocks)) and np.issubdtype(index.dtype, np.integer) and {*blocks} <= arrays.keys()
             and all(index[:, k].max(initial=-1) < len(arrays[block]) for k, block in enumerate(blocks))

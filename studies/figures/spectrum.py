@@ -54,7 +54,7 @@ def draw_variances(ax, arrays, N=5):
     ax.set_yscale("log")
     round_ticks(ax.yaxis)
     ax.set(xlabel="principal component", ylabel="variance", ylim=(0.7 * v[:K].min(), 1.3 * v[0]),
-           title=f"variance learnt in each direction of {arrays['config']['flags']['spectrum']}, $N = {N}$")
+           title=f"variance learnt in each direction of {arrays['config']['flags']['data']}, $N = {N}$")
     ax.legend(fontsize=8, title="lines: predicted, markers: trained", title_fontsize=8)
 
 

@@ -1,0 +1,37 @@
+"""The numbers behind the figures of finished runs, as a Markdown table.
+
+    python -m studies.tables runs/synthetic/* --save runs/study.md            # means, intervals, whether training converged
+    python -m studies.tables runs/synthetic/* --save runs/sweep.md --sweep    # a sweep over K and J of 2-D runs
+"""
+
+import vsm.quiet  # noqa: F401  # isort: skip
+import argparse
+from pathlib import Path
+
+from studies.convergence import study_table
+from studies.sweep_2d import sweep_table
+from vsm.cli import Formatter, command_line
+from vsm.runs import write_atomic
+from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    add_run_flags(parser)
+    parser.add_argument("--save", required=True, metavar="FILE.md", help="the table to write")
+    parser.add_argument("--sweep", action="store_true", help="a row for each objective and a column for each K")
+    args = parser.parse_args(argv)
+    if Path(args.save).suffix != ".md":
+        parser.error(f"--save {args.save} must end in .md")
+    return args
+
+
+def main(args):
+    runs = chosen_runs(args)
+    refuse_other_scripts("this table", runs, ["train_synthetic"] if args.sweep else ["train_synthetic", "train_images"])
+    write_atomic(Path(args.save), (sweep_table if args.sweep else study_table)(runs).encode())
+    print(args.save)
+
+
+if __name__ == "__main__":
+    command_line(parse_args, main)
