@@ -6,6 +6,9 @@ A small run, seconds on a CPU; it draws the data set `glyphs` at its first call 
     python train_images.py --data glyphs --limit 1000 --test-limit 200 --width 8 \\
         --samples 1 --inner-steps 1 --epochs 2 --eval-every 1
 
+Flags with several values train every combination, on a CPU --jobs at once, on a GPU all in lockstep:
+    python train_images.py --data mnist --learn elbo swersky bao --seed 0 1 2 --jobs 4
+
 A run writes config.json, checkpoint.pt, metrics.npz and PNGs into a folder under runs/images. The same command resumes it.
 """
 
@@ -20,12 +23,24 @@ from data import data_name, data_names, load_images
 from metrics import evaluate_images, quantise
 from models import NETS, NORMS
 from objectives import ESTIMATORS, INFER, LEARN, label
-from training import EVALUATION, INIT, ImageTrainer, announce, decay, resolve_pair, seed_of, stack, train
-from vsm.cli import Formatter, UserError, command_line, count, nonnegative, positive, positive_float, seed_number
+from training import EVALUATION, INIT, ImageTrainer, announce, decay, drain, resolve_pair, seed_of, stack, updates
+from vsm.cli import (
+    Formatter,
+    UserError,
+    command_line,
+    count,
+    nonnegative,
+    positive,
+    positive_float,
+    progress,
+    seed_number,
+    stopping,
+)
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.fid import FIDS, fids, reference_of
 from vsm.gamma import GAMMA_HELP, MODES
 from vsm.loading import vae_of
+from vsm.many_runs import combinations, in_lockstep, in_processes
 from vsm.names import run_name, short_name
 from vsm.runs import Run
 
@@ -33,7 +48,7 @@ AXES = ("data", "net", "infer", "learn", "seed")
 DISTANCE = 5  # log gamma goes about 4 from an initial standard deviation of 1 to its end on MNIST
 
 
-def parse_args(argv=None):
+def image_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     flag = parser.add_argument_group("experiment").add_argument
     flag("--data", type=data_name, default="mnist", metavar="NAME", help=data_names())
@@ -82,6 +97,12 @@ def parse_args(argv=None):
     flag("--overwrite", action="store_true", help="replace a run that exists in the folder")
     flag("--tensorboard", action="store_true", help="also write scalars and samples for TensorBoard into the run's folder")
     flag("--dry-run", action="store_true", help="print what would run, then stop (data may be downloaded or converted)")
+    flag("--jobs", type=positive, default=1, help="on a CPU, runs at once, where flags have several values")
+    return parser
+
+
+def parse_args(argv=None):
+    parser = image_parser()
     args = parser.parse_args(argv)
     resolve_pair(parser, args)
     args.width = args.width or NETS[args.net].width
@@ -111,14 +132,61 @@ def refuse_one_pass(parser, args):
                      "and --infer-samples equal to --samples")
 
 
+def parse_runs(argv=None):
+    """The flags of every run: all combinations of the values that the flags are given."""
+    runs = [parse_args(words) for words in combinations(argv, image_parser())]
+    if len({run.out for run in runs}) < len(runs):
+        image_parser().error(f"several runs would write {runs[0].out}; give no value twice, and no --out for several runs")
+    return runs
+
+
+def main_of_runs(runs):
+    """Train each of the runs: one as `main` does, several at once."""
+    if len(runs) == 1 or runs[0].dry_run:
+        for args in runs:
+            main(args)
+        return
+    device, images = pick_device(runs[0].device), {}
+    set_precision(runs[0].precision, device)
+    for args in runs:  # every data set once, and on a GPU, where all runs are in this process, on the device
+        if data_of(args) not in images:
+            data = load(args)
+            images[data_of(args)] = data if device.type == "cpu" else data._replace(train=data.train.to(device))
+    arguments = {args.out: (args, images[data_of(args)], device) for args in runs}
+    if device.type == "cpu":
+        in_processes(arguments, train_one, runs[0].jobs)
+    else:
+        in_lockstep(arguments, begin, device)
+
+
 def main(args):
+    """Train one run."""
     device = pick_device(args.device)
     set_precision(args.precision, device)
-    data = load_images(args.data, args.data_root, args.limit, args.test_limit)
+    train_one(args, load(args), device)
+
+
+def data_of(args):
+    return args.data, args.data_root, args.limit, args.test_limit
+
+
+def load(args):
+    """The images of a run. Raises UserError for fewer than it needs."""
+    data = load_images(*data_of(args))
     if args.batch > len(data.train):
         raise UserError(f"--batch {args.batch} is more than the {len(data.train)} training images")
     if len(data.test) < 2:
         raise UserError(f"{args.data} has fewer than two test images here; MMD and FID compare pairs of images")
+    return data
+
+
+def train_one(args, data, device, bar=progress):
+    with stopping() as stop:
+        drain(begin(args, data, device, stop, bar))
+
+
+def begin(args, data, device, stop, bar):
+    """Train one run. A generator that yields after every update."""
     torch.manual_seed(seed_of(args.seed, INIT))
     vae = vae_of(vars(args), data.train.shape[1:]).to(device)
     name = label(args.learn, args.infer, args.samples, args.estimator)
@@ -129,18 +197,19 @@ def main(args):
         return
     with Run(args.out, "train_images", vars(args), device, args.overwrite, args.tensorboard, label=name, data=data.recipe) as run:
         if not run.status:
-            fit(run, args, vae, data, device)
+            yield from fit(run, args, vae, data, device, stop, bar)
         plots.draw_run(run.path)
 
 
-def fit(run, args, vae, data, device):
+def fit(run, args, vae, data, device, stop, bar):
     trainer = ImageTrainer(vae, data.train.to(device), learn=args.learn, infer=args.infer, estimator=args.estimator,
                       samples=args.samples, inner_steps=args.inner_steps, noise=args.noise, batch=args.batch, lr=args.lr,
                       seed=args.seed, graph=not args.no_graph, infer_samples=args.infer_samples, lr_half_life=args.lr_half_life,
                       one_pass=args.one_pass, gamma=args.gamma)
     test = data.test.to(device)
     reference = reference_of(test, args.data, args.data_root) if args.fid_every else None
-    status, history = train(run, trainer, args.epochs, args.eval_every, lambda: measure(trainer, args, test, reference))
+    status, history = yield from updates(
+        run, trainer, args.epochs, args.eval_every, lambda: measure(trainer, args, test, reference), stop, bar)
     # A failed run has no pictures: a diverged model depends on when the loop noticed the divergence.
     shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}
     run.save_metrics(**stack(history), **shown, status=status)
@@ -195,4 +264,4 @@ def describe(args, vae, data, device):
 
 
 if __name__ == "__main__":
-    command_line(parse_args, main)
+    command_line(parse_runs, main_of_runs)

@@ -373,13 +373,30 @@ def restore_generator(generator, state, seed):
 
 
 def train(run, trainer, epochs, eval_every, evaluate):
-    """Train up to `epochs`, from the run's checkpoint if it has one. Returns the status and the history.
+    """Train one run by `updates`. Returns the status and the history."""
+    with stopping() as stop:
+        return drain(updates(run, trainer, epochs, eval_every, evaluate, stop))
+
+
+def drain(generator):
+    """Run a generator to its end. Returns what it returns."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+def updates(run, trainer, epochs, eval_every, evaluate, stop, bar=progress):
+    """Train up to `epochs`, from the run's checkpoint if it has one. A generator that yields after every update.
+
+    It returns the status and the history.
 
     evaluate() returns a dict of CPU tensors; it is called at epoch 0, every `eval_every` epochs and at the last one. The history
     is a list of its values per metric. The status is `ok`, or a failure, which is a result: `diverged@<step>` where a loss was
     not finite, `exploded@<step>` where at an evaluation, which then is no row, the metric `kl` was above EXPLODED_KL or NaN.
     `epochs` is a budget: a run that ended with fewer continues, and equals one that had the larger budget from the start.
-    Ctrl-C and SIGTERM write a checkpoint and raise Stopped.
+    Once `stop` (of `stopping`) is requested, it writes a checkpoint and raises Stopped. bar(total, initial) is the progress bar.
     """
     history, seconds = resume(run, trainer, epochs, eval_every)
     total, started = epochs * trainer.steps_per_epoch, time.monotonic() - seconds
@@ -397,7 +414,7 @@ def train(run, trainer, epochs, eval_every, evaluate):
         run.log(history)
         checkpoint()
 
-    with stopping() as stop, progress(total, trainer.step) as bar:
+    with bar(total, trainer.step) as bar:
         if not history:
             record(0, evaluate())
         while trainer.step < total:
@@ -406,6 +423,7 @@ def train(run, trainer, epochs, eval_every, evaluate):
                 raise Stopped(stop.requested)
             trainer.run_step()
             bar.update()
+            yield
             epoch, remainder = divmod(trainer.step, trainer.steps_per_epoch)
             evaluates = remainder == 0 and (epoch % eval_every == 0 or trainer.step == total)
             if not evaluates and time.monotonic() - last_look < LOOK_SECONDS:

@@ -14,7 +14,7 @@ from objectives import INFER, LEARN
 from vsm.cli import UserError
 
 # Flags that say where and how to compute, not what. They may change between two calls on one folder.
-NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile", "tensorboard")
+NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile", "tensorboard", "jobs")
 BUDGET = "epochs"  # the flag in which a run may differ from the one that it continues
 # The value, from the other flags, that a folder older than a flag had in effect. A flag that is not listed changed nothing.
 OLD_DEFAULTS = {"infer_samples": lambda flags: flags.get("samples"), "lr_half_life": lambda flags: None,
