@@ -3,7 +3,7 @@
 The commands of Figures 2 and 5 and of the checks of appendix A.5, with their times:
 
     python toy_inference.py                                   # the paper's Figure 2: step 1e-4, one sample, 10^6 steps; 4 min
-    python toy_inference.py --lr 1e-3 --iterations 30000      # a quick look, 10 s: Adam ends as above, SGD on fd-repar does not
+    python toy_inference.py --iterations 100000               # a quick look, 25 s: the same starts are caught, or diverge
     python toy_inference.py --grid 31 --iterations 100000 --frames 20       # basins of attraction: 961 starts, 2 min
     python toy_inference.py --objectives fd fd-weighted kld   # FD weighted by q's variance, beside FD and KLD
     python toy_inference.py --family mixture                  # Figure 5: ten mixtures of ten Gaussians, by FD with z held fixed
