@@ -82,6 +82,15 @@ def test_idx_values_padding_and_limits(tmp_path, compress):
     assert json.loads(json.dumps(few.recipe)) == few.recipe and str(tmp_path) not in json.dumps(few.recipe)
 
 
+@pytest.mark.parametrize("part", ["train", "t10k"])
+def test_the_digest_follows_every_pixel_and_no_limit(tmp_path, part):
+    write_idx(tmp_path)
+    images, path = data.load_images("mnist", tmp_path), tmp_path / "MNIST" / "raw" / f"{part}-images-idx3-ubyte"
+    assert data.load_images("mnist", tmp_path, 1, 1).recipe["digest"] == images.recipe["digest"] == digest(images.train, images.test)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert data.load_images("mnist", tmp_path).recipe["digest"] != images.recipe["digest"]
+
+
 @pytest.mark.parametrize("name", ["mnist", "fashion"])
 def test_idx_missing_without_network_says_the_layout(tmp_path, name):
     start = time.monotonic()
@@ -382,6 +391,10 @@ def test_load_glyphs(tmp_path, monkeypatch):
     assert images.train.shape == (30, 1, 32, 32) and images.test.shape == (20, 1, 32, 32)
     assert images.train_labels.tolist() == [*range(10)] * 3 and images.test_labels.tolist() == [*range(10)] * 2
     assert images.recipe["name"] == "glyphs" and images.recipe["counts"] == {"train": 30, "test": 20}
+    monkeypatch.setattr(data, "draw_glyphs", lambda count: [255 - images.train[:1].expand(count, 1, 32, 32).numpy()])
+    assert torch.equal(data.load_images("glyphs", limit=30).train, images.train)  # from the cache
+    monkeypatch.setattr(data, "FONTS", data.FONTS[1:])
+    assert torch.equal(data.load_images("glyphs", limit=1).train, 255 - images.train[:1])
 
 
 @pytest.mark.slow

@@ -124,6 +124,9 @@ def test_cache_lies_beside_the_data_or_where_it_may_be_written(tmp_path, monkeyp
     (root / "celeba").chmod(0o555)
     data.load_images("celeba", root)
     assert len(list(Path("cache").glob("*.npy"))) == 1 and len(list((root / "celeba").iterdir())) == 1
+    monkeypatch.setenv("VSM_CACHE", "cache")
+    [(tmp_path / name / "pics").mkdir(parents=True) for name in "ab"]
+    assert Pictures(tmp_path / "a" / "pics").cache_path() != Pictures(tmp_path / "b" / "pics").cache_path()
 
 
 def cache_holds_nothing(folder):

@@ -144,10 +144,11 @@ def test_an_overwrite_that_was_killed_before_it_began_is_undone(tmp_path, capsys
 # -------------------------------------------------------------------------------------------- folders that are not this run's
 
 
-def test_a_run_of_another_script_is_refused(digits, tmp_path, fails):
+def test_a_run_of_another_script_or_of_other_data_is_refused(digits, tmp_path, fails):
     train(tmp_path / "run")
     before = contents(tmp_path / "run")
     argv = [*IMAGES, "--data-root", digits, "--epochs", 1, "--out", tmp_path / "run"]
+    assert "data was 'mixture', is now 'spiral'" in fails(train_synthetic, *SMALL, "--data", "spiral", "--out", tmp_path / "run")
     assert "script was 'train_synthetic', is now 'train_images'" in fails(train_images, *argv)
     assert "is a run of train_synthetic.py" in fails(train_images, *argv, "--overwrite")
     assert contents(tmp_path / "run") == before
