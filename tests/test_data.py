@@ -86,7 +86,8 @@ def test_idx_values_padding_and_limits(tmp_path, compress):
 def test_the_digest_follows_every_pixel_and_no_limit(tmp_path, part):
     write_idx(tmp_path)
     images, path = data.load_images("mnist", tmp_path), tmp_path / "MNIST" / "raw" / f"{part}-images-idx3-ubyte"
-    assert data.load_images("mnist", tmp_path, 1, 1).recipe["digest"] == images.recipe["digest"] == digest(images.train, images.test)
+    assert images.recipe["digest"] == digest(images.train, images.test)
+    assert images.recipe["digest"] == data.load_images("mnist", tmp_path, 1, 1).recipe["digest"]
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     assert data.load_images("mnist", tmp_path).recipe["digest"] != images.recipe["digest"]
 

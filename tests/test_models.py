@@ -31,14 +31,14 @@ def test_models_start_as_documented():
     assert build_vae("mlp", (3,), 2, width=4).posterior(zero).stddev.unique().item() == 1
 
 
-@pytest.mark.parametrize("net", ["mlp", "conv", "resnet"])
+@pytest.mark.parametrize("net, side", [("mlp", 32), ("conv", 32), ("conv", 64), ("resnet", 32), ("resnet", 64)])
 @pytest.mark.parametrize("latent", ["gaussian", "bernoulli"])
-def test_shapes_and_range_of_every_network(net, latent):
-    vae = build_vae(net, (3, 32, 32), 5, width=2, latent=latent)
-    q = vae.encode(torch.rand(2, 3, 32, 32))
+def test_shapes_and_range_of_every_network(net, side, latent):
+    vae = build_vae(net, (3, side, side), 5, width=2, latent=latent)
+    q = vae.encode(torch.rand(2, 3, side, side))
     assert q.batch_shape == (2,) and q.event_shape == (5,)
     images = vae.decode(100 * torch.randn(4, 2, 5))
-    assert images.shape == (4, 2, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
+    assert images.shape == (4, 2, 3, side, side) and images.min() >= 0 and images.max() <= 1
 
 
 def norms(network):
