@@ -249,7 +249,7 @@ def pictures(vae, test, noise, seed, n=64):
 def reach_of(args, steps_per_epoch):
     """The sum of the step sizes of the decoder's updates, which is about the farthest that Adam moves log gamma."""
     K, half_life = 1 if LEARN[args.learn].joint else args.inner_steps, args.lr_half_life or math.inf
-    return sum(args.lr * decay(step, steps_per_epoch, half_life) for step in range(K - 1, steps_per_epoch * args.epochs, K))
+    return math.fsum(args.lr * decay(step, steps_per_epoch, half_life) for step in range(K - 1, steps_per_epoch * args.epochs, K))
 
 
 def describe(args, vae, data, device):

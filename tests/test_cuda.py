@@ -21,13 +21,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 PAIRS = [("fd", "kld"), ("bao", "fd"), ("swersky", "fd-repar"), ("fae", "fae")]
 
 
-def trainer(learn, infer, graph, net="conv", seed=0, bf16=False, device="cuda"):
+def trainer(learn, infer, graph, net="conv", seed=0, bf16=False, device="cuda", **options):
     """7 minibatches an epoch, the decoder on every third: 20 steps capture both kinds of update and cross two epochs."""
     torch.manual_seed(seed)
     vae = build_vae(net, (1, 32, 32), 10, width=16, bf16=bf16).to(device)
     images = torch.randint(0, 256, (142, 1, 32, 32), dtype=torch.uint8).to(device)
     return ImageTrainer(vae, images, learn=learn, infer=infer, estimator="plugin", samples=3, inner_steps=3, noise=0.1, batch=20,
-                   lr=1e-4, seed=seed, graph=graph)
+                   lr=1e-4, seed=seed, graph=graph, **options)
 
 
 def run(trainer, steps=20):
@@ -124,6 +124,14 @@ def test_captured_equals_eager(learn, infer, net):
     captured, eager = (run(trainer(learn, infer, graph, net)) for graph in (True, False))
     assert len(captured.graphs.graphs) == 2 and not eager.graphs
     assert_same(captured, eager)
+
+
+@needs_gpu
+@pytest.mark.parametrize("learn", ["elbo", "bao"])
+def test_stationary_gamma_captured_equals_eager(learn):
+    captured, eager = (run(trainer(learn, "kld", graph, gamma="stationary")) for graph in (True, False))
+    assert_same(captured, eager)
+    torch.testing.assert_close(captured.stationary.means, eager.stationary.means, rtol=1e-3, atol=0)
 
 
 @needs_gpu

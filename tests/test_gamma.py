@@ -13,7 +13,7 @@ from objectives import ESTIMATORS, LEARN, dot, posterior_score
 from train_synthetic import EnsembleTrainer
 from training import ImageTrainer
 from vsm.cli import UserError
-from vsm.gamma import DECAY, LARGEST_MOVE, StationaryGamma
+from vsm.gamma import LARGEST_MOVE, StationaryGamma
 from vsm.names import group_by_seed, settings_of
 
 CASES = [(learn, estimator) for learn, entry in LEARN.items() if entry.gamma
@@ -99,7 +99,7 @@ def test_it_is_a_ratio_of_exponential_means(monkeypatch):
     gamma.update(None, None)
     assert log_gamma.tolist() == pytest.approx([math.log(2), 0], abs=1e-6)
     gamma.update(None, None)
-    old, new = DECAY / (1 + DECAY), 1 / (1 + DECAY)
+    old, new = 0.99 / 1.99, 1 / 1.99
     assert log_gamma.tolist() == pytest.approx([math.log(2 * old + new), -math.log(old + 2 * new)], abs=1e-6)
 
 
