@@ -11,7 +11,6 @@ metrics.npz, audit.md and audit.png to a folder under runs/audit. The exit code 
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 
 import numpy as np
 import torch
@@ -19,13 +18,13 @@ import torch
 from objectives import ESTIMATORS, LEARN
 from studies import auditing
 from studies.figures import audit as figures
-from vsm.cli import Formatter, command_line, count, positive
+from vsm.cli import Parser, command_line, count, positive
 from vsm.device import pick_device
 from vsm.runs import Run, write_atomic
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("objective", choices=LEARN, metavar="NAME", help=f"a name of objectives.LEARN: {', '.join(LEARN)}")
     flag = parser.add_argument_group("experiment").add_argument
     flag("--estimator", choices=ESTIMATORS, default="plugin", help="how the objective estimates squared expectations under q")

@@ -35,23 +35,6 @@ OF_MANY_RUNS = ("train_images", "train_synthetic")  # scripts whose figures draw
 NAMES = tuple(dict.fromkeys(figure.__name__ for figures in FIGURES.values() for figure in figures))
 
 
-def draw_run(run):
-    """Draw the PNGs of one finished image run that are missing, or older than its arrays. A diverged run has curves only."""
-    (opened,) = open_runs([run])
-    arrays = opened.finished()
-    figures = [images.training_curves]
-    if str(arrays["status"]) == "ok":
-        figures += [pictures.samples, pictures.reconstructions, pictures.interpolations, latents.posterior_sd,
-                    latents.posterior_mean]
-    written = (Path(run) / "metrics.npz").stat().st_mtime_ns
-    for figure in figures:
-        name = figure.__name__
-        save = Path(run) / f"{name}.png"
-        current = save.exists() and save.stat().st_mtime_ns >= written
-        if not current and (name == "training_curves" or name in arrays):
-            figure([opened], save)
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=NAMES, metavar="FIGURE", help=" | ".join(NAMES))

@@ -17,9 +17,8 @@ the parts: posteriors, gradients, descent, and the numbers at the end.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 
-from vsm.cli import Formatter, command_line, count, positive, positive_float, seed_number
+from vsm.cli import Parser, command_line, count, positive, positive_float, seed_number
 from vsm.device import pick_device
 from vsm.figures import toys
 from vsm.names import flag_name, run_name
@@ -122,7 +121,7 @@ def experiment_of(args):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__)
     flag = parser.add_argument_group("experiment").add_argument
     flag("--family", choices=[*FAMILIES, "mixture"], default="gaussian", help="family of q")
     flag("--gradients", action="store_true", help="A.5.1: fit nothing, compare gradients between two univariate Gaussians")

@@ -13,128 +13,34 @@ A run writes config.json, checkpoint.pt, metrics.npz and PNGs into a folder unde
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 import math
 
 import torch
 
-import plots
-from data import data_name, data_names, load_images
+from data import load_images
 from metrics import evaluate_images, quantise
-from models import NETS, NORMS
-from objectives import ESTIMATORS, INFER, LEARN, label
-from training import EVALUATION, INIT, ImageTrainer, announce, decay, drain, resolve_pair, seed_of, stack, updates
-from vsm.cli import (
-    Formatter,
-    UserError,
-    command_line,
-    count,
-    nonnegative,
-    positive,
-    positive_float,
-    progress,
-    seed_number,
-    stopping,
-)
+from objectives import LEARN, label
+from training import EVALUATION, INIT, ImageTrainer, decay, drain, seed_of, stack, updates
+from vsm.cli import UserError, command_line, progress, stopping
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.fid import FIDS, fids, reference_of
-from vsm.gamma import GAMMA_HELP, MODES
+from vsm.figures.run import draw_run
+from vsm.flags import announce, image_args, image_parser
 from vsm.loading import vae_of
 from vsm.many_runs import combinations, in_lockstep, in_processes
-from vsm.names import run_name, short_name
+from vsm.names import short_name
 from vsm.runs import Run
 
-AXES = ("data", "net", "infer", "learn", "seed")
 DISTANCE = 5  # log gamma goes about 4 from an initial standard deviation of 1 to its end on MNIST
 
 
-def image_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    flag = parser.add_argument_group("experiment").add_argument
-    flag("--data", type=data_name, default="mnist", metavar="NAME", help=data_names())
-    flag("--data-root", default="data", help="folder of the data sets, also for downloads")
-    flag("--limit", type=count, default=0, help="number of training images, the first ones; 0: all")
-    flag("--test-limit", type=count, default=0, help="number of test images, the first ones; 0: all")
-    flag("--learn", choices=LEARN, default="fd", help="objective of the decoder")
-    flag("--infer", choices=INFER, default=None, help="objective of the encoder (default: kld; fae with --learn fae)")
-    flag("--estimator", choices=ESTIMATORS, default="plugin", help="how swersky and bao estimate squared expectations under q")
-    flag("--samples", type=positive, default=5, help="posterior samples per image, N")
-    flag("--infer-samples", type=positive, default=None, metavar="M",
-         help="posterior samples per image in the encoder's loss (default: N)")
-    flag("--noise", type=nonnegative, default=0.1, help="sd of the Gaussian noise added to training and test images")
-    flag("--seed", type=seed_number, default=0, help="seed of weights, data order and noise")
-    flag = parser.add_argument_group("model").add_argument
-    flag("--net", choices=NETS, default="conv", help="mlp, conv (DCGAN) or resnet (ResNet18)")
-    flag("--width", type=positive, default=None,
-         help="base channels of conv and resnet (default: 64), hidden units of mlp (default: 400)")
-    flag("--norm", choices=NORMS, default="batch", help="normalisation in conv and resnet; batch couples the data of a minibatch")
-    flag("--dim-z", type=positive, default=100, help="latent dimensions")
-    flag("--latent", choices=("gaussian", "bernoulli"), default="gaussian",
-         help="family of prior and posterior; bernoulli: latents are 0 or 1, with prior probability 1/2")
-    flag("--temperature", type=positive_float, default=0.5,
-         help="temperature of the Gumbel-softmax relaxation of Bernoulli latents")
-    flag("--init-sd", type=positive_float, default=1.0, help="initial standard deviation of p(x|z)")
-    flag("--gamma", choices=MODES, default="learned", help=GAMMA_HELP)
-    flag = parser.add_argument_group("optimisation").add_argument
-    flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (no effect with fae)")
-    flag("--one-pass", action="store_true",
-         help="one forward pass of a minibatch serves encoder and decoder, and the decoder moves by the samples from before the "
-         "encoder's step; goes with --infer kld, --inner-steps 1 and a --learn that does not differentiate the encoder by x")
-    flag("--batch", type=positive, default=100, help="images per minibatch")
-    flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for encoder and decoder")
-    flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS",
-         help="the step size halves every EPOCHS epochs (default: it is constant)")
-    flag("--epochs", type=positive, default=1000, help="passes over the training images")
-    flag("--precision", choices=("float32", "tf32", "bf16"), default="float32",
-         help="arithmetic of the networks' convolutions and matrix products; all else is float32; tf32 needs a GPU")
-    flag = parser.add_argument_group("output").add_argument
-    flag("--eval-every", type=positive, default=10, help="epochs between evaluations on the test images")
-    flag("--fid-every", type=count, default=0, metavar="EPOCHS",
-         help="epochs between FIDs, a multiple of --eval-every; 0: no FID during training")
-    flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
-    flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
-    flag("--out", default=None, help="the run's folder (default: a name made of the flags, under runs/images)")
-    flag("--overwrite", action="store_true", help="replace a run that exists in the folder")
-    flag("--tensorboard", action="store_true", help="also write scalars and samples for TensorBoard into the run's folder")
-    flag("--dry-run", action="store_true", help="print what would run, then stop (data may be downloaded or converted)")
-    flag("--jobs", type=positive, default=1, help="on a CPU, runs at once, where flags have several values")
-    return parser
-
-
 def parse_args(argv=None):
-    parser = image_parser()
-    args = parser.parse_args(argv)
-    resolve_pair(parser, args)
-    args.width = args.width or NETS[args.net].width
-    if args.latent == "bernoulli" and args.infer != "kld":
-        parser.error(f"--infer {args.infer} needs gradients in z, which Bernoulli latents do not have; "
-                     "--latent bernoulli goes with --infer kld")
-    if args.latent == "gaussian" and args.temperature != parser.get_default("temperature"):
-        parser.error("--temperature applies to --latent bernoulli only")
-    if args.norm == "group" and not NETS[args.net].has_norm:
-        parser.error(f"--norm group does not apply to --net {args.net}, which has no normalisation layers")
-    if args.one_pass:
-        refuse_one_pass(parser, args)
-    if args.fid_every % args.eval_every:
-        parser.error(f"--fid-every {args.fid_every} is not a multiple of --eval-every {args.eval_every}")
-    defaults = vars(parser.parse_args([])) | {"width": NETS[args.net].width, "infer_samples": args.samples}
-    args.out = args.out or f"runs/images/{run_name(args, AXES, defaults)}"
-    return args
-
-
-def refuse_one_pass(parser, args):
-    """End the program where one forward pass cannot serve encoder and decoder."""
-    if args.infer != "kld" or LEARN[args.learn].needs_b or args.latent != "gaussian":
-        names = ", ".join(name for name, entry in LEARN.items() if not entry.needs_b)
-        parser.error(f"--one-pass goes with --infer kld, Gaussian latents and --learn {names}")
-    if args.inner_steps > 1 or args.infer_samples != args.samples:
-        parser.error("--one-pass uses the same samples for encoder and decoder; it needs --inner-steps 1, "
-                     "and --infer-samples equal to --samples")
+    return image_args(argv, __doc__)
 
 
 def parse_runs(argv=None):
     """The flags of every run: all combinations of the values that the flags are given."""
-    runs = [parse_args(words) for words in combinations(argv, image_parser())]
+    runs = [parse_args(words) for words in combinations(argv, image_parser(__doc__))]
     if len({run.out for run in runs}) < len(runs):
         image_parser().error(f"several runs would write {runs[0].out}; give no value twice, and no --out for several runs")
     return runs
@@ -198,7 +104,7 @@ def begin(args, data, device, stop, bar):
     with Run(args.out, "train_images", vars(args), device, args.overwrite, args.tensorboard, label=name, data=data.recipe) as run:
         if not run.status:
             yield from fit(run, args, vae, data, device, stop, bar)
-        plots.draw_run(run.path)
+        draw_run(run.path)
 
 
 def fit(run, args, vae, data, device, stop, bar):

@@ -9,67 +9,24 @@ A run writes config.json, checkpoint.pt, metrics.npz and PNGs into a folder unde
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
-import copy
 import math
 
-import numpy as np
 import torch
 from torch.autograd import grad
-from torch.func import functional_call
 
-from metrics import importance, negative_elbo, posterior_fd
 from models import build_ensemble
-from objectives import ESTIMATORS, INFER, LEARN, dot, label
-from training import (
-    EVALUATION,
-    INIT,
-    NOISE,
-    TrainingState,
-    adam,
-    announce,
-    decay,
-    phi_loss,
-    resolve_pair,
-    seed_of,
-    set_gradients,
-    set_rate,
-    stack,
-    theta_loss,
-    train,
-)
-from vsm.cli import Formatter, command_line, count, positive, positive_float, seed_number
+from objectives import label
+from training import INIT, NOISE, TrainingState, adam, decay, phi_loss, seed_of, set_gradients, set_rate, stack, theta_loss, train
+from vsm.bilevel import bilevel_loss, kept_step
+from vsm.cli import command_line
 from vsm.cuda_graphs import compiled, refuse_to_compile
-from vsm.device import evaluating, pick_device
+from vsm.device import pick_device
 from vsm.distributions_2d import DISTRIBUTIONS
+from vsm.evaluation_2d import evaluate, evaluation_generator, measure
 from vsm.figures.synthetic import synthetic_samples
-from vsm.gamma import GAMMA_HELP, MODES, StationaryGamma
-from vsm.names import run_name
+from vsm.flags import announce, default_inner_lr, synthetic_args
+from vsm.gamma import StationaryGamma
 from vsm.runs import Run
-from vsm.stored_runs import shown_member
-
-AXES = ("data", "infer", "learn", "inner_steps", "bilevel_steps", "seed")
-
-
-def kept_step(vae, phi, x, infer, noise, lr):
-    """phi after an SGD step whose graph is kept: a function of theta and of phi before the step, as dicts of tensors by name.
-
-    The step takes its gradient with respect to `here`, a view of phi. An objective that takes z (`--infer fd`) or z and its
-    weight (`fd-weighted`) as constants gets them from phi itself, so the outer gradient still flows through them.
-    """
-    x, here = x.detach().requires_grad_(), {name: p.view_as(p) for name, p in phi.items()}
-    q = vae.posterior(functional_call(vae.encoder, here, x))
-    held = q if INFER[infer].reparametrised else vae.posterior(functional_call(vae.encoder, phi, x))
-    loss = INFER[infer](vae, x, q, vae.sample(held, noise), weight=held.base_dist.scale).mean(-1).sum()
-    gradient = grad(loss, list(here.values()), create_graph=True)
-    return {name: p - lr * g for (name, p), g in zip(phi.items(), gradient)}
-
-
-def bilevel_loss(vae, phi, x, learn, noise, estimator="plugin"):
-    """The loss of theta [S, B] where phi is a function of theta; z is reparametrised, so that the gradient is exact."""
-    x = x.detach().requires_grad_()  # a new leaf, because phi depends on x too, but b_n is the derivative at fixed phi
-    q = vae.posterior(functional_call(vae.encoder, phi, x))
-    return LEARN[learn](vae, x, q, vae.sample(q, noise), estimator=estimator)
 
 
 class EnsembleTrainer(TrainingState):
@@ -170,65 +127,7 @@ class EnsembleTrainer(TrainingState):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    flag = parser.add_argument_group("experiment").add_argument
-    flag("--data", choices=DISTRIBUTIONS, default="mixture", help="2-D distribution")
-    flag("--learn", choices=LEARN, default="fd", help="objective of the decoder")
-    flag("--infer", choices=INFER, default=None, help="objective of the encoder (default: kld; fae with --learn fae)")
-    flag("--estimator", choices=ESTIMATORS, default="plugin", help="how swersky and bao estimate squared expectations under q")
-    flag("--samples", type=positive, default=1, help="posterior samples per datum, N")
-    flag("--infer-samples", type=positive, default=None, metavar="M",
-         help="posterior samples per datum in the encoder's loss (default: N)")
-    flag("--seeds", type=positive, default=10, help="number of members of the ensemble; their seeds count up from --seed")
-    flag("--seed", type=seed_number, default=0, help="the first member's seed, for its weights, data and noise")
-    flag = parser.add_argument_group("model").add_argument
-    flag("--hidden", type=positive, default=30, help="units of each of the two hidden layers (100 in Figure 6)")
-    flag("--init-sd", type=positive_float, default=0.1, help="initial standard deviation of p(x|z)")
-    flag("--gamma", choices=MODES, default="learned", help=GAMMA_HELP)
-    flag = parser.add_argument_group("optimisation").add_argument
-    flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K")
-    flag("--bilevel-steps", type=count, default=0,
-         help="further encoder updates through which the decoder's gradient flows, J. In principle swersky and bao need them, "
-         "because their q replaces a posterior that depends on the decoder, but a few steps can do harm (docs/theory.md). elbo "
-         "with kld gains nothing, because encoder and decoder minimise one loss. fd with J > 0 is no longer Algorithm 1 and "
-         "becomes biased. All pairs are allowed, for comparison")
-    flag("--batch", type=positive, default=1000, help="fresh data per decoder update")
-    flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for the decoder")
-    flag("--inner-lr", type=positive_float, default=None,
-         help="SGD's step size, for the encoder (default: 1e-2 for kld, 1e-3 for the others)")
-    flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS",
-         help="both step sizes halve every EPOCHS epochs (default: they are constant)")
-    flag("--steps-per-epoch", type=positive, default=100, help="decoder updates per epoch")
-    flag("--epochs", type=positive, default=100, help="epochs (1000 in Figure 6)")
-    flag = parser.add_argument_group("output").add_argument
-    flag("--test-size", type=positive, default=5000, help="number of unseen data on which the models are evaluated")
-    flag("--importance-samples", type=positive, default=100_000, help="samples from the prior per member in the final evaluation")
-    flag("--eval-every", type=positive, default=5, help="epochs between evaluations on the test data during training")
-    flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
-    flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
-    flag("--compile", action="store_true",
-         help="on a CPU, compile the updates and their derivatives with TorchInductor; it needs a C++ compiler and takes up to a "
-         "minute, once per pair of objectives, N and J")
-    flag("--out", default=None, help="the run's folder (default: a name made of the flags, under runs/synthetic)")
-    flag("--overwrite", action="store_true", help="replace a run that exists in the folder")
-    flag("--tensorboard", action="store_true", help="also write scalars for TensorBoard into the run's folder")
-    flag("--dry-run", action="store_true", help="print what would run, then stop")
-    args = parser.parse_args(argv)
-    resolve_pair(parser, args)
-    if args.estimator == "released" and args.samples > 1:
-        parser.error("--estimator released follows the paper's code for 2-D data, which has one sample; leave out --samples")
-    if args.compile and args.bilevel_steps and args.lr_half_life:
-        parser.error("--compile with --bilevel-steps fixes the step size of the encoder; leave out --lr-half-life")
-    if args.gamma == "stationary" and args.bilevel_steps:
-        parser.error("--gamma stationary holds q, and with --bilevel-steps q moves with gamma; leave one of them out")
-    args.inner_lr = args.inner_lr or default_inner_lr(args.infer)
-    defaults = vars(parser.parse_args([])) | {"inner_lr": default_inner_lr(args.infer), "infer_samples": args.samples}
-    args.out = args.out or f"runs/synthetic/{run_name(args, AXES, defaults)}"
-    return args
-
-
-def default_inner_lr(infer):
-    return 1e-2 if infer == "kld" else 1e-3
+    return synthetic_args(argv, __doc__)
 
 
 def name_of(args):
@@ -262,108 +161,6 @@ def fit(run, args, trainer):
     nll = result["nll"][result["diverged_at"] < 0]
     print(f"{run.path}: {status}, {len(nll)} of {args.seeds} members have not diverged, "
           f"their mean NLL is {nll.mean() if len(nll) else math.nan:.4f} nats")
-
-
-def evaluation_generator(device):
-    """A generator with the same seed in every run, so that all runs and members share test data, posterior and prior samples."""
-    return torch.Generator(device).manual_seed(seed_of(0, EVALUATION))
-
-
-def measure(trainer, test, importance_samples, log_density=None, samples=5):
-    """The test metrics of one evaluation during training: means over the test data per member [S], and posterior_sd [S, Dz].
-
-    nll_curve is the negative log likelihood of the first 500 test points, by `importance_samples` draws from the prior.
-    excess_curve, where the law's log density [B] at the test points is given, is nll_curve less the law's own. They show whether
-    training has converged.
-    """
-    vae, x = trainer.vae, test.expand(len(trainer.vae.log_gamma), -1, -1)
-    generator = evaluation_generator(test.device)
-    with evaluating(vae):
-        row = {"posterior_sd": vae.encode(x).stddev.mean(1), "log_gamma": vae.log_gamma.detach().clone()}
-    row |= {"negative_elbo": negative_elbo(vae, x, samples, generator).mean(1),
-            "posterior_fd": posterior_fd(vae, x, samples, generator).mean(1)}
-    row["nll_curve"] = -importance(vae, x[:, :500], max(importance_samples, 1), generator=generator).log_likelihood.mean(1)
-    if log_density is not None:
-        row["excess_curve"] = row["nll_curve"] + log_density[:500].mean()
-    return {name: value.cpu() for name, value in row.items()}
-
-
-def evaluate(trainer, test, samples):
-    """The final evaluation of every member, by importance sampling: NumPy arrays, [S] unless stated, nan if a member diverged.
-
-    Means over the test data, each with its standard error over the data in <name>_se:
-    nll                   negative log likelihood by `samples` draws from the prior, nats
-    nll_posterior         the same by samples / 100 draws from q(z|x) per datum, as a check
-    sm_loss               score matching loss, the Fisher divergence less a constant
-    fisher_divergence     only where the law's density is known, as the next two
-    nll_excess, sm_excess nll and sm_loss less the law's own at the same points; their standard errors are of paired differences
-    Others: ess [S, 3], the quantiles 0, 0.01 and 0.5 of the effective sample size over the data; model_samples [S, 1000, 2];
-    variance_ratio and second_moment [S, Dz] of `moments`; diverged_at, the step or -1; member_status; data_entropy, where known;
-    the arrays of `density_of_members`.
-    """
-    vae, law, S = trainer.vae, trainer.law, len(trainer.vae.log_gamma)
-    x, generator = test.expand(S, -1, -1), evaluation_generator(test.device)
-    prior = importance(vae, x, samples, generator=generator)
-    posterior = importance(vae, x, -(-samples // 100), "posterior", generator, chunk=8)
-    per_datum = {"nll": -prior.log_likelihood, "nll_posterior": -posterior.log_likelihood, "sm_loss": prior.score_matching_loss}
-    if law.log_prob:
-        points = test.double()
-        gap = law.score(points) - prior.score
-        per_datum |= {"fisher_divergence": 1 / 2 * dot(gap, gap), "nll_excess": per_datum["nll"] + law.log_prob(points),
-                      "sm_excess": per_datum["sm_loss"] - law.score_matching_loss(points)}
-    diverged_at = torch.where(trainer.diverged_at < trainer.clock, trainer.diverged_at, -1)
-    result = {name: value.mean(1) for name, value in per_datum.items()}
-    result |= {f"{name}_se": value.std(1) / value.shape[1] ** 0.5 for name, value in per_datum.items()}
-    result["ess"] = prior.ess.quantile(torch.tensor([0, 0.01, 0.5], dtype=prior.ess.dtype, device=test.device), dim=1).T
-    with evaluating(vae):
-        z, noise = (torch.randn(1000, 2, generator=generator, device=test.device) for _ in range(2))
-        result["model_samples"] = vae.decode(z.expand(S, -1, -1)) + (vae.log_gamma / 2).exp()[:, None, None] * noise
-    result |= moments(vae, law, x)
-    for value in result.values():  # the values of a diverged member depend on when the loop noticed the divergence
-        value[diverged_at >= 0] = torch.nan
-    result = {name: value.cpu().numpy() for name, value in result.items()} | {"diverged_at": diverged_at.cpu().numpy()}
-    result["member_status"] = np.array(["ok" if step < 0 else f"diverged@{step}" for step in result["diverged_at"]])
-    if law.entropy is not None:
-        result["data_entropy"] = np.array(law.entropy)
-    return result | density_of_members(vae, test, result["nll"], min(samples, 10_000))
-
-
-def moments(vae, law, x, samples=20_000):
-    """What the theory of linear VAEs predicts: 1 / kappa and, for active latents, kappa.
-
-    variance_ratio [S] is the total variance of the model over that of the data; second_moment [S, Dz] is E z^2 of the aggregate
-    posterior over the data x [S, B, 2].
-    """
-    generator = evaluation_generator("cpu")  # the same draws on every device
-    data_variance = law.sample(100_000, generator).var(0).sum()
-    with evaluating(vae):
-        g = vae.decode(torch.randn(samples, vae.dim_z, generator=generator).to(x.device).expand(len(x), -1, -1))
-        q = vae.encode(x)
-        model_variance = g.var(1).sum(-1) + x.shape[-1] * vae.log_gamma.exp()
-        return {"variance_ratio": model_variance / data_variance.to(x.device), "second_moment": (q.mean**2 + q.variance).mean(1)}
-
-
-def density_of_members(vae, test, nll, samples, side=81):
-    """Log densities, in nats, of the members with the median and the least NLL on a grid around the test data.
-
-    The figure `density` shows density_grid [M, side, side] (float16, first axis x1) of the members density_grid_of [M];
-    density_extent [4] is the grid's least and largest x1, then x2. M is 2, or 1 where one member has both NLLs, or 0 where all
-    members diverged.
-    """
-    low, high = np.quantile(test.cpu().numpy(), [0.002, 0.998], axis=0)
-    margin = 0.3 * (high - low).max()
-    extent = np.stack((low - margin, high + margin)).T  # [2, 2]
-    members = list(dict.fromkeys((shown_member(nll), int(np.nanargmin(nll))))) if np.isfinite(nll).any() else []
-    axes = [torch.linspace(*limits, side, device=test.device) for limits in extent.tolist()]
-    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, 2)
-    grids = np.full((len(members), side, side), np.nan, np.float16)
-    for grid, member in zip(grids, members):
-        one = copy.deepcopy(vae)
-        for p in one.parameters():
-            p.data = p.data[member:member + 1]
-        log_density = importance(one, points, samples, generator=evaluation_generator(test.device)).log_likelihood
-        grid[:] = log_density.clamp(min=-6e4).reshape(side, side).cpu().numpy()
-    return {"density_grid": grids, "density_grid_of": np.array(members, int), "density_extent": extent.ravel()}
 
 
 def describe(args, trainer):

@@ -30,34 +30,6 @@ def seed_of(*key):
 INIT, ORDER, NOISE, EVALUATION = range(4)  # separate streams, so that evaluating more often changes no weight
 
 
-def resolve_pair(parser, args):
-    """Set the defaults of --infer and --infer-samples. A pair or an estimator that has no meaning ends the program."""
-    learn = LEARN[args.learn]
-    args.infer = args.infer or (args.learn if learn.joint else "kld")
-    args.infer_samples = args.infer_samples or args.samples
-    if (learn.joint or INFER[args.infer].joint) and args.infer != args.learn:
-        joint = args.learn if learn.joint else args.infer
-        parser.error(f"{joint} trains encoder and decoder by one loss, so --learn {joint} goes with --infer {joint} only")
-    if learn.joint and args.infer_samples != args.samples:
-        parser.error(f"{args.learn} has one loss and one number of samples; --infer-samples must equal --samples")
-    if args.estimator != "plugin" and not learn.takes("estimator"):
-        names = " and ".join(name for name, entry in LEARN.items() if entry.takes("estimator"))
-        parser.error(f"--estimator {args.estimator} applies to --learn {names} only")
-    if args.estimator == "unbiased" and args.samples < 2:
-        parser.error("--estimator unbiased needs --samples of at least 2, because it divides by N - 1")
-    if args.gamma == "stationary" and learn.gamma is None:
-        names = ", ".join(name for name, entry in LEARN.items() if entry.gamma)
-        parser.error(f"--gamma stationary applies to --learn {names}, whose gamma has a closed form (the field `gamma` of an "
-                     "entry of objectives.LEARN)")
-
-
-def announce(args, name, data, model):
-    """Print what a run will do: the `name` of its pair of objectives, its data, model, folder, and which objective it equals."""
-    print(f"{name} on {data}\n{model}\n{'would write' if args.dry_run else 'writes'} {args.out}", flush=True)
-    if alias := LEARN[args.learn].alias(args.samples, args.estimator):
-        print(f"{LEARN[args.learn].letter} with N = {args.samples} equals {alias}", flush=True)
-
-
 def phi_loss(vae, x, infer, noise):
     """The loss of phi per datum [B], from standard `noise` [N, B, Dz] of z. FD takes z as a constant (Section 3.3.2)."""
     q = vae.encode(x)

@@ -19,7 +19,7 @@ from models import VAE, mlp
 from objectives import LEARN, likelihood_score
 from studies.spectrum import load_pixels, train_one_model
 from training import joint_loss, theta_loss
-from vsm import linear
+from vsm import evaluation_2d, linear
 from vsm.tables import markdown_table, mean_and_error, mean_and_error_text
 
 SAMPLES, ALPHAS = (1, 2, 5, 20), (0.5, 1.0, 2.0)
@@ -291,8 +291,8 @@ def check_short_run(args):
         trainer = train_synthetic.EnsembleTrainer(train_synthetic.parse_args(flags), torch.device("cpu"))
         for _ in range(args.updates):
             trainer.run_step()
-        test = trainer.law.sample(500, train_synthetic.evaluation_generator("cpu"))
-        excess[name] = train_synthetic.evaluate(trainer, test, 5000)["nll_excess"]  # nan for a member that diverged
+        test = trainer.law.sample(500, evaluation_2d.evaluation_generator("cpu"))
+        excess[name] = evaluation_2d.evaluate(trainer, test, 5000)["nll_excess"]  # nan for a member that diverged
     text = ", ".join(f"{LEARN[name].letter} {living_members_text(values)}" for name, values in excess.items())
     alive = np.isfinite(excess[args.objective])
     finding = Finding("2-D run", "ok" if alive.all() else "note" if alive.any() else "WRONG",

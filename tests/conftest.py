@@ -32,7 +32,7 @@ def digits(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Training scripts draw nothing: their pictures take longer than the small runs of the tests."""
-    for drawing in ("train_synthetic.synthetic_samples", "plots.draw_run"):
+    for drawing in ("train_synthetic.synthetic_samples", "train_images.draw_run"):
         monkeypatch.setattr(drawing, lambda *_: None)
 
 

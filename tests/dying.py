@@ -20,7 +20,6 @@ import threading
 
 import torch._dynamo  # noqa: F401  # Adam's first step imports it, which takes seconds: once here, and not in each process
 
-import plots
 import training
 import vsm.runs
 
@@ -72,7 +71,8 @@ def obey(order):
     if sys.stderr:
         os.dup2(1, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores
-    plots.draw_run = sys.modules["__main__"].synthetic_samples = lambda *_: None  # drawing takes longer than these runs do
+    main = sys.modules["__main__"]
+    main.draw_run = main.synthetic_samples = lambda *_: None  # drawing takes longer than these runs do
     moments = arm(order["number"], order["fatal"], order["delay"])
     atexit.register(lambda: print(f"\n{next(moments) - 1} moments"))
 

@@ -84,7 +84,7 @@ def test_the_posterior_fisher_divergence_is_refused(vae, x):
 @pytest.mark.parametrize("learn", [name for name, entry in LEARN.items() if not entry.joint])
 def test_every_learning_objective_trains_binary_latents(digits, tmp_path, monkeypatch, learn):
     if learn != "fd":  # one run draws its pictures
-        monkeypatch.setattr("plots.draw_run", lambda run: None)
+        monkeypatch.setattr("train_images.draw_run", lambda run: None)
     run = tmp_path / "run"
     args = train_images.parse_args([
         "--data", "mnist", "--data-root", str(digits), "--latent", "bernoulli", "--temperature", "0.4", "--learn", learn,

@@ -38,7 +38,7 @@ def cache(tmp_path_factory):
 
 def train(out, *argv):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "draw_run", lambda run: None)  # figures cost more than these runs
+        patch.setattr(train_images, "draw_run", lambda run: None)  # figures cost more than these runs
         train_images.main(train_images.parse_args([
             "--width", "8", "--dim-z", "4", "--samples", "2", "--batch", "50", "--epochs", "8", "--inner-steps", "1",
             "--eval-every", "4", "--lr", "3e-3", "--device", "cpu", "--out", str(out), *map(str, argv)]))

@@ -77,7 +77,8 @@ def test_a_new_objective_is_audited_and_benchmarked(mine, tmp_path):
 
 
 def test_an_unknown_name_is_an_error(fails):
-    assert "invalid choice: 'fd3'" in fails(train_synthetic, "--learn", "fd3")
+    assert re.search("invalid choice: .fd3.*VSM_IMPORT", fails(train_synthetic, "--learn", "fd3"))
+    assert re.search("invalid choice: .fd3.*VSM_IMPORT", fails(audit, "fd3"))
 
 
 def test_the_adapter_makes_a_strangers_vae_fit():

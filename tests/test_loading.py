@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-import plots
 import train_images
 import train_synthetic
 from data import load_images
 from metrics import evaluate_images, iw_log_likelihood
 from training import EVALUATION, seed_of
+from vsm import evaluation_2d
 from vsm.cli import UserError
 from vsm.distributions_2d import DISTRIBUTIONS
-from vsm.loading import FLAGS, epochs_trained, export, flags_of, load_vae
+from vsm.loading import epochs_trained, export, load_vae
 from vsm.runs import NOT_IDENTITY, load_arrays, load_checkpoint, load_config
 from vsm.stored_runs import open_runs
 
@@ -36,7 +36,7 @@ def folders(digits, tmp_path_factory):
     """Small runs of several kinds, by name."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "draw_run", lambda run: None)
+        patch.setattr(train_images, "draw_run", lambda run: None)
         for name, argv in {"conv": [], "mlp": ["--net", "mlp"], "resnet": ["--net", "resnet", "--norm", "group", "--infer", "fd"],
                            "bernoulli": ["--net", "mlp", "--latent", "bernoulli"],
                            "fae": ["--net", "mlp", "--learn", "fae"]}.items():
@@ -65,8 +65,8 @@ def recorded(name, pack):
 
 def test_the_published_2d_models_reproduce_their_recorded_metrics():
     vae, (flags, arrays) = load_vae(PUBLISHED / "models" / "mixture-bao"), recorded("mixture-bao", "study2d.npz")
-    test = DISTRIBUTIONS[flags["data"]].sample(flags["test_size"], train_synthetic.evaluation_generator("cpu"))
-    again = train_synthetic.measure(SimpleNamespace(vae=vae), test, 100)
+    test = DISTRIBUTIONS[flags["data"]].sample(flags["test_size"], evaluation_2d.evaluation_generator("cpu"))
+    again = evaluation_2d.measure(SimpleNamespace(vae=vae), test, 100)
     for key in ("negative_elbo", "posterior_sd", "log_gamma"):
         np.testing.assert_allclose(again[key], arrays[key][-1], rtol=1e-5, err_msg=key)
 
@@ -124,13 +124,6 @@ def test_the_documented_lines_run(folders):
         assert iw_log_likelihood(vae, x, 20, "posterior").shape == (8,)
 
 
-def test_the_flags_known_here_are_those_of_the_scripts():
-    for script in (train_images, train_synthetic):
-        theirs = {key: value for key, value in vars(script.parse_args([])).items() if key not in NOT_IDENTITY}
-        mine = {key: value for key, value in FLAGS[script.__name__].items() if key not in NOT_IDENTITY}
-        assert mine == theirs, f"vsm.loading.FLAGS is not what {script.__name__}.py --help shows"
-
-
 def edited(folder, to, edit):
     shutil.copytree(folder, to)
     config = load_config(to)
@@ -139,22 +132,12 @@ def edited(folder, to, edit):
     return to
 
 
-def test_an_older_folder_gets_defaults(folders, tmp_path):
-    def forget(config):
-        for key in ("norm", "latent", "temperature", "precision", "fid_every", "lr_half_life", "infer_samples"):
-            config["flags"].pop(key)
-
-    older = edited(folders / "conv", tmp_path / "older", forget)
-    z = torch.randn(3, 3)
-    assert torch.equal(load_vae(older).decode(z), load_vae(folders / "conv").decode(z))
-    assert flags_of(load_config(older))["infer_samples"] == 2  # that of --samples
-
-
 @pytest.mark.parametrize("edit, words", [
     (lambda config: config["flags"].update(depth=3, gain=2), "this version does not know its --depth, --gain"),
     (lambda config: config["flags"].update(dim_z="many"), "--dim-z is 'many'"),
     (lambda config: config["flags"].update(dim_z=True), "--dim-z is True"),
-    (lambda config: config["flags"].update(net="transformer"), "transformer"),
+    (lambda config: config["flags"].pop("norm"), "--norm is None"),
+    (lambda config: config["flags"].update(net="transformer"), "'transformer' is none of mlp, .*VSM_IMPORT"),
     (lambda config: config["flags"].update(dim_z=5), "does not hold the model of its config.json"),
     (lambda config: config.update(script="toy_inference"), "toy_inference.py, which trains no VAE"),
     (lambda config: config.pop("data"), "its images have the size None"),

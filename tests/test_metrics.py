@@ -21,6 +21,7 @@ from metrics import (
 from models import VAE, build_vae
 from objectives import INFER, LEARN
 from studies.gradient_snr import squared_norms, unbiased_moments
+from vsm import evaluation_2d
 from vsm.features import LeNet5
 
 D, DZ, GAMMA = 4, 3, 0.5
@@ -175,7 +176,7 @@ def test_the_2d_fisher_divergence_has_the_factor_one_half():
         trainer.vae.decoder.weights[-1].zero_()
         trainer.vae.decoder.biases[-1].copy_(torch.tensor([0.3, -0.2])[:, None].expand(2, 2, 1))
     test = trainer.law.sample(200, torch.Generator().manual_seed(0))
-    result, x = train_synthetic.evaluate(trainer, test, 50), test.double()
+    result, x = evaluation_2d.evaluate(trainer, test, 50), test.double()
     score, gamma = -(x - torch.tensor([0.3, -0.2]).double()) / 0.49, 0.49
     gap = (trainer.law.score(x) - score).square().sum(-1) / 2
     assert result["fisher_divergence"] == pytest.approx([gap.mean().item()] * 2, rel=1e-5)

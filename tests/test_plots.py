@@ -16,6 +16,7 @@ from studies.packs import pack
 from studies.sweep_2d import sweep_points, sweep_table
 from vsm.cli import UserError
 from vsm.figures.images import grouped, robust_limits
+from vsm.figures.run import draw_run
 from vsm.figures.style import color_of
 from vsm.names import letter_of
 from vsm.runs import save_arrays
@@ -224,9 +225,9 @@ def test_a_finished_run_replaces_pictures_that_are_older_than_its_arrays(tmp_pat
     before = (run / "metrics.npz").stat().st_mtime_ns - 10**6
     os.utime(run / "training_curves.png", ns=(before, before))
     (run / "samples.png").write_text("drawn since")
-    plots.draw_run(run)
+    draw_run(run)
     assert drawn == ["training_curves", "reconstructions", "interpolations", "posterior_sd"]
-    plots.draw_run(run)
+    draw_run(run)
     assert len(drawn) == 4
 
 

@@ -17,8 +17,10 @@ from models import build_ensemble
 from objectives import INFER, LEARN
 from small_runs import assert_equal_runs
 from studies import tables
-from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step
+from train_synthetic import EnsembleTrainer
 from training import phi_loss
+from vsm import evaluation_2d
+from vsm.bilevel import bilevel_loss, kept_step
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.runs import load_arrays, load_checkpoint, save_arrays
 
@@ -198,7 +200,7 @@ def test_a_run_leaves_its_documented_files_and_arrays(tmp_path, monkeypatch):
 def test_the_moments_are_those_of_samples():
     vae, law = trainer("--seeds", "2", steps=30).vae, DISTRIBUTIONS["mixture"]
     x = law.sample(2000, torch.Generator().manual_seed(1)).expand(2, -1, -1)
-    moments = train_synthetic.moments(vae, law, x)
+    moments = evaluation_2d.moments(vae, law, x)
     with torch.no_grad():
         q, z = vae.encode(x), torch.randn(2, 100_000, 2)
         samples = vae.decode(z) + (vae.log_gamma / 2).exp()[:, None, None] * torch.randn(2, 100_000, 2)

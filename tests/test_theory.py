@@ -9,7 +9,7 @@ from torch import nn
 
 from models import VAE, build_vae
 from objectives import INFER, LEARN, dot, dsm, likelihood_score, posterior_score
-from train_synthetic import bilevel_loss, kept_step
+from vsm.bilevel import bilevel_loss, kept_step
 from vsm.linear import (
     bilevel_end,
     bilevel_kappa,

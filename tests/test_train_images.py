@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import plots
 import train_images
 import training
 from objectives import INFER, LEARN, label
@@ -41,7 +40,7 @@ def assert_equal_runs(first, second, equal=True):
 def finished(digits, tmp_path_factory):
     """A finished run, without pictures. For reading only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "draw_run", lambda run: None)
+        patch.setattr(train_images, "draw_run", lambda run: None)
         out = tmp_path_factory.mktemp("finished") / "run"
         train(digits, out)
     return out

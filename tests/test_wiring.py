@@ -13,8 +13,9 @@ import training
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN
 from train_synthetic import EnsembleTrainer
-from training import INIT, NEVER, NOISE, ORDER, ImageTrainer, phi_loss, resolve_pair, seed_of, theta_loss
+from training import INIT, NEVER, NOISE, ORDER, ImageTrainer, phi_loss, seed_of, theta_loss
 from vsm.distributions_2d import DISTRIBUTIONS
+from vsm.flags import resolve_pair
 
 CPU = torch.device("cpu")
 IMAGES = torch.randint(256, (17, 1, 2, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

@@ -121,6 +121,19 @@ def sentence(error):
     return f"{type(error).__name__}: {text[:300]} (set VSM_TRACEBACK=1 in the environment to see the traceback)"
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose --help shows the script's docstring and the defaults."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Formatter, **options)
+
+    def _check_value(self, action, value):
+        if isinstance(action.choices, dict) and value not in action.choices:  # a table to which users add entries
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {', '.join(action.choices)}); names of "
+                                                 "your own are those of the modules in $VSM_IMPORT")
+        super()._check_value(action, value)
+
+
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help with the script's docstring as it is written, and with defaults other than None and False."""
 

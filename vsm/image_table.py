@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vsm.loading import FLAGS
+from vsm.flags import image_defaults
 from vsm.names import NOT_IDENTITY, flag_name, group_by_seed
 from vsm.runs import save_arrays, write_atomic
 from vsm.stored_runs import StoredRun
@@ -127,7 +127,7 @@ def table_of(rows, references):
 
 def budget_note(configs):
     """A note with the flags that all runs share and that differ from the defaults."""
-    defaults, flags = FLAGS["train_images"], [config["flags"] for config in configs]
+    defaults, flags = image_defaults(), [config["flags"] for config in configs]
     shared = [key for key in flags[0] if key not in (*NOT_IDENTITY, *AXES) and all(each[key] == flags[0][key] for each in flags)]
     budget = " ".join(f"--{flag_name(key)} {flags[0][key]}" for key in shared
                       if flags[0][key] != (flags[0]["samples"] if key == "infer_samples" else defaults[key]))

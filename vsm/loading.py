@@ -19,56 +19,47 @@ from pathlib import Path
 import torch
 
 from data import load_images
-from models import VAE, build_ensemble, build_vae, mlp
+from models import NETS, VAE, build_ensemble, build_vae, mlp
 from vsm.cli import UserError, command_line
 from vsm.device import to_channels_last
+from vsm.flags import image_defaults, synthetic_defaults
 from vsm.forms import mismatch
-from vsm.names import NOT_IDENTITY, flag_name
+from vsm.names import flag_name
 from vsm.runs import load_checkpoint, load_config, refuse_other_images, write_atomic
 
-# The flags of the two trainers with their defaults, which stand in for flags younger than a folder. A test compares them with the
-# scripts. A flag that is not listed makes a folder unreadable, because it might change how the model is built.
-FLAGS = {
-    "train_images": {
-        "data": "mnist", "limit": 0, "test_limit": 0, "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 5,
-        "infer_samples": 5, "noise": 0.1, "seed": 0, "net": "conv", "width": 64, "norm": "batch", "dim_z": 100,
-        "latent": "gaussian", "temperature": 0.5, "init_sd": 1.0, "gamma": "learned", "inner_steps": 5, "one_pass": False,
-        "batch": 100, "lr": 1e-4, "lr_half_life": None, "epochs": 1000, "precision": "float32", "eval_every": 10,
-        "fid_every": 0, "data_root": "data"},
-    "train_synthetic": {
-        "data": "mixture", "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 1, "infer_samples": 1, "seeds": 10,
-        "seed": 0, "hidden": 30, "init_sd": 0.1, "gamma": "learned", "inner_steps": 5, "bilevel_steps": 0, "batch": 1000,
-        "lr": 1e-4, "inner_lr": 0.01, "lr_half_life": None, "steps_per_epoch": 100, "epochs": 100, "test_size": 5000,
-        "importance_samples": 100_000, "eval_every": 5}}
+DEFAULTS = {"train_images": image_defaults, "train_synthetic": synthetic_defaults}
 MODEL_FLAGS = {  # the flags from which a model is built; their types are checked
     "train_images": ("net", "dim_z", "width", "norm", "latent", "temperature", "init_sd", "precision"),
     "train_synthetic": ("seeds", "hidden", "init_sd")}
 
 
 def flags_of(config):
-    """The flags of a run from its config.json, with defaults for missing ones.
+    """The flags of a run from its config.json.
 
-    Raises UserError for a run of another script, for unknown flags (by name) and for flags of a wrong type.
+    Raises UserError for a run of another script, for unknown flags, which might change how the model is built, and for flags of
+    the model that are missing or of a wrong type.
     """
     script, flags = config["script"], config["flags"]
-    if script not in FLAGS:
+    if script not in DEFAULTS:
         raise UserError(f"it is a run of {script}.py, which trains no VAE")
-    defaults = FLAGS[script]
-    if unknown := sorted(flags.keys() - defaults.keys() - {*NOT_IDENTITY}):
+    defaults = DEFAULTS[script]()
+    if unknown := sorted(flags.keys() - defaults.keys()):
         names = ", ".join(f"--{flag_name(key)}" for key in unknown)
         raise UserError(f"it was made by another version of {script}.py; this version does not know its {names}")
-    full = defaults | {"infer_samples": flags.get("samples", defaults["samples"])} | flags
     for key in MODEL_FLAGS[script]:
-        if difference := mismatch(full[key], defaults[key], f"--{flag_name(key)}"):
+        if difference := mismatch(flags.get(key), defaults[key], f"--{flag_name(key)}"):
             raise UserError(f"its config.json is damaged ({difference})")
-    return full
+    return flags
 
 
 def vae_of(flags, image_shape):
     """The untrained model of an image run from its flags, for images of `image_shape` [C, H, W].
 
-    Raises UserError for images that the network does not take.
+    Raises UserError for an unknown network, and for images that the network does not take.
     """
+    if flags["net"] not in NETS:
+        raise UserError(f"its network {flags['net']!r} is none of {', '.join(NETS)}; import the module that adds it, or "
+                        "name that module in $VSM_IMPORT")
     try:
         return build_vae(flags["net"], tuple(image_shape), flags["dim_z"], flags["width"], flags["norm"], flags["latent"],
                          temperature=flags["temperature"], init_sd=flags["init_sd"], bf16=flags["precision"] == "bf16")

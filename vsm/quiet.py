@@ -1,6 +1,11 @@
-"""Every script imports this first, so that Ctrl-C during the other imports, which take seconds, prints no traceback."""
+"""Every script imports this first: Ctrl-C during the other imports, which take seconds, then prints no traceback, and Matplotlib
+draws without a display whatever backend the environment names, which may be one that only a notebook has.
+"""
 
+import os
 import sys
+
+os.environ["MPLBACKEND"] = "agg"
 
 
 def report(kind, error, trace):

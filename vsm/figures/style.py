@@ -38,6 +38,7 @@ def new_figure(rows=1, columns=1, size=(3.2, 2.6), **options):
     """A figure on its own Agg canvas (no display, no global state) and its axes [rows, columns]; size: inches of one panel."""
     import matplotlib
     from matplotlib.figure import Figure
+    matplotlib.rcdefaults()  # a user's matplotlibrc could ask for LaTeX, or change what is published
     matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
