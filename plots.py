@@ -15,7 +15,7 @@ from benchmarks.figure import benchmark
 from studies.figures import audit, bilevel, spectrum, sweep_2d
 from vsm.cli import UserError, command_line
 from vsm.figures import images, latents, pictures, recovery, synthetic, toys
-from vsm.stored_runs import add_run_flags, chosen_runs, open_runs, refuse_other_scripts
+from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
 
 FIGURES = {  # script that makes the runs: its figures, each a function figure(runs, save) of run folders, packs or opened runs
     "train_images": [
