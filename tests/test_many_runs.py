@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import plots
 import train_images
 from small_runs import ROOT
 from vsm.cli import UserError
@@ -31,7 +30,7 @@ def equal(one, other):
 @pytest.fixture
 def alone(digits, tmp_path, monkeypatch):
     """Trains one run in this process into tmp_path/alone, and returns the folder."""
-    monkeypatch.setattr(plots, "draw_run", lambda run: None)
+    monkeypatch.setattr(train_images, "draw_run", lambda run: None)
 
     def train(*argv):
         train_images.main(train_images.parse_args([*SMALL, "--data-root", str(digits), "--out", str(tmp_path / "alone"), *argv]))
