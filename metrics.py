@@ -139,6 +139,38 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=20
     return values.mean(), values.std(correction=0)
 
 
+def nearest_distances(u, v, k=1, block=1000):
+    """The Euclidean distance from each row of u [n, ...] to its k-th nearest row of v [m, ...]: [n], float64."""
+    u = u.flatten(1).double()
+    nearest = u.new_empty(len(u), 0)
+    for rows in v.split(block):
+        nearest = torch.cat([nearest, torch.cdist(u, rows.flatten(1).double())], 1)
+        nearest = nearest.topk(min(k, nearest.shape[1]), largest=False).values
+    return nearest[:, -1]
+
+
+def precision_recall(real, fake, k=5, block=1000):
+    """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features [n, d], [m, d]: a dict.
+
+    The ball of a row reaches to its k-th nearest other row of its own set. precision: the share of fake rows in a real ball.
+    recall: the share of real rows in a fake ball. density: the mean over fake rows of the number of real balls that hold it,
+    divided by k; its mean is 1 for equal laws, and it may exceed 1. coverage: the share of real balls that hold a fake row.
+    Higher is better. Raises ValueError for sets of k rows or fewer.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"{k} neighbours need more than {k} rows, not {len(real)} and {len(fake)}")
+    real_radius, fake_radius = (nearest_distances(rows, rows, k + 1) for rows in (real, fake))
+    held, recalled, covered = [], torch.zeros_like(real_radius, dtype=bool), torch.zeros_like(real_radius, dtype=bool)
+    for rows, radius in zip(fake.split(block), fake_radius.split(block)):
+        distance = torch.cdist(real.double(), rows.double())  # [n, block]
+        held.append((distance < real_radius[:, None]).sum(0))
+        covered |= (distance < real_radius[:, None]).any(1)
+        recalled |= (distance < radius).any(1)
+    held = torch.cat(held).double()
+    return {"precision": (held > 0).double().mean(), "recall": recalled.double().mean(), "density": held.mean() / k,
+            "coverage": covered.double().mean()}
+
+
 def sample_images(vae, n, generator, block=500):
     """Decoder means g(z) of n draws z from the prior, without the likelihood's pixel noise: uint8 [n, C, H, W]."""
     with evaluating(vae):

@@ -1,0 +1,186 @@
+"""Laws of z fitted after training: what they draw, how they are kept, and the metrics of samples that stand beside FID."""
+
+import shutil
+
+import pytest
+import torch
+
+import train_images
+import train_synthetic
+from data import load_images
+from metrics import nearest_distances, precision_recall
+from small_runs import IMAGES, ROOT, SMALL
+from vsm import samplers
+from vsm.cli import UserError
+from vsm.loading import load_vae
+from vsm.runs import load_arrays
+from vsm.samplers import SAMPLERS, Gaussians, SecondVAE, load_sampler, posterior_samples
+
+FITTED = SAMPLERS[1:]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def folders(digits, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        for drawing in ("train_synthetic.synthetic_samples", "plots.draw_run"):
+            patch.setattr(drawing, lambda *_: None)
+        for name, more in {"run": [], "bernoulli": ["--latent", "bernoulli"]}.items():
+            argv = [*IMAGES, "--epochs", "2", "--data-root", str(digits), "--out", str(root / name), *more]
+            train_images.main(train_images.parse_args(argv))
+        train_synthetic.main(train_synthetic.parse_args([*SMALL, "--epochs", "1", "--out", str(root / "plane")]))
+    return root
+
+
+@pytest.fixture
+def run(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(samplers, "EPOCHS", 2)
+    shutil.copytree(folders / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def clusters(n=4000):
+    """Two Gaussian clusters, three quarters of the z [n, 2] around (-2, -2) and the others around (2, 2)."""
+    root = torch.tensor([[0.8, 0.0], [0.4, 0.6]])
+    which = (torch.rand(n, generator=generator(1)) < 0.25).float()[:, None]
+    return 4 * which - 2 + torch.randn(n, 2, generator=generator(2)) @ root.T
+
+
+def test_gaussians_draw_the_moments_of_their_components():
+    weights, means = torch.tensor([0.3, 0.7]), torch.tensor([[5.0, 0.0], [-5.0, 1.0]])
+    roots = torch.tensor([[[1.0, 0.0], [2.0, 0.5]], [[0.1, 0.0], [0.0, 3.0]]])
+    z = Gaussians(weights, means, roots).sample(40_000, generator())
+    for k, part in enumerate((z[z[:, 0] > 0], z[z[:, 0] < 0])):
+        assert abs(len(part) / 40_000 - weights[k]) < 0.01
+        assert torch.allclose(part.mean(0), means[k], atol=0.1)
+        assert torch.allclose(part.T.cov(), roots[k] @ roots[k].T, atol=0.2)
+
+
+def test_one_gaussian_has_the_moments_of_the_latents_and_two_find_the_clusters():
+    z = clusters()
+    one = Gaussians(**{key: torch.as_tensor(value).float() for key, value in Gaussians.fit(z, 0, 1).items()})
+    assert torch.allclose(one.means[0], z.mean(0), atol=1e-4)
+    assert torch.allclose(one.roots[0] @ one.roots[0].T, z.T.cov(correction=0), atol=1e-3)
+    two = Gaussians.fit(z, 0, 2)
+    assert sorted(two["weights"].round(2)) == pytest.approx([0.25, 0.75], abs=0.03)
+    assert sorted(two["means"][:, 0]) == pytest.approx([-2, 2], abs=0.15)
+
+
+def test_a_second_vae_learns_that_latents_depend_on_each_other(monkeypatch):
+    for key, value in {"EPOCHS": 25, "WIDTH": 64, "RATE": 4e-3}.items():
+        monkeypatch.setattr(samplers, key, value)
+    z = clusters()
+    z = (z - z.mean(0)) / z.std(0)
+    drawn = SecondVAE(**SecondVAE.fit(z, 0, 1)).sample(4000, generator())
+    assert torch.allclose(drawn.mean(0), z.mean(0), atol=0.1) and torch.allclose(drawn.std(0), z.std(0), atol=0.15)
+    assert drawn.T.corrcoef()[0, 1] > 0.55  # 0.93 in the data
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_draws_the_same_latents_for_a_seed(run, name):
+    sampler = load_sampler(run, name)
+    z = sampler.sample(50, generator(3))
+    assert z.shape == (50, 3) and torch.equal(z, sampler.sample(50, generator(3)))
+    assert torch.equal(z, load_sampler(run, name).sample(50, generator(3)))
+    assert load_vae(run).decode(z).shape == (50, 1, 32, 32)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_law_is_kept_as_plain_arrays_until_the_checkpoint_changes(run, name, monkeypatch):
+    load_sampler(run, name, components=2)
+    path = run / f"sampler-{name}.npz"
+    before = load_arrays(path)
+    assert all(value.dtype.kind == "f" for key, value in before.items() if key != "config")
+    with monkeypatch.context() as patch:
+        patch.setattr(samplers, "fit_sampler", None)  # it is not called
+        load_sampler(run, name)
+    path.unlink()
+    load_sampler(run, name, components=2)
+    assert all((load_arrays(path)[key] == value).all() for key, value in before.items() if key != "config")
+    vae_file = torch.load(run / "checkpoint.pt", weights_only=True)
+    vae_file["trainer"]["tensors"]["vae.encoder.1.0.bias"] += 1
+    torch.save(vae_file, run / "checkpoint.pt")
+    load_sampler(run, name)
+    assert load_arrays(path)["config"]["checkpoint"] != before["config"]["checkpoint"]
+    assert load_arrays(path)["config"]["components"] == before["config"]["components"]
+
+
+def test_a_fitted_gaussian_has_the_moments_of_posterior_samples(run, digits):
+    z = posterior_samples(load_vae(run), load_images("mnist", digits).train, 0.1, seed=5)
+    drawn = load_sampler(run, "gaussian").sample(20_000, generator())
+    assert torch.allclose(drawn.mean(0), z.mean(0), atol=4 * (z.std(0) / 300**0.5).max())
+    assert torch.allclose(drawn.T.cov(), z.T.cov(), rtol=0.35, atol=0.1)
+
+
+def test_the_published_model_has_its_mixture():
+    folder = ROOT / "results" / "models" / "mnist-mlp-elbo"
+    images = load_vae(folder).decode(load_sampler(folder, data_root="/nowhere").sample(4, generator()))
+    assert images.shape == (4, 1, 32, 32)
+
+
+def test_the_number_of_components_is_that_of_the_file_unless_another_is_asked_for(run):
+    for asked, found in ((3, 3), (None, 3), (2, 2)):
+        assert load_sampler(run, "mixture", components=asked).law.weights.shape == (found,)
+
+
+@pytest.mark.parametrize("folder, name, words", [
+    ("bernoulli", "mixture", "have the prior only"), ("plane", "gaussian", "no run of train_images.py"),
+    ("run", "flow", "choose one of prior, gaussian")])
+def test_what_has_no_sampler_is_refused(folders, folder, name, words):
+    with pytest.raises(UserError, match=words):
+        load_sampler(folders / folder, name)
+
+
+def test_bernoulli_latents_have_their_prior(folders):
+    assert set(load_sampler(folders / "bernoulli", "prior").sample(100, generator()).unique().tolist()) == {0.0, 1.0}
+
+
+def test_too_few_images_and_latents_that_are_not_finite_are_named(run):
+    with pytest.raises(UserError, match="300 training images are too few"):
+        load_sampler(run, "mixture", components=301)
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    saved["trainer"]["tensors"]["vae.encoder.1.0.bias"] += torch.nan
+    torch.save(saved, run / "checkpoint.pt")
+    with pytest.raises(UserError, match="not finite"):
+        load_sampler(run, "gaussian")
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_nearest_distances_do_not_depend_on_blocks():
+    u, v = torch.randn(7, 2, 3, generator=generator()), torch.randn(11, 2, 3, generator=generator(1))
+    exact = (u.flatten(1).double()[:, None] - v.flatten(1).double()).norm(dim=-1).sort(1).values
+    for k in (1, 4):
+        for block in (2, 5, 100):
+            assert torch.allclose(nearest_distances(u, v, k, block), exact[:, k - 1])
+    images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+    assert nearest_distances(images, images.flip(0)).eq(0).all()
+
+
+def test_precision_and_recall_on_a_line():
+    real, fake = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.5], [9.0], [2.5], [9.5]])
+    # k = 1. Real balls: (-1, 1), (0, 2), (1, 5). Fake balls: (-1.5, 2.5), (8.5, 9.5), (0.5, 4.5), (9, 10).
+    measured = {key: value.item() for key, value in precision_recall(real, fake, k=1, block=3).items()}
+    assert measured == {"precision": 0.5, "recall": 1.0, "density": 0.75, "coverage": 1.0}
+
+
+def test_precision_and_recall_of_equal_and_of_distant_sets():
+    u = torch.randn(300, 4, generator=generator())
+    equal, distant = precision_recall(u, u), precision_recall(u, u + 100)
+    assert all(equal[key] == 1 for key in ("precision", "recall", "coverage")) and equal["density"] > 0.9
+    assert all(value == 0 for value in distant.values())
+    narrow, wide = precision_recall(u, u / 4), precision_recall(u, 4 * u)  # a law that leaves out, and one that goes beyond
+    assert narrow["precision"] > 0.95 and narrow["recall"] < 0.3 and wide["precision"] < 0.3 and wide["recall"] > 0.95
+    with pytest.raises(ValueError, match="more than 5 rows"):
+        precision_recall(u[:5], u)
+
+
+def test_density_has_mean_one_for_equal_laws_and_blocks_change_nothing():
+    u, v = (torch.randn(1500, 3, generator=generator(seed)) for seed in (1, 2))
+    measured, again = precision_recall(u, v), precision_recall(u, v, block=64)
+    assert measured["density"] == pytest.approx(1, abs=0.05) and measured == again
