@@ -27,7 +27,7 @@ def generator(seed=0):
 def folders(digits, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        for drawing in ("train_synthetic.synthetic_samples", "plots.draw_run"):
+        for drawing in ("train_synthetic.synthetic_samples", "train_images.draw_run"):
             patch.setattr(drawing, lambda *_: None)
         for name, more in {"run": [], "bernoulli": ["--latent", "bernoulli"]}.items():
             argv = [*IMAGES, "--epochs", "2", "--data-root", str(digits), "--out", str(root / name), *more]

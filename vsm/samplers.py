@@ -126,7 +126,7 @@ def load_sampler(folder, name="mixture", device="cpu", components=None, data_roo
 
     It is read from sampler-<name>.npz in the folder. Where that is missing or of another checkpoint, it is fitted to the run's
     training images and written there; data_root is where these are now, or data="folder:PATH". components: the number of
-    Gaussians of the mixture, by default that of the file, or 10. Raises UserError for Bernoulli latents: they have the prior only.
+    Gaussians of the mixture, by default that of the file, or 10. Raises UserError for Bernoulli latents, which have a prior only.
     """
     folder, config = Path(folder), load_config(folder)
     flags = flags_of(config)
