@@ -118,7 +118,7 @@ def fae(vae, x, q, z):
 
 @dataclass(frozen=True)
 class Objective:
-    """An entry of LEARN or INFER: all that scripts, figures and benchmark know of an objective. Calling it calls its function.
+    """An entry of LEARN or INFER: all that scripts and figures know of an objective. Calling it calls its function.
 
     letter          the objective's name in labels, as in the paper: F, S, B, KLD, FD
     color           its matplotlib colour in every figure
@@ -126,7 +126,6 @@ class Objective:
     reparametrised  (INFER only) whether z carries a gradient; Algorithm 1 takes it as a constant in the posterior FD
     joint           whether one loss trains theta and phi; the same entry is then in LEARN and in INFER
     alias           (N, estimator) -> the letter of another objective that this one equals for them, or None
-    passes          N -> the passes that an update needs, see below; None: unknown to the benchmark
     gamma           (LEARN only) the statistics of its stationary gamma, likelihood_gamma or score_gamma; None: no closed form
     """
     function: Callable
@@ -136,7 +135,6 @@ class Objective:
     reparametrised: bool = True
     joint: bool = False
     alias: Callable = lambda samples, estimator: None
-    passes: Callable | None = None
     gamma: Callable | None = None
 
     def __call__(self, vae, x, q, z, **options):
@@ -173,33 +171,20 @@ def score_gamma(loss, slope, gamma, D, t=None):
     return -2 * (loss + slope) * gamma**2, -(2 * loss + slope) * gamma
 
 
-# The passes through the encoder (of B data) and through the decoder (of N B samples) without which an update cannot be computed:
-# forward, input gradient, weight gradient, and input gradient of the first layer, which only a derivative by x or z itself needs.
-# A double backward counts as one forward and one backward pass. Where the weights train, each input gradient adds a weight
-# gradient.
-def _learn_passes(N):
-    return (1, 0, 0, 0), (1, 1, 1, 0)
-
-
-def _infer_passes(N):
-    return (1, 1, 1, 0), (1, 1, 0, 1)
-
-
-_FAE = Objective(fae, "FAE", "tab:red", needs_b=True, joint=True,
-                 passes=lambda N: ((1 + N, 1 + N, 1 + N, N), (2, 2, 2, 2)))
+_FAE = Objective(fae, "FAE", "tab:red", needs_b=True, joint=True)
 LEARN = {
-    "elbo": Objective(elbo, "ELBO", "black", passes=_learn_passes, gamma=likelihood_gamma),
-    "fd": Objective(fd, "F", "tab:blue", passes=_learn_passes, gamma=score_gamma),
-    "swersky": Objective(swersky, "S", "tab:orange", passes=_learn_passes, gamma=score_gamma,
+    "elbo": Objective(elbo, "ELBO", "black", gamma=likelihood_gamma),
+    "fd": Objective(fd, "F", "tab:blue", gamma=score_gamma),
+    "swersky": Objective(swersky, "S", "tab:orange", gamma=score_gamma,
                          alias=lambda samples, estimator: "F" if samples == 1 and estimator == "plugin" else None),
-    "bao": Objective(bao, "B", "tab:green", needs_b=True, gamma=score_gamma, passes=lambda N: ((1, N, 0, N), (1, 1, 1, 0))),
+    "bao": Objective(bao, "B", "tab:green", needs_b=True, gamma=score_gamma),
     "fae": _FAE,
 }
 INFER = {
-    "kld": Objective(elbo, "KLD", passes=_infer_passes),
-    "fd": Objective(posterior_fd, "FD", reparametrised=False, passes=_infer_passes),
-    "fd-weighted": Objective(posterior_fd_weighted, "FDW", reparametrised=False, passes=_infer_passes),
-    "fd-repar": Objective(posterior_fd, "FD-REPAR", passes=lambda N: ((1, 1, 1, 0), (2, 2, 0, 2))),
+    "kld": Objective(elbo, "KLD"),
+    "fd": Objective(posterior_fd, "FD", reparametrised=False),
+    "fd-weighted": Objective(posterior_fd_weighted, "FDW", reparametrised=False),
+    "fd-repar": Objective(posterior_fd, "FD-REPAR"),
     "fae": _FAE,
 }
 ESTIMATORS = ("plugin", "unbiased", "released")

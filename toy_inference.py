@@ -18,7 +18,7 @@ the parts: posteriors, gradients, descent, and the numbers at the end.
 
 import vsm.quiet  # noqa: F401  # isort: skip
 
-from vsm.cli import Parser, command_line, count, positive, positive_float, seed_number
+from vsm.cli import Parser, command_line, positive, positive_float, seed_number
 from vsm.device import pick_device
 from vsm.figures import toys
 from vsm.names import flag_name, run_name
@@ -29,7 +29,6 @@ from vsm.toys.gaussians import compare_gradients
 from vsm.toys.gradients import FAMILIES, GRADIENTS
 from vsm.toys.loop import run_to_the_end
 from vsm.toys.mixtures import Mixtures, how_well_mixtures_fit, print_mixtures
-from vsm.toys.plain import compare_with_loop
 from vsm.toys.posteriors import LIKELIHOODS, Grid
 
 OBJECTIVES = ["fd-repar", "fd", "kld"]  # those of the published figures
@@ -46,8 +45,6 @@ def fit_from_every_start(args, device, run):
     arrays = {**descent.arrays(), **grid.picture(), **where_runs_ended(descent, grid)}
     if args.family == "laplace":
         arrays["location_gradient"] = location_gradients(descent, grid)
-    if args.compare_loop:
-        arrays.update(compare_with_loop(args, device))
     print_ends(arrays, args)
     return {"status": descent.status, **to_numpy(arrays)}
 
@@ -141,7 +138,6 @@ def make_parser():
     flag("--iterations", type=positive, default=None, help="steps (default: 1000000; laplace 300000, mixture 5000)")
     flag = parser.add_argument_group("output").add_argument
     flag("--frames", type=positive, default=200, help="points to keep of every trajectory, evenly spaced in log iterations")
-    flag("--compare-loop", type=count, default=0, help="repeat so many steps in a plain loop over runs (gaussian)")
     flag("--device", default="cpu", help="auto | cpu | cuda | cuda:1 ... (a GPU pays for thousands of starts only)")
     flag("--out", default=None, help="the run's folder (default: runs/toy/ and the flags that matter)")
     flag("--overwrite", action="store_true", help="redo a run that is there")
@@ -167,8 +163,6 @@ def refuse_meaningless_flags(parser, args, experiment):
     """End with a usage error for values out of range, and for flags that the experiment does not read."""
     if not abs(args.x) <= 10:
         parser.error(f"--x {args.x} must lie between -10 and 10: for other x the posterior leaves the grid of the quadrature")
-    if args.compare_loop and experiment != "gaussian":
-        parser.error("--compare-loop needs --family gaussian: it runs the objectives of objectives.py, whose q is Gaussian")
     for flag in ("likelihoods", "objectives"):
         if len(set(getattr(args, flag))) < len(getattr(args, flag)):
             parser.error(f"--{flag} names one twice")

@@ -1,13 +1,13 @@
-"""Measure the speed of training: against a plain step of the same mathematics, and against its convolutions alone.
+"""Measure the speed of training against a plain step of the same mathematics.
 
-The performance table in docs/machines.md, on a GPU (on a CPU, only its part with --net conv ends within minutes):
-    python benchmark.py --image 1x32 3x64 --precision float32 tf32 bf16
+The tables of docs/machines.md, on a GPU (on a CPU, only its part with --net conv ends within minutes):
+    python -m benchmarks.benchmark --image 1x32 3x64 --precision float32 tf32 bf16
 Ten seconds on a CPU:
-    python benchmark.py --quick
+    python -m benchmarks.benchmark --quick
 
 The modes that are compared run in turns: in each of `--repeats` turns every mode is timed once. A ratio is the median over the
-turns, with the smallest and the largest. The mode `plain` is the step as one writes it down (vsm/plain.py). `eager` is the step
-of train_images.py, `captured` the same as a CUDA graph, and `floor` the convolutions and matrix products of that step alone.
+turns, with the smallest and the largest. The mode `reference` is the step as one writes it down (benchmarks/reference_step.py).
+`eager` is the step of train_images.py, and `captured` the same as a CUDA graph.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
@@ -22,9 +22,10 @@ import torch
 
 import toy_inference
 import train_synthetic
-from benchmarks import figure, floor
-from benchmarks import reference_step as plain
-from benchmarks.timing import matrix_rate, time_in_turns
+from benchmarks import figure
+from benchmarks.reference_step import ReferenceStep, has_reference
+from benchmarks.timing import time_in_turns
+from benchmarks.toy_loop import compare_with_loop
 from metrics import iw_log_likelihood
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN, label
@@ -58,7 +59,7 @@ def build_model(args, device, image, net, precision="float32"):
 
 
 def training_options(args, pair, batch):
-    """The options that the plain step and the ImageTrainer share."""
+    """The options that ReferenceStep and ImageTrainer share."""
     learn, infer = pairs()[pair]
     return {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1,
             "batch": batch, "lr": 1e-4}
@@ -75,21 +76,17 @@ def training_rows(args, device, part, image, net, pair, batch):
     def trainer(precision, graph):
         return ImageTrainer(vae(precision), resident_images, estimator="plugin", seed=0, graph=graph, **options)
 
-    has_floor = floor.has_floor(*pairs()[pair])
-    flops = floor.Floor(trainer("float32", graph=False), "float32").flops if has_floor else math.nan
     cycles = 20 if device.type == "cuda" else 1
     for precision in args.precision:  # one at a time, so that the CUDA graphs of one are freed before the next makes its own
         makers = {}
-        if precision == args.precision[0] and plain.has_plain_form(*pairs()[pair]):
-            makers["plain", "float32"] = lambda: plain.Plain(vae(), images, device, **options)
+        if precision == args.precision[0] and has_reference(*pairs()[pair]):
+            makers["reference", "float32"] = lambda: ReferenceStep(vae(), images, device, **options)
         makers["eager", precision] = partial(trainer, precision, graph=False)
         if device.type == "cuda":
             makers["captured", precision] = partial(trainer, precision, graph=True)
-        if has_floor:
-            makers["floor", precision] = lambda precision=precision: floor.Floor(trainer(precision, graph=False), precision)
         for (mode, arithmetic), (times, memory) in time_in_turns(makers, cycles * args.inner_steps, args.repeats, device).items():
             yield {"part": part, "image": image, "net": net, "pair": pair, "size": batch, "mode": mode, "precision": arithmetic,
-                   "seconds": times, "peak_memory": memory, "flops": flops}
+                   "seconds": times, "peak_memory": memory}
 
 
 def images_part(args, device):
@@ -126,7 +123,7 @@ def ensemble_part(args, device):
 def toy_part(args, device):
     """Toy inference: all runs in one tensor against one run after another; seconds of one iteration of all runs."""
     steps, grid = ("2", "2") if args.quick else ("50", "4")
-    toy = toy_inference.parse_args(["--iterations", steps, "--compare-loop", steps, "--grid", grid, "--frames", "2"])
+    toy = toy_inference.parse_args(["--iterations", steps, "--grid", grid, "--frames", "2"])
     times = {"loop": [], "together": []}
     for _ in range(args.repeats):
         descent = toy_inference.Descent(toy, device)
@@ -134,7 +131,7 @@ def toy_part(args, device):
             descent.advance(descent.noise())
         runs = descent.params[0, 0].numel()
         times["together"].append(runs / descent.rate)
-        times["loop"].append(runs / toy_inference.compare_with_loop(toy, device)["loop_rate"].item())
+        times["loop"].append(runs / compare_with_loop(toy, toy.iterations, device)[0])
     for mode, values in times.items():
         yield small_row("toy", "all", runs, mode, np.array(values), math.nan, "float64")
 
@@ -152,7 +149,7 @@ def importance_part(args, device):
 
 def small_row(part, pair, size, mode, times, memory, precision):
     return {"part": part, "image": "2", "net": "mlp", "pair": pair, "size": size, "mode": mode, "precision": precision,
-            "seconds": times, "peak_memory": memory, "flops": math.nan}
+            "seconds": times, "peak_memory": memory}
 
 
 PARTS = {"images": images_part, "batch": batch_part, "ensemble": ensemble_part, "toy": toy_part, "importance": importance_part}
@@ -161,28 +158,22 @@ PARTS = {"images": images_part, "batch": batch_part, "ensemble": ensemble_part, 
 # --------------------------------------------------------------------------------------------------------------- report
 
 
-def print_report(rows, rates, hours):
-    """Print the rates of a matrix product, the table of all rows, and the time that the paper's Table 1 would take."""
-    for precision, rate in rates.items():
-        print(f"matrix product, {precision}: {median_and_range(rate / 1e12, '.3g')} TFLOP/s")
-    header = ["part", "network", "pair", "size", "mode", "precision", "ms a step", "size/s", "times plain's (the loop's) speed",
-              "times the floor's time", "of the matrix rate", "peak MiB"]
-    print("\n" + markdown_table(header, [table_row(row, rows, rates) for row in rows]))
+def print_report(rows, hours):
+    """Print the table of all rows, and the time that the paper's Table 1 would take."""
+    header = ["part", "network", "pair", "size", "mode", "precision", "ms a step", "size/s",
+              "times as fast as the reference (the loop)", "peak MiB"]
+    print(markdown_table(header, [table_row(row, rows) for row in rows]))
     for (mode, precision), duration in hours.items():
         print(f"\nTable 1, {mode}, {precision}: {duration:.1f} hours for one seed of its {len(TABLE1)} columns of ConvNets, "
               f"1000 epochs on MNIST, Fashion-MNIST and CelebA, one run after the other")
 
 
-def table_row(row, rows, rates):
-    """The cells of one row: its names, its time, and its time against those of the rows that it is compared with."""
-    rival = ("plain", "float32") if row["part"] in ("images", "batch") else ("loop", row["precision"])
-    plain = seconds_of_mode(rows, row, *rival)
-    floor = seconds_of_mode(rows, row, "floor", row["precision"])
-    share = row["flops"] / row["seconds"] / np.median(rates[row["precision"]]) if row["precision"] in rates else math.nan
-    step = np.median(row["seconds"])
+def table_row(row, rows):
+    """The cells of one row: its names, its time, and its speed against that of the row that it is compared with."""
+    rival = ("reference", "float32") if row["part"] in ("images", "batch") else ("loop", row["precision"])
+    step, speed = np.median(row["seconds"]), seconds_of_mode(rows, row, *rival) / row["seconds"]
     return [row["part"], f"{row['net']} {row['image']}", row["pair"], row["size"], row["mode"], row["precision"],
-            f"{1e3 * step:.4g}", f"{row['size'] / step:.4g}", median_and_range(plain / row["seconds"]),
-            median_and_range(row["seconds"] / floor), number_text(np.median(share), ".2f"),
+            f"{1e3 * step:.4g}", f"{row['size'] / step:.4g}", median_and_range(speed),
             number_text(row["peak_memory"] / 2**20, ".0f")]
 
 
@@ -205,7 +196,7 @@ def table1_hours(rows):
     """{(mode, precision): hours} of Table 1's runs, where each of its pairs and image shapes was measured at batch 100."""
     rates = {}
     for row in rows:
-        if (row["part"], row["net"], row["size"]) == ("images", "conv", 100) and row["pair"] in TABLE1 and row["mode"] != "floor":
+        if (row["part"], row["net"], row["size"]) == ("images", "conv", 100) and row["pair"] in TABLE1:
             rates.setdefault((row["mode"], row["precision"]), {})[row["image"], row["pair"]] = np.median(row["seconds"])
     return {key: sum(TABLE1_RUNS[image] * RUN_STEPS[image] * s for (image, _), s in found.items()) / 3600
             for key, found in rates.items() if len(found) == len(RUN_STEPS) * len(TABLE1)}
@@ -268,12 +259,9 @@ def main(args):
     torch.set_num_threads(args.threads or torch.get_num_threads())
     with Run(args.out, "benchmark", vars(args), device, args.overwrite) as run:
         if not run.status:
-            rates = {precision: matrix_rate(device, precision) for precision in dict.fromkeys(["float32", *args.precision])}
             rows = [row for part in (PARTS if args.part == "all" else [args.part]) for row in PARTS[part](args, device)]
-            print_report(rows, rates, table1_hours(rows) if recipe_of_the_paper(args) else {})
-            arrays = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-            run.save_metrics(**arrays, matrix_precision=np.array(list(rates)), matrix_rate=np.stack(list(rates.values())),
-                             status="ok")
+            print_report(rows, table1_hours(rows) if recipe_of_the_paper(args) else {})
+            run.save_metrics(**{name: np.array([row[name] for row in rows]) for name in rows[0]}, status="ok")
         if not (run.path / "benchmark.png").exists():
             figure.benchmark([run.path], run.path / "benchmark.png")
 

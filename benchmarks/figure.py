@@ -8,15 +8,14 @@ from vsm.figures.style import label_ticks, new_figure, save_figure
 from vsm.stored_runs import open_runs
 
 MODES = {
-    "plain": {"color": "0.6", "label": "plain, float32"},
+    "reference": {"color": "0.6", "label": "reference step, float32"},
     "eager": {"color": "tab:blue", "label": "eager"},
     "captured": {"color": "tab:orange", "label": "captured"},
 }
-FLOOR = {"color": "black", "linestyle": ":", "label": "convolutions alone"}
 
 
 def benchmark(runs, save):
-    """Images per second of every pair and mode, a bar from the slowest to the fastest turn, and the bound by the convolutions.
+    """Images per second of every pair and mode, and a black bar from the slowest to the fastest turn.
 
     Panels of the other parts, where they were measured, show times against sizes.
     """
@@ -28,12 +27,12 @@ def benchmark(runs, save):
     others = [rows for part in ("sweep", "ensemble", "toy", "importance") if len((rows := select(arrays, part=part))["size"])]
     figure, axes = new_figure(len(panels) + len(of_batches) + len(others), 1, size=(7.2, 2.6))
     for ax, (image, net, precision) in zip(axes[:, 0], panels):
-        rate_bars(ax, beside_plain(select(images, image=image, net=net), precision))
+        rate_bars(ax, beside_reference(select(images, image=image, net=net), precision))
         channels, side = image.split("x")
         ax.set_title(f"{net}, {channels} x {side} x {side} pixels, {precision}, {arrays['config']['device']}")
     for ax, precision in zip(axes[len(panels) :, 0], of_batches):
-        for mode, style in (MODES | {"floor": FLOOR}).items():
-            rows = select(beside_plain(batches, precision), mode=mode)
+        for mode, style in MODES.items():
+            rows = select(beside_reference(batches, precision), mode=mode)
             if len(rows["size"]):
                 ax.plot(rows["size"], 1e3 / np.median(rates(rows), 1), marker=".", **style)
         ax.set(xlabel="images per minibatch", ylabel="ms per image", xscale="log", ylim=(0, None),
@@ -64,7 +63,7 @@ def styles_of(tables):
 
 
 def rate_bars(ax, rows):
-    """A group of bars per pair with a bar per mode, and a line at the floor."""
+    """A group of bars per pair with a bar per mode."""
     pairs, modes = list(dict.fromkeys(rows["pair"])), [mode for mode in MODES if mode in rows["mode"]]
     at, width = np.arange(len(pairs)), 0.8 / len(modes)
     for i, mode in enumerate(modes):
@@ -73,16 +72,13 @@ def rate_bars(ax, rows):
         median = np.median(rate, 1)
         ax.bar(at[places] + (i - (len(modes) - 1) / 2) * width, median, width, **MODES[mode], ecolor="black", capsize=1.5,
                yerr=abs(np.stack([rate.min(1), rate.max(1)]) - median), error_kw={"linewidth": 0.7})
-    bounded = select(rows, mode="floor")  # an objective that somebody added may have no floor
-    floor, places = np.median(rates(bounded), 1), np.array([pairs.index(pair) for pair in bounded["pair"]], int)
-    ax.hlines(floor, at[places] - 0.42, at[places] + 0.42, **FLOOR)
     ax.set(ylabel="images/s", ylim=(0, 1.25 * rates(rows).max()))
     ax.set_xticks(at, pairs, rotation=35, ha="right", rotation_mode="anchor")
 
 
-def beside_plain(rows, precision):
-    """The rows of one precision and those of the mode plain, which has float32 only."""
-    keep = (rows["precision"] == precision) | (rows["mode"] == "plain")
+def beside_reference(rows, precision):
+    """The rows of one precision and those of the mode reference, which has float32 only."""
+    keep = (rows["precision"] == precision) | (rows["mode"] == "reference")
     return {name: column[keep] for name, column in rows.items()}
 
 

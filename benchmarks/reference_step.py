@@ -10,18 +10,18 @@ INFERENCE = {"kld": "elbo", "fd": "posterior_fd", "fd-weighted": "posterior_fd_w
 OBJECTIVES = ("elbo", "fd", "swersky", "bao", "fae", "posterior_fd", "posterior_fd_weighted")
 
 
-def has_plain_form(learn, infer):
+def has_reference(learn, infer):
     """Whether this module knows a pair of --learn and --infer; it does not know objectives that somebody has added."""
     return learn in OBJECTIVES and (infer in INFERENCE or infer == learn)
 
 
-def plain_loss(vae, x, noise, objective, reparametrised):
+def reference_loss(vae, x, noise, objective, reparametrised):
     """The mean loss over x [B, C, H, W] by log densities and autograd alone; noise [N, B, Dz]. Every score keeps its graph.
 
     objective: a name of OBJECTIVES, as in objectives.py. Raises ValueError for another name.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"the plain step knows {', '.join(OBJECTIVES)}, not {objective}")
+        raise ValueError(f"the reference step knows {', '.join(OBJECTIVES)}, not {objective}")
 
     def encode(x):
         mean, log_std = vae.encoder(x).chunk(2, dim=-1)
@@ -65,7 +65,7 @@ def half_square(u):
     return (u**2).sum(-1).mean() / 2
 
 
-class Plain:
+class ReferenceStep:
     """Algorithm 1 written down directly: a DataLoader, scores by autograd, gradients of all weights at every update, and Adam."""
 
     def __init__(self, vae, images, device, *, learn, infer, samples, inner_steps, noise, batch, lr):
@@ -96,7 +96,7 @@ class Plain:
 
     def descend(self, x, objective, reparametrised, *optimisers):
         noise = torch.randn(self.samples, len(x), self.vae.dim_z, device=self.device)
-        loss = plain_loss(self.vae, x, noise, objective, reparametrised)
+        loss = reference_loss(self.vae, x, noise, objective, reparametrised)
         self.phi.zero_grad()
         self.theta.zero_grad()
         loss.backward()

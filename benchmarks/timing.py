@@ -44,9 +44,9 @@ def time_in_turns(makers, calls, repeats, device):
 
 
 def prepare_process(mode, precision, device):
-    """Set precision and malloc as train_images.py does; the plain step keeps the default malloc."""
+    """Set precision and malloc as train_images.py does; the reference step keeps the default malloc."""
     set_precision(precision, device)
-    keep_freed_memory(mode != "plain")
+    keep_freed_memory(mode != "reference")
 
 
 def peak_memory_of(function, device):
@@ -75,12 +75,3 @@ def peak_memory_of(function, device):
 def resident_bytes(field):
     """A field of /proc/self/status, in bytes: VmRSS, the resident set now, or VmHWM, its peak."""
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-def matrix_rate(device, precision):
-    """Floating-point operations per second of a large matrix product, in each of five timings [5]."""
-    set_precision(precision, device)
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    times = [seconds_per_call(lambda: a @ b, 10, device) for _ in range(6)][1:]
-    return 2 * n**3 / np.array(times)

@@ -15,8 +15,6 @@ from vsm.stored_runs import open_runs
 
 SCRIPT = ROOT / "results" / "reproduce.sh"
 UNPACKED = ("evaluations", "audits", "speed", "speed_gpu")  # parts with commands whose results are in no pack of their own
-# Flags that scripts no longer have, each with the value that changed nothing: `runs` was read by a former part of benchmark.py.
-GONE = {"runs": [2]}
 
 
 def identity(script, flags):
@@ -36,7 +34,7 @@ def stored_identity(run):
     defaults = {} if script == "spectrum" else defaults_of(script)  # studies/spectrum.py has no default for its data
     for key in defaults.keys() - flags.keys():
         flags[key] = OLD_DEFAULTS[key](flags) if key in OLD_DEFAULTS else defaults[key]
-    return identity(script, {key: value for key, value in flags.items() if key in defaults or GONE.get(key) != value})
+    return identity(script, flags)
 
 
 @pytest.fixture(scope="module")

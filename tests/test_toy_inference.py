@@ -55,7 +55,7 @@ def documented(heading, **sizes):
 
 def test_a_run_leaves_its_documented_arrays_and_figures(tmp_path, capsys):
     out = tmp_path / "new" / "run"
-    argv = ("--grid", 2, "--iterations", 40, "--frames", 6, "--likelihoods", "sym", "--compare-loop", 2,
+    argv = ("--grid", 2, "--iterations", 40, "--frames", 6, "--likelihoods", "sym",
             "--objectives", "kld", "fd-weighted")
     arrays = run(out, *argv)
     assert capsys.readouterr().out.splitlines()[:3] == [
@@ -276,7 +276,7 @@ def test_refuses_a_folder_made_with_other_flags(fails, tmp_path):
 
 @pytest.mark.parametrize("argv", [
     ["--likelihoods", "cubic"], ["--likelihoods", "sym", "sym"], ["--lr", "0"], ["--x", "nan"], ["--x", "11"], ["--grid", "0"],
-    ["--family", "cauchy"], ["--device", "cuda:9"], ["--seed", "-1"], ["--family", "laplace", "--compare-loop", "5"],
+    ["--family", "cauchy"], ["--device", "cuda:9"], ["--seed", "-1"],
     ["--iterations", "1e6"], ["--components", "3"], ["--target-sd", "2"], ["--gradients", "--seed", "1"],
     ["--gradients", "--family", "mixture"], ["--family", "mixture", "--grid", "3"], ["--gradients", "--target-sd", "1e-200"],
     ["--seed", str(2**63)], ["--objectives", "elbo"], ["--objectives", "fd", "fd"],

@@ -9,8 +9,8 @@ import torch
 from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, Normal, kl_divergence
 
 import toy_inference as toy
+from benchmarks import toy_loop
 from test_toy_inference import CPU, fit, parsed, run
-from vsm.toys import plain
 from vsm.toys.descent import Descent
 from vsm.toys.ends import best_fits, kl_and_fd, location_gradients, noise_quadrature
 from vsm.toys.gaussians import autograd_gradients, closed_gradients
@@ -54,16 +54,14 @@ def test_evidence_and_mass_on_the_grid():
 
 
 def test_all_runs_together_equal_a_plain_loop_of_autograd_over_objectives_infer():
-    args = parsed("--likelihoods", *ALL, "--objectives", *GRADIENTS, "--grid", 2, "--extent", 1.3, "--samples", 3, "--lr", 1e-3,
-                  "--compare-loop", 5)
-    arrays = plain.compare_with_loop(args, CPU)
-    assert arrays["loop_difference"] < 1e-6  # log_gamma of the VAE starts in float32
+    args = parsed("--likelihoods", *ALL, "--objectives", *GRADIENTS, "--grid", 2, "--extent", 1.3, "--samples", 3, "--lr", 1e-3)
+    assert toy_loop.compare_with_loop(args, 5, CPU)[1] < 1e-6  # log_gamma of the VAE starts in float32
 
 
 def test_a_gradient_of_another_objective_is_seen_by_the_plain_loop(monkeypatch):
-    args = parsed("--likelihoods", "sym", "--objectives", "fd-weighted", "--grid", 1, "--extent", 1.3, "--compare-loop", 2)
+    args = parsed("--likelihoods", "sym", "--objectives", "fd-weighted", "--grid", 1, "--extent", 1.3)
     monkeypatch.setitem(GRADIENTS, "fd-weighted", GRADIENTS["kld"])
-    assert plain.compare_with_loop(args, CPU)["loop_difference"] > 1e-5
+    assert toy_loop.compare_with_loop(args, 2, CPU)[1] > 1e-5
 
 
 def test_laplace_gradients_are_those_of_autograd():
@@ -128,13 +126,13 @@ def test_gradients_between_two_gaussians():
 
 
 def test_a_run_that_diverged_in_one_version_alone_is_no_agreement(monkeypatch):
-    args = parsed("--grid", 1, "--likelihoods", "sym", "--compare-loop", 3)
-    assert plain.compare_with_loop(args, CPU)["loop_difference"] < 1e-6
+    args = parsed("--grid", 1, "--likelihoods", "sym")
+    assert toy_loop.compare_with_loop(args, 3, CPU)[1] < 1e-6
     for value in (math.nan, math.inf):
-        monkeypatch.setattr(plain, "plain_run", lambda *_, value=value: torch.full((4,), value))
-        assert plain.compare_with_loop(args, CPU)["loop_difference"] == np.inf
+        monkeypatch.setattr(toy_loop, "run_alone", lambda *_, value=value: torch.full((4,), value))
+        assert toy_loop.compare_with_loop(args, 3, CPU)[1] == np.inf
     monkeypatch.setattr(Descent, "update", lambda self, _: setattr(self, "step", self.step + 1) or self.params.fill_(math.nan))
-    assert plain.compare_with_loop(args, CPU)["loop_difference"] == 0  # inf here, nan there: lost in both
+    assert toy_loop.compare_with_loop(args, 3, CPU)[1] == 0  # inf here, nan there: lost in both
 
 
 # ---------------------------------------------------------------------------------------------------------------- numbers

@@ -1,20 +1,28 @@
 """Code that the scripts share, beside models.py, objectives.py, metrics.py, data.py and training.py.
 
-The main modules; each of the others says what it does in its first line:
+    cli, flags        command lines, progress, signals, errors
+    runs, names       run folders, the arrays in them, what they are called; stored_runs reads them and packs of them
+    loading           the trained model of a run folder
+    fid, features     FID and KID, and the networks behind them
+    distributions_2d, importance, linear    2-D distributions, importance sampling of p(x), theory of linear VAEs
+    toys, figures     the toy posteriors; the figures by family
 
-    quiet         Ctrl-C during the imports
-    cli           flags, progress, signals, errors
-    device        device, precision, eval mode
-    runs          run folders and the arrays in them
-    loading       the trained model of a run folder
-    packs         many runs in one file; the loader for figures and tables
-    sweep         the points of a sweep of 2-D runs and their table
-    tables        Markdown tables of means and their errors
-    figures       the figures, by family
-    laws          the 2-D distributions
-    linear        fixed points of the objectives on linear VAEs
-    importance    importance sampling of p(x)
-    features      the networks behind FID and KID
-    speed         CUDA graphs and compilation
-    toys          the toy posteriors and the experiments on them
+Each of the others says what it does in its first line.
 """
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def refuse_shadows():
+    """End the program with one sentence where Python finds a stranger's data.py, say, before ours."""
+    for name in ("data", "metrics", "models", "objectives", "training"):
+        ours, found = Path(__file__).resolve().parent.parent / f"{name}.py", importlib.util.find_spec(name)
+        if found and found.origin and Path(found.origin).resolve() != ours:
+            print(f"error: Python finds {found.origin} instead of {ours}, which vsm needs; "
+                  "rename the first, or start Python in another folder", file=sys.stderr)
+            sys.exit(2)
+
+
+refuse_shadows()

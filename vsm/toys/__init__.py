@@ -4,7 +4,6 @@
     gradients     location-scale families of q, and the gradients of the objectives with respect to q's parameters
     descent       all runs of one experiment at once (Figure 2, A.5.3)
     ends          the numbers that say where every run ended
-    plain         the same runs one after another by autograd, for comparison
     mixtures      mixtures of Gaussians fitted by the Fisher divergence (Figure 5, A.5.2)
     gaussians     gradients of divergences between two univariate Gaussians (A.5.1)
     loop          the loop around a fit, with its checkpoints

@@ -114,11 +114,7 @@ def print_ends(arrays, args):
           f"starts that did not diverge. kl: KL divergence from the posterior, nats; excess_kl: the same less that of the best\n"
           f"{args.family} fit; distance: 2-Wasserstein distance from that fit; fd: Fisher divergence from the posterior;\n"
           "moved: distance that q's location moved in the second half of the steps.")
-    line = f"{arrays['rate']:,.0f} runs x iterations per second"
-    if "loop_rate" in arrays:
-        line += (f", {arrays['loop_rate']:,.0f} one run after another "
-                 f"(parameters differ by at most {arrays['loop_difference']:.1e})")
-    print(line)
+    print(f"{arrays['rate']:,.0f} runs x iterations per second")
     if "location_gradient" in arrays:
         biased, unbiased, differences = arrays["location_gradient"]
         print(f"gradient of FD by the location at the starts: biased at most {biased.abs().max():g}, unbiased "

@@ -36,7 +36,7 @@ class Unamortised(nn.Module):
         return self.q.expand(len(x), 4)
 
 
-def plain_run(likelihood, objective, optimiser, start, noise, args):
+def run_alone(likelihood, objective, optimiser, start, noise, args):
     """Location and log scale [4] of one Gaussian q after a descent from the location `start` [2] with noise [steps, 2, N]."""
     h, sd = LIKELIHOODS[likelihood]
     encoder = Unamortised(start)
@@ -51,25 +51,24 @@ def plain_run(likelihood, objective, optimiser, start, noise, args):
     return encoder.q.detach()
 
 
-def compare_with_loop(args, device):
-    """Repeat the first `args.compare_loop` steps, one run after another.
+def compare_with_loop(args, steps, device):
+    """Repeat the first `steps` steps of the `Descent` of toy_inference.py's flags, one run after another.
 
-    loop_rate: runs x iterations per second. loop_difference: the largest difference of a parameter from that of `Descent`; two
-    numbers that are not finite agree, and one that is finite in only one of them differs by inf.
+    Returns runs x iterations per second, and the largest difference of a parameter from that of `Descent`; two numbers that are
+    not finite agree, and one that is finite in only one of them differs by inf.
     """
-    together = Descent(argparse.Namespace(**{**vars(args), "iterations": args.compare_loop}), device)
+    together = Descent(argparse.Namespace(**{**vars(args), "iterations": steps}), device)
     noise = []
-    while together.step < args.compare_loop:
+    while together.step < steps:
         noise.append(together.noise())
         together.advance(noise[-1])
     noise = torch.cat(noise)[:, :, 0, :, 0, 0]  # [steps, 2, N, K]
     axes = (args.likelihoods, args.objectives, OPTIMISERS, range(together.starts.shape[1]))
     began, difference = time.perf_counter(), 0.0
     for (l, likelihood), (i, objective), (p, optimiser), (k, _) in itertools.product(*map(enumerate, axes)):
-        alone = plain_run(likelihood, objective, optimiser, together.starts[:, k], noise[..., k], args)
+        alone = run_alone(likelihood, objective, optimiser, together.starts[:, k], noise[..., k], args)
         ours = together.params[:, :, l, i, p, k].flatten()
         lost = ~(alone.isfinite() | ours.isfinite())
         gap = (alone - ours).abs().masked_fill(lost, 0).nan_to_num(nan=math.inf, posinf=math.inf)
         difference = max(difference, gap.max().item())  # waits for the device, so the clock measures its work
-    rate = together.params[0, 0].numel() * args.compare_loop / (time.perf_counter() - began)
-    return {"loop_rate": torch.tensor(rate), "loop_difference": torch.tensor(difference)}
+    return together.params[0, 0].numel() * steps / (time.perf_counter() - began), difference
