@@ -12,7 +12,6 @@ from small_runs import ROOT, environment
 
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
          for place in ("*.py", "vsm/**/*.py", "studies/**/*.py", "benchmarks/**/*.py") for path in ROOT.glob(place)}
-PUBLISH = {"plots", "audit"}  # scripts that may import studies and benchmarks
 
 
 def imports():
@@ -32,12 +31,6 @@ def imports():
                 if other in FILES:
                     mine.setdefault(other, set()).add(name)
     return found
-
-
-def test_what_trains_imports_nothing_that_publishes_or_benchmarks():
-    below = [(module, other) for module, others in imports().items() for other in others if module.split(".")[0] not in
-             ("studies", "benchmarks", *PUBLISH) and other.split(".")[0] in ("studies", "benchmarks", *PUBLISH)]
-    assert below == []
 
 
 def test_no_module_imports_itself_by_way_of_others():
