@@ -11,7 +11,6 @@ turns, with the smallest and the largest. The mode `reference` is the step as on
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 import math
 import os
 from functools import partial
@@ -30,7 +29,7 @@ from metrics import iw_log_likelihood
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN, label
 from training import ImageTrainer
-from vsm.cli import Formatter, command_line, positive
+from vsm.cli import Parser, command_line, positive
 from vsm.cuda_graphs import cpp_compiler
 from vsm.device import pick_device, set_precision
 from vsm.names import flag_name
@@ -207,7 +206,7 @@ def recipe_of_the_paper(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__)
     flag = parser.add_argument_group("experiment").add_argument
     flag("--part", choices=(*PARTS, "all"), default="images", help="what is timed: images: every pair; batch: KLD-F against "
          "the size of the minibatch; ensemble: 2-D VAEs against a loop over seeds; toy: toy inference against a loop over runs; "

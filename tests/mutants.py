@@ -27,7 +27,8 @@ import torchvision.models.resnet  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 WIRING, OBJECTIVES, SPEED, CAPTURE = (f"tests/test_{name}.py" for name in ("wiring", "objectives", "speed", "capture"))
 STAND_IN = "tests/test_cuda.py::test_what_capture_does_besides_cuda"
-TESTS = {"training.py": [WIRING, STAND_IN, CAPTURE], "train_synthetic.py": [WIRING, SPEED, CAPTURE], "train_images.py": [WIRING],
+TESTS = {"vsm/flags.py": [WIRING, SPEED], "vsm/bilevel.py": [WIRING, SPEED],
+         "training.py": [WIRING, STAND_IN, CAPTURE], "train_synthetic.py": [WIRING, SPEED, CAPTURE], "train_images.py": [WIRING],
          "vsm/gamma.py": ["tests/test_gamma.py"], "vsm/cuda_graphs.py": [SPEED, STAND_IN],
          "vsm/linear.py": ["tests/test_theory.py"], "studies/convergence.py": ["tests/test_study.py"],
          "objectives.py": [WIRING, OBJECTIVES], "models.py": ["tests/test_models.py", WIRING], "vsm/distributions_2d.py": [

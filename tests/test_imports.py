@@ -33,17 +33,24 @@ def imports():
     return found
 
 
+def test_what_trains_imports_nothing_that_publishes_or_benchmarks():
+    folders, scripts = ("studies", "benchmarks"), ("plots", "audit")  # the two scripts publish too
+    below = [(module, other) for module, others in imports().items() for other in others
+             if module.split(".")[0] not in (*folders, *scripts) and other.split(".")[0] in (*folders, *scripts)]
+    assert below == []
+
+
 def test_no_module_imports_itself_by_way_of_others():
     list(TopologicalSorter(imports()).static_order())  # raises CycleError
 
 
 def test_a_figure_module_is_imported_for_figures_alone():
-    """Other modules take from it functions figure(runs, save) only; style.py is for figure modules."""
+    """Other modules take from it functions figure(runs, save) and draw_run(run) only; style.py is for figure modules."""
     for module, others in imports().items():
         for other, names in others.items():
             if ".figure" in other and ".figure" not in module:
                 figures = {node.name for node in ast.parse(FILES[other].read_text()).body if isinstance(node, ast.FunctionDef)
-                           and [arg.arg for arg in node.args.args] == ["runs", "save"]}
+                           and [arg.arg for arg in node.args.args] in (["runs", "save"], ["run"])}
                 assert names <= figures | {None}, (module, other)
 
 
