@@ -28,7 +28,7 @@ from data import moved_folder
 from training import EVALUATION, seed_of
 from vsm.cli import Formatter, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
-from vsm.fid import fids, prior_metrics, reference_set
+from vsm.fid import fids, mmd_nulls, reference_set
 from vsm.figures import images, latents, pictures
 from vsm.image_table import Measured, by_data_and_pair, write_table
 from vsm.loading import epochs_trained, flags_of, load_vae, place_of_images
@@ -203,9 +203,9 @@ def evaluate_run(folder, config, status, args, device):
     print(f"{folder}: evaluating")
     vae, seed = load_vae(folder, device), seed_of(flags["seed"], EVALUATION)
     generator = torch.Generator(device).manual_seed(seed)
-    result = fids(vae, reference, flags["noise"], generator) if reference.network else {}
+    result = fids(vae, reference, flags["noise"], generator, kid=True) | reference.floor if reference.network else {}
     generator.manual_seed(seed)
-    result |= prior_metrics(vae, reference, generator)
+    result |= mmd_nulls(vae, len(reference.images), generator)
     result |= data_metrics(vae, reference.images[:args.images], flags["noise"], args.iw_samples, generator)
     save_arrays(save, {**config, "evaluation": settings}, status=status, **result)
 

@@ -171,13 +171,6 @@ def precision_recall(real, fake, k=5, block=1000):
             "coverage": covered.double().mean()}
 
 
-def sample_images(vae, n, generator, block=500):
-    """Decoder means g(z) of n draws z from the prior, without the likelihood's pixel noise: uint8 [n, C, H, W]."""
-    with evaluating(vae):
-        z = vae.sample(vae.prior, vae.noise(vae.prior, n, generator), relaxed=False)
-        return torch.cat([quantise(vae.decode(part)) for part in z.split(block)])
-
-
 def quantise(images):
     """Images in [0, 1] as uint8, rounded. nan and -inf become black, +inf becomes white."""
     return (images.nan_to_num().clamp(0, 1) * 255).round().byte()

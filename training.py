@@ -180,8 +180,7 @@ class ImageTrainer(TrainingState):
                  infer_samples=None, lr_half_life=None, one_pass=False, gamma="learned"):
         if len(images) < batch:
             raise UserError(f"{len(images)} training images are fewer than one minibatch of {batch}; use a smaller --batch")
-        if not (LEARN[learn].joint or infer == "fd-repar"):  # a double backward, mostly of batch norm, is slower in channels_last
-            to_channels_last(vae)
+        to_channels_last(vae, learn, infer)
         self.images, self.learn, self.infer, self.estimator = images, learn, infer, estimator
         self.samples, self.infer_samples, self.inner_steps = samples, infer_samples or samples, inner_steps
         self.one_pass = one_pass

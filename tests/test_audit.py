@@ -27,6 +27,14 @@ def test_right_objectives_pass(name, options, notes):
     assert not [finding for finding in found.values() if finding.verdict == "WRONG"]
 
 
+def test_the_numbers_of_the_released_estimator_are_those_of_images():
+    """On vectors it couples the data of a minibatch and has no fixed point; the paper's images have kappa 1 + 1/N."""
+    found, arrays = auditing.check_contraction("bao", {"estimator": "released"}, 0)
+    assert arrays["kappa"][1] == pytest.approx([2, 1.5, 1.2, 1.05], abs=1e-6)
+    assert (arrays["kappa_limit"], arrays["kappa_slope"]) == pytest.approx((1, 1), abs=1e-6)
+    assert [finding.verdict for finding in found] == ["ok", "ok", "note"]
+
+
 def test_a_composition_is_named():
     (swersky,), _ = auditing.check_composition("swersky", {"estimator": "plugin"}, 0)
     (elbo,), _ = auditing.check_composition("elbo", {}, 0)

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import train_images
-from metrics import evaluate_images, feature_statistics, frechet_distance, sample_images
+import vsm.fid
+from metrics import evaluate_images, feature_statistics, frechet_distance, mmd_null_sd, quantise
 from models import build_vae
+from training import EVALUATION, seed_of
 from vsm.features import Features
-from vsm.fid import Reference, aggregate_posterior, fids, reference_of
+from vsm.fid import Reference, aggregate_posterior, fids, mmd_nulls, reference_of
 from vsm.runs import load_arrays, load_checkpoint
 
 SMALL = ["--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "3", "--inner-steps", "2",
@@ -47,6 +50,52 @@ def test_fids_along_training_change_no_weight(digits, tmp_path, no_pictures):
     assert measured["fid"][2] != measured["fid_aggregate"][2] != measured["fid_reconstruction"][2]
 
 
+@pytest.mark.parametrize("learn", ["fd", "fae"])  # fae trains in another memory format
+def test_eval_npz_and_the_run_have_the_same_fids_to_the_bit(digits, tmp_path, no_pictures, monkeypatch, learn):
+    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: None)
+    run = tmp_path / "run"
+    measured, _ = train(digits, run, "--learn", learn, "--noise", 0.4, "--fid-every", 1, "--epochs", 1)
+    evaluate.main(evaluate.parse_args([str(run), "--images", "20", "--iw-samples", "2", "--device", "cpu", "--out",
+                                       str(tmp_path / "out")]))
+    arrays = load_arrays(run / "eval.npz")
+    assert [arrays[name] for name in vsm.fid.FIDS] == [measured[name][-1] for name in vsm.fid.FIDS]
+    torch.manual_seed(0)
+    vae = build_vae("mlp", (1, 32, 32), 3)
+    null = mmd_nulls(vae, 60, torch.Generator().manual_seed(seed_of(0, EVALUATION)))  # of 60 test images, not of 20
+    assert arrays["latent_mmd_null_sd"] == null["latent_mmd_null_sd"]
+
+
+def test_the_aggregate_posterior_has_the_moments_of_all_noisy_images(images, monkeypatch):
+    """600 images are two blocks of fids; q has a standard deviation well below one, whose square differs from it."""
+    torch.manual_seed(0)
+    vae, many, noise = build_vae("mlp", (1, 32, 32), 3, width=8), images.repeat(10, 1, 1, 1), 0.4
+    vae.encoder[-1][-1].bias.data[3:] = -1.5
+    network = Features(torch.nn.Flatten(), {})
+    network.network.forward = lambda x: x[:, 0, ::8, ::8].flatten(1).float()
+    found = []
+    monkeypatch.setattr(vsm.fid, "aggregate_posterior", lambda *law: found.append(law[1:]) or aggregate_posterior(*law))
+    fids(vae, Reference(many, network, None, feature_statistics(network(many)), {}, {}), noise, torch.Generator().manual_seed(5))
+    generator, means, squares = torch.Generator().manual_seed(5), [], []
+    for clean in (many[:500], many[500:]):
+        x = clean / 255 + noise * torch.randn(clean.shape, generator=generator)
+        with torch.no_grad():
+            q = vae.encode(x)
+        vae.noise(q, 1, generator)
+        means.append(q.mean)
+        squares.append(q.mean**2 + q.stddev**2)
+    torch.testing.assert_close(found[0], (torch.cat(means).mean(0), torch.cat(squares).mean(0)))
+
+
+def test_the_null_of_the_mmd_is_that_of_all_latents_though_it_comes_from_2000():
+    vae = build_vae("mlp", (1, 2, 2), 2, width=4)
+    few, many = (mmd_nulls(vae, n, torch.Generator().manual_seed(0)) for n in (2000, 5000))
+    for name in few:
+        variance = [4 / (n * (n - 1)) + 4 / n**2 for n in (2000, 5000)]
+        assert (few[name] / many[name]).item() == pytest.approx((variance[0] / variance[1]) ** 0.5, rel=1e-9), name
+    z1, z2 = torch.randn(2, 2000, 2, generator=torch.Generator().manual_seed(0))
+    assert few["latent_mmd_scaled_null_sd"] == pytest.approx(mmd_null_sd(z1, z2, 2000, scaled=True).item(), rel=0.2)
+
+
 def test_fid_every_is_a_multiple_of_eval_every_and_wants_features(digits, tmp_path, fails):
     assert "--fid-every 3 is not a multiple of --eval-every 2" in fails(train_images, "--eval-every", 2, "--fid-every", 3)
 
@@ -67,7 +116,8 @@ def test_the_three_fids_are_those_of_their_definitions(digits, images):
 
     q = vae.encode(images.float() / 255)
     decoder, encoder = vae.decoder, vae.encoder
-    assert result["fid"] == pytest.approx(fid(sample_images(vae, 60, torch.Generator().manual_seed(2))).item(), rel=0.05)
+    samples = quantise(vae.decode(torch.randn(60, 3, generator=torch.Generator().manual_seed(2))))
+    assert result["fid"] == pytest.approx(fid(samples).item(), rel=0.05)
     # A posterior that is a point turns the reconstruction's FID into that of the reconstructed images.
     vae.encoder = torch.nn.Sequential(encoder, Pinned())
     pinned = fids(vae, reference, 0.0, torch.Generator().manual_seed(1))

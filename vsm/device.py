@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from objectives import LEARN
 from vsm.cli import UserError
 
 
@@ -56,11 +57,15 @@ def set_precision(precision, device):
     torch.backends.cudnn.benchmark = True
 
 
-def to_channels_last(model):
-    """Lay out the weights of convolutions channels last, which is faster, and return the model.
+def to_channels_last(model, learn, infer):
+    """Lay out the weights of convolutions channels last where that trains faster with these objectives, and return the model.
 
-    The order of a convolution's sums depends on the layout, so whoever wants equal bits must call this too.
+    A double backward through the networks, mostly that of batch norm, is slower so. The order of a convolution's sums depends on
+    the layout, so whoever wants the bits of training must call this too.
     """
+    if LEARN[learn].joint or infer == "fd-repar":
+        return model
+
     def crashes(m):  # PyTorch 2.14 corrupts the heap in the backward pass of these on a CPU
         return isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 8
 

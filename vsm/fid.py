@@ -15,7 +15,6 @@ from metrics import (
     latent_mmd,
     mmd_null_sd,
     quantise,
-    sample_images,
 )
 from vsm.cache import cache_folder, digest
 from vsm.cli import UserError
@@ -79,14 +78,11 @@ def distances(features1, features2):
     return {"fid": fid, "kid": kid, "kid_subset_sd": sd, "kid_full": latent_mmd(features1, features2, scaled=True)}
 
 
-def prior_metrics(vae, reference, generator):
-    """FID and KID of n model samples against n test images, the floor, and the latent MMD's sd where both laws are the prior."""
-    n = len(reference.images)
+def mmd_nulls(vae, n, generator):
+    """The sd of the latent MMD of n latents of the prior against n others, for the paper's kernel and for the scaled one."""
     z1, z2 = (vae.sample(vae.prior, vae.noise(vae.prior, min(n, 2000), generator), relaxed=False) for _ in range(2))
-    result = {"latent_mmd_null_sd": mmd_null_sd(z1, z2, n), "latent_mmd_scaled_null_sd": mmd_null_sd(z1, z2, n, scaled=True)}
-    if reference.network:
-        result |= distances(reference.network(sample_images(vae, n, generator)), reference.features)
-    return {name: value.cpu() for name, value in result.items()} | reference.floor
+    return {"latent_mmd_null_sd": mmd_null_sd(z1, z2, n).cpu(),
+            "latent_mmd_scaled_null_sd": mmd_null_sd(z1, z2, n, scaled=True).cpu()}
 
 
 def aggregate_posterior(vae, mean, second_moment):
@@ -99,16 +95,21 @@ def aggregate_posterior(vae, mean, second_moment):
     return Independent(Normal(mean, (second_moment - mean**2).clamp_min(0).sqrt(), validate_args=False), 1, validate_args=False)
 
 
-def fids(vae, reference, noise, generator, block=500):
+def fids(vae, reference, noise, generator, kid=False, block=500):
     """FIDs of n = len(reference.images) decoder means against those clean test images, 0-d CPU tensors.
+
+    Training and evaluate.py call this with equal generators, so that their FIDs are equal to the bit. With `kid`, the images of
+    the prior have all `distances`.
 
     fid: z from the prior. fid_aggregate: z from `aggregate_posterior` over the test images with noise of sd `noise`.
     fid_reconstruction: one z from q(z|x) of each of these noisy images. A model that reconstructs well, but whose aggregate
     posterior is far from the prior, has a low fid_reconstruction and a fid far above fid_aggregate.
     """
-    def fid(z):
-        images = torch.cat([quantise(vae.decode(part)) for part in z.split(block)])
-        return frechet_distance(*feature_statistics(reference.network(images)), *reference.statistics)
+    def features(z):
+        return reference.network(torch.cat([quantise(vae.decode(part)) for part in z.split(block)]))
+
+    def fid(features):
+        return frechet_distance(*feature_statistics(features), *reference.statistics)
 
     def sample_latents(q, n):
         return vae.sample(q, vae.noise(q, n, generator), relaxed=False)
@@ -122,5 +123,7 @@ def fids(vae, reference, noise, generator, block=500):
             means.append(q.mean)
             squares.append(q.mean**2 + q.variance)
         aggregate = aggregate_posterior(vae, torch.cat(means).mean(0), torch.cat(squares).mean(0))
-        from_prior, from_aggregate = fid(sample_latents(vae.prior, n)), fid(sample_latents(aggregate, n))
-        return dict(zip(FIDS, (from_prior, from_aggregate, fid(torch.cat(zs)))))
+        generated = features(sample_latents(vae.prior, n))
+        result = distances(generated, reference.features) if kid else {"fid": fid(generated)}
+        return result | {"fid_aggregate": fid(features(sample_latents(aggregate, n))),
+                         "fid_reconstruction": fid(features(torch.cat(zs)))}

@@ -89,7 +89,7 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
     if member is not None:
         vae = member_of(vae, member)
     vae = vae.eval().requires_grad_(False).to(device)
-    return to_channels_last(vae) if config["script"] == "train_images" else vae
+    return to_channels_last(vae, flags["learn"], flags["infer"]) if config["script"] == "train_images" else vae
 
 
 def export(run, folder):
