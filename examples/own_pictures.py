@@ -2,11 +2,11 @@
 
     python -m examples.own_pictures folder:my_pictures                # a laptop: about 20 minutes for 64 x 64 pixels
     python -m examples.own_pictures folder:my_pictures --width 64     # a GPU: minutes
-    python -m examples.own_pictures glyphs --updates 2000             # drawn digits, without any files: two minutes
+    python -m examples.own_pictures glyphs                            # drawn digits, without any files: ten minutes
 
 It writes the run's folder under runs/own and a picture there, own_pictures.png, in four rows: pictures that the model has not
-seen, with the training noise; their reconstructions; samples with z from the prior; and samples with z from a mixture of Gaussians
-that is fitted to the latents. Running it again goes on where it was stopped.
+seen, with the training noise; their reconstructions; samples with z from the prior; and samples with z from a mixture of
+Gaussians that is fitted to the latents. Running it again goes on where it was stopped.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
@@ -32,7 +32,8 @@ def parse_args(argv=None):
     parser.add_argument("data", type=data_name, help="folder:PATH, or another name that train_images.py --data takes")
     parser.add_argument("--updates", type=positive, default=7200, help="updates; fewer than 5000 are too few for a good model")
     parser.add_argument("--width", type=positive, default=16, help="base channels of the ConvNets")
-    parser.add_argument("--components", type=positive, default=10, help="Gaussians in the mixture, at most the number of pictures")
+    parser.add_argument("--components", type=positive, default=10,
+                        help="Gaussians in the mixture, at most the number of pictures")
     parser.add_argument("--out", default="runs/own", help="the run's folder")
     return parser.parse_args(argv)
 
@@ -45,7 +46,7 @@ def main(args):
     train_images.main(train_images.parse_args([
         "--data", args.data, "--out", args.out, "--learn", "elbo", "--samples", "1", "--inner-steps", "1", "--one-pass",
         "--width", str(args.width), "--dim-z", "32", "--batch", str(batch), "--epochs", str(epochs), "--lr", "2e-3",
-        "--lr-half-life", str(epochs / 4), "--eval-every", str(-(-epochs // 8))]))
+        "--lr-half-life", str(epochs / 4), "--test-limit", "1000", "--eval-every", str(-(-epochs // 8))]))
 
     vae, sampler = load_vae(args.out), load_sampler(args.out, "mixture", components=args.components)
     generator = torch.Generator().manual_seed(0)
