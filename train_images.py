@@ -118,7 +118,8 @@ def fit(run, args, vae, data, device, stop, bar):
         run, trainer, args.epochs, args.eval_every, lambda: measure(trainer, args, test, reference), stop, bar)
     # A failed run has no pictures: a diverged model depends on when the loop noticed the divergence.
     shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}
-    run.save_metrics(**stack(history), **shown, status=status)
+    features = {"fid_features": " ".join((reference.settings["name"], reference.settings["hash"]))} if reference else {}
+    run.save_metrics(**stack(history), **shown, **features, status=status)
     if shown:
         run.show("samples", shown["samples"])
     print(f"{run.path}: {status}, negative ELBO {history['negative_elbo'][-1]:.1f} nats after {history['epoch'][-1]} epochs")

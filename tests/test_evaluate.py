@@ -100,7 +100,8 @@ def test_table_and_figures_over_seeds_and_figures_redrawn_from_the_arrays_alone(
 def test_eval_npz_holds_what_the_readme_says_and_the_bound_tightens(runs, digits, tmp_path):
     run_evaluate(tmp_path, runs.a)
     arrays = load_arrays(runs.a / "eval.npz")
-    for name in ("fid", "kid", "kid_subset_sd", "kid_full", "fid_floor", "kid_floor", "kid_full_floor", "latent_mmd_null_sd"):
+    for name in ("fid", "fid_infinite", "kid", "kid_subset_sd", "kid_full", "fid_floor", "fid_infinite_floor", "kid_floor",
+                 "kid_full_floor", "latent_mmd_null_sd"):
         assert arrays[name].shape == () and np.isfinite(arrays[name]), name
     assert arrays["iw_samples"].tolist() == [1, 3, 8]
     assert (np.diff(arrays["negative_iw_bound"]) < 0).all()
@@ -252,6 +253,24 @@ def test_groups_differ_in_their_seed_alone():
                                                ("F, inner-steps 1", [4])]
     with pytest.raises(UserError, match="run4 and run5 are the same experiment with the same seed 0"):
         group_by_seed(folders, [*configs, configs[-1]])
+
+
+def test_values_of_different_features_are_in_no_mean(runs, tmp_path):
+    one, other = (shutil.copytree(run, tmp_path / run.name) for run in (runs.a, runs.b))
+    run_evaluate(tmp_path, one, other)
+    table = load_arrays(tmp_path / "table.npz")
+    assert table["features"].tolist() == ["LeNet-5 on mnist"] and np.isfinite(table["fid_infinite_mean"]).all()
+    arrays = load_arrays(other / "eval.npz")
+    config = arrays.pop("config")
+    config["evaluation"]["features"] = {"name": "Another", "hash": "0", "accuracy": None}
+    save_arrays(other / "eval.npz", config, **arrays)
+    for run in (one, other):
+        (run / "checkpoint.pt").unlink()
+    run_evaluate(tmp_path, one, other)
+    table = load_arrays(tmp_path / "table.npz")
+    assert table["features"].tolist() == ["Another, LeNet-5 on mnist"] and np.isfinite(table["negative_elbo_mean"]).all()
+    assert np.isnan([table[f"{key}_mean"] for key in ("fid", "fid_infinite", "kid_x1000", "fid_aggregate")]).all()
+    assert (tmp_path / "table.md").read_text().count("floor: 60 training images") == 2
 
 
 # -------------------------------------------------------------------------------------- nothing stale, lost or silent

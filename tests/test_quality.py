@@ -42,7 +42,8 @@ def test_fids_along_training_change_no_weight(digits, tmp_path, no_pictures):
     assert all(torch.equal(tensor, same["tensors"][name]) for name, tensor in weights["tensors"].items())
     assert all(torch.equal(one, other) for one, other in zip(weights["generators"], same["generators"]))
     new = {"fid", "fid_aggregate", "fid_reconstruction"}
-    assert measured.keys() - plain.keys() == new
+    assert measured.keys() - plain.keys() == new | {"fid_features"}
+    assert str(measured["fid_features"]).startswith("LeNet-5 on mnist ")
     assert all(np.array_equal(plain[name], measured[name], equal_nan=plain[name].dtype.kind == "f")
                for name in plain if name not in ("seconds", "peak_memory", "config"))
     for name in new:

@@ -11,6 +11,7 @@ from data import load_images
 from metrics import (
     feature_statistics,
     frechet_distance,
+    frechet_distance_at_infinity,
     kernel_distance,
     latent_mmd,
     mmd_null_sd,
@@ -64,7 +65,7 @@ def reference_set(name, root, test_limit, inception_weights, device):
         features = network(test)
         return {"features": features, **{f"{key}_floor": value for key, value in distances(network(train), features).items()}}
 
-    arrays = load_or_make(cache_folder() / f"reference-{digest(train, test)}-{network.description['hash']}.npz", make)
+    arrays = load_or_make(cache_folder() / f"fid-reference-{digest(train, test)}-{network.description['hash']}.npz", make)
     features = torch.from_numpy(arrays["features"])
     floor = {key: value for key, value in arrays.items() if key.endswith("_floor")}
     settings["features"] = network.description
@@ -72,10 +73,14 @@ def reference_set(name, root, test_limit, inception_weights, device):
 
 
 def distances(features1, features2):
-    """FID and KID between two sets of features [n, d]: KID over subsets, mean and sd, and over all pairs; not scaled by 1000."""
+    """FID and KID between two sets of features [n, d]; neither is multiplied by 1000.
+
+    FID is that of n samples and of infinitely many. KID is the mean and sd over subsets, and that over all pairs.
+    """
     fid = frechet_distance(*feature_statistics(features1), *feature_statistics(features2))
     kid, sd = kernel_distance(features1, features2)
-    return {"fid": fid, "kid": kid, "kid_subset_sd": sd, "kid_full": latent_mmd(features1, features2, scaled=True)}
+    return {"fid": fid, "fid_infinite": frechet_distance_at_infinity(features1, features2), "kid": kid, "kid_subset_sd": sd,
+            "kid_full": latent_mmd(features1, features2, scaled=True)}
 
 
 def mmd_nulls(vae, n, generator):

@@ -13,12 +13,14 @@ from vsm.stored_runs import StoredRun
 from vsm.tables import count_failures, failed, failures_text, markdown_table, mean_and_error_text
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
-COLUMNS = {"fid": "FID", "kid_x1000": "KID x1000", "fid_aggregate": "FID, aggregate", "fid_reconstruction": "FID, posterior",
-           "negative_elbo": "-ELBO", "negative_iw_bound": "-IW bound", "reconstruction_mse": "MSE", "latent_mmd": "MMD^2",
-           "posterior_fd": "posterior FD", "active_second_moment": "E z^2"}
+COLUMNS = {"fid": "FID", "fid_infinite": "FID, infinite n", "kid_x1000": "KID x1000", "fid_aggregate": "FID, aggregate",
+           "fid_reconstruction": "FID, posterior", "negative_elbo": "-ELBO", "negative_iw_bound": "-IW bound",
+           "reconstruction_mse": "MSE", "latent_mmd": "MMD^2", "posterior_fd": "posterior FD", "active_second_moment": "E z^2"}
 AXES = ("data", "net", "infer", "learn", "seed")  # flags that the table's other columns show
 NOTES = """- mean ± standard error over the runs, which differ in their seed; a run that diverged or exploded is in no mean
 - lower is better, except for E z^2, which is that of the active latents under the aggregate posterior; it is 1 under the prior
+- FID and KID are those of the features in the row; values of other features are not comparable
+- FID, infinite n: extrapolated from all and from half of the images, which removes most of the bias of few images
 - FID, aggregate: z from a Gaussian with the mean and diagonal variance of the aggregate posterior in place of the prior
 - FID, posterior: one posterior sample of each test image, decoded""".splitlines()
 
@@ -37,6 +39,12 @@ class Measured(NamedTuple):
     @property
     def failed(self):
         return failed(self.status)
+
+    @property
+    def features(self):
+        """The name and the hash of the network behind FID and KID; None without one."""
+        network = self.evaluation["config"]["evaluation"].get("features") if self.evaluation else None
+        return network and (network["name"], network["hash"])
 
     def numbers(self):
         """{column: value} with NaN for what was not measured."""
@@ -67,12 +75,16 @@ def write_table(measured, out):
 
 
 def row_of(name, members):
-    """The row of a group of seeds: {column of table.npz: value}."""
+    """The row of a group of seeds: {column of table.npz: value}. FID and KID are NaN where the seeds' features differ."""
     config, ok = members[0].run.config, [each.numbers() for each in members if not each.failed]
+    features = sorted({each.features for each in members} - {None})
     row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "n": len(ok),
-           **count_failures([each.status for each in members]), **published(config)}
+           **count_failures([each.status for each in members]), "features": ", ".join(network for network, _ in features),
+           **published(config)}
     for key in COLUMNS:
         values = np.array([numbers[key] for numbers in ok], float)
+        if len(features) > 1 and key.startswith(("fid", "kid")):
+            values[:] = np.nan
         row[f"{key}_mean"] = values.mean() if len(values) else np.nan
         row[f"{key}_se"] = values.std(ddof=1) / len(values)**0.5 if len(values) > 1 else np.nan
     return row
@@ -92,7 +104,7 @@ def references_of(measured):
     for each in measured:
         if each.evaluation:
             settings, flags = each.evaluation["config"]["evaluation"], each.run.config["flags"]
-            key = settings["data"], settings["test_images"], settings.get("digest")
+            key = settings["data"], settings["test_images"], settings.get("digest"), each.features
             floor = {name: value for name, value in each.evaluation.items() if name.endswith("_floor")}
             reference = references.setdefault(key, {"settings": settings, "floor": floor, "null_sd": {}})
             reference["null_sd"][f"{flags['dim_z']} {flags['latent']} latents"] = each.evaluation["latent_mmd_null_sd"]
@@ -104,13 +116,13 @@ def table_of(rows, references):
 
     The floor is the FID and KID of as many training images.
     """
-    header = ["data", "net", "objectives", "runs"]
+    header = ["data", "net", "objectives", "runs", "features"]
     for key, title in COLUMNS.items():
         header += [title, "paper"] if f"paper_{key}" in rows[0] else [title]
     lines = []
     for row in rows:
         others = f" (+{failures})" if (failures := failures_text(row)) else ""
-        line = [row["data"], row["net"], row["objectives"], f"{row['n']}{others}"]
+        line = [row["data"], row["net"], row["objectives"], f"{row['n']}{others}", row["features"]]
         for key in COLUMNS:
             line.append(mean_and_error_text(row[f"{key}_mean"], row[f"{key}_se"]))
             if f"paper_{key}" in row:
@@ -119,10 +131,12 @@ def table_of(rows, references):
     for reference in references:
         if floor := reference["floor"]:
             settings = reference["settings"]
-            line = [settings["data"], "", f"floor: {settings['test_images']} training images", "",
-                    mean_and_error_text(floor["fid_floor"]), "", mean_and_error_text(1000 * floor["kid_floor"])]
-            lines.append(line + [""] * (len(header) - len(line)))
-    return markdown_table(header, lines, "llll" + "r" * (len(header) - 4))
+            cells = {"data": settings["data"], "objectives": f"floor: {settings['test_images']} training images",
+                     "features": settings["features"]["name"], COLUMNS["fid"]: mean_and_error_text(floor["fid_floor"]),
+                     COLUMNS["fid_infinite"]: mean_and_error_text(floor.get("fid_infinite_floor", np.nan)),
+                     COLUMNS["kid_x1000"]: mean_and_error_text(1000 * floor["kid_floor"])}
+            lines.append([cells.get(title, "") for title in header])
+    return markdown_table(header, lines, "lllll" + "r" * (len(header) - 5))
 
 
 def budget_note(configs):

@@ -147,6 +147,9 @@ def draw_curves(ax, groups, name):
     title, scale = CURVES[name]
     if name.startswith("fid"):  # not measured at every evaluation
         groups = measured(groups, name)
+        networks = {str(arrays["fid_features"]).rpartition(" ")[0] for _, members in groups for arrays in members
+                    if "fid_features" in arrays}
+        title = title.replace("FID", f"FID ({', '.join(sorted(networks))})") if networks else title
     lines = draw_lines(ax, groups, "epoch", name, start=1 if name in ("negative_elbo", "reconstruction", "kl") else 0)
     ax.set(xlabel="epoch", title=title)
     whole_ticks(ax.xaxis, 5)
