@@ -195,7 +195,7 @@ def test_every_flag_of_the_image_script_reaches_the_trainer(digits, tmp_path, mo
     given = {}
 
     def stop(vae, images, **options):
-        given.update(options)
+        given.update(options, vae=vae)
         raise ZeroDivisionError
 
     monkeypatch.setattr(train_images, "ImageTrainer", stop)
@@ -203,6 +203,9 @@ def test_every_flag_of_the_image_script_reaches_the_trainer(digits, tmp_path, mo
         train_images.main(train_images.parse_args([*words, "--net", "mlp", "--width", "4", "--dim-z", "2", "--data", "mnist",
                                                    "--data-root", str(digits), "--device", "cpu", "--no-graph", "--out",
                                                    str(tmp_path / "run")]))
+    torch.manual_seed(seed_of(9, INIT))
+    expected = build_vae("mlp", (1, 32, 32), 2, width=4, init_sd=1).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in given.pop("vae").state_dict().items())
     assert given == flags | {"graph": False, "one_pass": False}
 
 
