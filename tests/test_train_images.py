@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import torch
 
 import train_images
 import training
+from data import load_images
+from metrics import quantise
 from objectives import INFER, LEARN, label
+from training import EVALUATION, seed_of
 from vsm.runs import load_arrays, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -99,6 +103,24 @@ def test_resumed_equals_undisturbed_in_process(digits, tmp_path, monkeypatch, le
     assert "status" not in load_arrays(tmp_path / "halved" / "metrics.npz")
     train(digits, tmp_path / "halved", "--learn", learn)
     assert_equal_runs(tmp_path / "whole", tmp_path / "halved")
+
+
+@pytest.mark.parametrize("epoch, due", [(3, False), (4, True)])
+def test_an_evaluation_has_the_noise_and_the_seed_of_its_run(monkeypatch, epoch, due):
+    monkeypatch.setattr(train_images, "evaluate_images", lambda vae, images, noise, seed=0: {"row": (noise, seed)})
+    monkeypatch.setattr(train_images, "fids", lambda vae, reference, noise, generator: {
+        "fid": (noise, generator.initial_seed(), reference)})
+    args, trainer = SimpleNamespace(seed=4, noise=0.3, fid_every=2), SimpleNamespace(vae=None, step=3 * epoch, steps_per_epoch=3)
+    row = train_images.measure(trainer, args, torch.zeros(1), "reference")
+    assert row["row"] == (0.3, seed_of(4, EVALUATION))
+    assert row["fid"] == (0.3, seed_of(4, EVALUATION), "reference") if due else row["fid"].isnan()
+
+
+def test_the_inputs_that_a_run_keeps_have_its_noise(digits, tmp_path):
+    inputs = train(digits, tmp_path / "run", "--noise", 0.4, "--seed", 2, "--epochs", 1)["inputs"]
+    clean = load_images("mnist", digits).test
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed_of(2, EVALUATION)))
+    np.testing.assert_array_equal(inputs, quantise(clean / 255 + 0.4 * noise))
 
 
 def test_finished_runs_are_skipped_and_overwrite_redoes(digits, run, capsys):
