@@ -18,6 +18,7 @@ the parts: posteriors, gradients, descent, and the numbers at the end.
 
 import vsm.quiet  # noqa: F401  # isort: skip
 
+from training import train
 from vsm.cli import Parser, command_line, positive, positive_float, seed_number
 from vsm.device import pick_device
 from vsm.figures import toys
@@ -27,7 +28,6 @@ from vsm.toys.descent import OPTIMISERS, Descent
 from vsm.toys.ends import location_gradients, print_ends, where_runs_ended
 from vsm.toys.gaussians import compare_gradients
 from vsm.toys.gradients import FAMILIES, GRADIENTS
-from vsm.toys.loop import run_to_the_end
 from vsm.toys.mixtures import Mixtures, how_well_mixtures_fit, print_mixtures
 from vsm.toys.posteriors import LIKELIHOODS, Grid
 
@@ -40,7 +40,7 @@ OBJECTIVES = ["fd-repar", "fd", "kld"]  # those of the published figures
 def fit_from_every_start(args, device, run):
     """Figure 2 and A.5.3: one Gaussian or Laplace q from every start, by every objective and optimiser."""
     descent = Descent(args, device)
-    run_to_the_end(descent, run)
+    train(run, descent, args.iterations)
     grid = Grid(descent.posterior, device)
     arrays = {**descent.arrays(), **grid.picture(), **where_runs_ended(descent, grid)}
     if args.family == "laplace":
@@ -52,7 +52,7 @@ def fit_from_every_start(args, device, run):
 def fit_mixtures(args, device, run):
     """Figure 5: mixtures of Gaussians by the Fisher divergence with z held fixed."""
     mixtures = Mixtures(args, device)
-    run_to_the_end(mixtures, run)
+    train(run, mixtures, args.iterations)
     grid = Grid(mixtures.posterior, device)
     arrays = {**mixtures.arrays(), **grid.picture(), **how_well_mixtures_fit(mixtures.fit(), mixtures.posterior, grid)}
     print_mixtures(arrays, args)

@@ -21,7 +21,7 @@ from data import load_images
 from metrics import evaluate_images, quantise
 from objectives import LEARN, label
 from training import EVALUATION, INIT, ImageTrainer, decay, drain, seed_of, stack, updates
-from vsm.cli import UserError, command_line, progress, stopping
+from vsm.cli import UserError, command_line, progress, stopping, while_slow
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.fid import FIDS, fids, reference_of
 from vsm.figures.run import draw_run
@@ -81,6 +81,10 @@ def load(args):
     data = load_images(*data_of(args))
     if args.batch > len(data.train):
         raise UserError(f"--batch {args.batch} is more than the {len(data.train)} training images")
+    minibatches = len(data.train) // args.batch * args.epochs
+    if minibatches < args.inner_steps and not LEARN[args.learn].joint:
+        raise UserError(f"{minibatches} minibatches in all are fewer than the {args.inner_steps} of one decoder update; "
+                        "raise --epochs, or lower --batch or --inner-steps")
     if len(data.test) < 2:
         raise UserError(f"{args.data} has fewer than two test images here; MMD and FID compare pairs of images")
     return data
@@ -114,8 +118,12 @@ def fit(run, args, vae, data, device, stop, bar):
                       one_pass=args.one_pass, gamma=args.gamma)
     test = data.test.to(device)
     reference = reference_of(test, args.data, args.data_root) if args.fid_every else None
-    status, history = yield from updates(
-        run, trainer, args.epochs, args.eval_every, lambda: measure(trainer, args, test, reference), stop, bar)
+
+    def evaluate():
+        with while_slow(f"evaluating {len(test):,} images"):
+            return measure(trainer, args, test, reference)
+
+    status, history = yield from updates(run, trainer, args.epochs, args.eval_every, evaluate, stop, bar)
     # A failed run has no pictures: a diverged model depends on when the loop noticed the divergence.
     shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}
     features = {"fid_features": " ".join((reference.settings["name"], reference.settings["hash"]))} if reference else {}

@@ -4,6 +4,7 @@ Read `ImageTrainer.update` first: it is one whole step. `train_synthetic.py` has
 As in objectives.py, phi are the encoder's parameters and theta the decoder's and log_gamma.
 """
 
+import math
 import time
 
 import numpy as np
@@ -89,11 +90,43 @@ def latent_noise(vae, x, samples, generator):
     return vae.noise(vae.prior.expand(x.shape[:1]), samples, generator)
 
 
-class TrainingState:
+class Resumable:
+    """What the loop `updates` trains and checkpoints: a step counter, tensors and generators.
+
+    A subclass defines `state`, {name: tensor} of all that a step changes, and `run_step`, which advances `step` by one or more,
+    and sets `generators` and the `seeds` that restart them on another kind of device.
+    """
+    step, steps_per_epoch, unit, diverged = 0, 1, "iteration", None
+
+    def progress(self, rate):
+        """The numbers beside the progress bar; `rate` is in updates a second."""
+        return {}
+
+    def save(self):
+        return {"step": self.step, "generators": [generator.get_state() for generator in self.generators],
+                "tensors": {name: tensor.cpu() for name, tensor in self.state().items()}}
+
+    @torch.no_grad()
+    def load(self, saved):
+        """Restore what save() returned. Raises UserError and changes nothing where `saved` does not fit."""
+        mine = self.save()
+        difference = mismatch(saved, {**mine, "generators": [torch.Tensor] * len(mine["generators"])})
+        if difference or saved["step"] < 0:
+            raise UserError("the checkpoint is not of what these flags train "
+                            f"({difference or 'its step is negative'}) and is kept as it is; move it away or use --overwrite to "
+                            "start the run again")
+        for name, tensor in self.state().items():
+            tensor.copy_(saved["tensors"][name])
+        self.step = saved["step"]
+        for generator, state, seed in zip(self.generators, saved["generators"], self.seeds):
+            restore_generator(generator, state, seed_of(seed, NOISE, self.step))
+
+
+class TrainingState(Resumable):
     """The state of a trainer: model, clock, sums of losses, divergence, generators, checkpoints, and the switch to CUDA graphs.
 
     A subclass sets `steps_per_epoch`, puts the further tensors that its update changes into `tensors`, and defines `run_step`
-    (which calls `advance`), `progress` and `averages`. The loop `train` uses these and the public members here.
+    (which calls `advance`), `progress` and `averages`.
 
     clock counts updates on the device. diverged_at, of shape `members` (() or, for an ensemble, (S,)), is the clock's value at a
     member's first non-finite loss. sums: [2 groups (phi, theta), quantities, *members]; the last quantity counts the terms.
@@ -106,7 +139,7 @@ class TrainingState:
         self.diverged_at = torch.full(members, NEVER, device=device)
         self.sums = sums.to(device)
         self.graphs = Graphs(device) if graph else None
-        self.step, self.tensors = 0, {}
+        self.tensors = {}
 
     def advance(self, kind, update):
         """Call update(), or replay it from the CUDA graph of its `kind` where the trainer uses graphs."""
@@ -117,6 +150,7 @@ class TrainingState:
             self.graphs.run(kind, update, self.state(), self.captured_generators)
 
     captured_generators = ()  # the generators that draw inside an update
+    unit = "epoch"
 
     def note_divergence(self, *values):
         """Set diverged_at to the clock for each member of which a value is not finite, if it has not diverged before."""
@@ -140,25 +174,6 @@ class TrainingState:
         """Every tensor that a step changes, by name. Loading copies into them, so that captured graphs stay valid."""
         mine = {"clock": self.clock, "sums": self.sums, "diverged_at": self.diverged_at}
         return state_of(self.vae, *self.optimisers) | mine | self.tensors
-
-    def save(self):
-        return {"step": self.step, "generators": [generator.get_state() for generator in self.generators],
-                "tensors": {name: tensor.cpu() for name, tensor in self.state().items()}}
-
-    def load(self, saved):
-        """Restore what save() returned. Raises UserError and changes nothing where `saved` does not fit this trainer."""
-        if isinstance(saved, dict) and "generator" in saved:  # an older version saved one generator under this name
-            saved = {key: value for key, value in saved.items() if key != "generator"} | {"generators": [saved["generator"]]}
-        mine = self.save()
-        if difference := mismatch(saved, {**mine, "generators": [torch.Tensor] * len(mine["generators"])}):
-            raise UserError(f"the checkpoint is of another model than that of these flags ({difference}) and is kept as it is; "
-                            "move it away or use --overwrite to start the run again")
-        for name, tensor in self.state().items():
-            with torch.no_grad():
-                tensor.copy_(saved["tensors"][name])
-        self.step = saved["step"]
-        for generator, state, seed in zip(self.generators, saved["generators"], self.seeds):
-            restore_generator(generator, state, seed_of(seed, NOISE, self.step))
 
 
 class ParameterGroup:
@@ -279,9 +294,8 @@ class ImageTrainer(TrainingState):
 
     def progress(self, rate):
         """The numbers beside the progress bar; `rate` is in updates a second."""
-        infer, learn = (self.sums[:, 0] / self.sums[:, 2]).tolist()
-        return {"infer": f"{infer:.4g}", "learn": f"{learn:.4g}", "gamma": f"{self.vae.log_gamma.exp().item():.2e}",
-                "images/s": f"{rate * self.batch:.0f}"}
+        losses = {name: f"{loss / count:.4g}" for name, (loss, _, count) in zip(("infer", "learn"), self.sums.tolist()) if count}
+        return {**losses, "gamma": f"{self.vae.log_gamma.exp().item():.2e}", "images/s": f"{rate * self.batch:.0f}"}
 
     def averages(self, reset=True):
         """Means since the last reset of the two losses (nats or Fisher divergence) and of the two gradient norms."""
@@ -343,7 +357,7 @@ def restore_generator(generator, state, seed):
 # --------------------------------------------------------------------------------------------------------------- the loop
 
 
-def train(run, trainer, epochs, eval_every, evaluate):
+def train(run, trainer, epochs, eval_every=1, evaluate=None):
     """Train one run by `updates`. Returns the status and the history."""
     with stopping() as stop:
         return drain(updates(run, trainer, epochs, eval_every, evaluate, stop))
@@ -367,7 +381,8 @@ def updates(run, trainer, epochs, eval_every, evaluate, stop, bar=progress):
     is a list of its values per metric. The status is `ok`, or a failure, which is a result: `diverged@<step>` where a loss was
     not finite, `exploded@<step>` where at an evaluation, which then is no row, the metric `kl` was above EXPLODED_KL or NaN.
     `epochs` is a budget: a run that ended with fewer continues, and equals one that had the larger budget from the start.
-    Once `stop` (of `stopping`) is requested, it writes a checkpoint and raises Stopped. bar(total, initial) is the progress bar.
+    Once `stop` (of `stopping`) is requested, it writes a checkpoint and raises Stopped, in an evaluation at once.
+    bar(total, initial) is the progress bar.
     """
     history, seconds = resume(run, trainer, epochs, eval_every)
     total, started = epochs * trainer.steps_per_epoch, time.monotonic() - seconds
@@ -376,47 +391,50 @@ def updates(run, trainer, epochs, eval_every, evaluate, stop, bar=progress):
     def checkpoint():
         run.save_checkpoint({"trainer": trainer.save(), "history": history, "seconds": time.monotonic() - started})
 
-    def record(epoch, tested):
+    def evaluation_is_due():
+        epoch, remainder = divmod(trainer.step, trainer.steps_per_epoch)
+        last = history["epoch"][-1] if history else -1
+        return evaluate and remainder == 0 and epoch > last and (epoch % eval_every == 0 or trainer.step == total)
+
+    def record(tested):
+        epoch = trainer.step // trainer.steps_per_epoch
         row = {"epoch": torch.tensor(epoch), **tested, **trainer.averages(reset=epoch % eval_every == 0),
                "seconds": torch.tensor(time.monotonic() - started), "peak_memory": torch.tensor(peak_memory(trainer.device))}
         for name, value in row.items():
             history.setdefault(name, []).append(value)
         run.save_metrics(**stack(history))
-        run.log(history)
-        checkpoint()
+        run.log(history, members=trainer.diverged_at.shape)
 
     with bar(total, trainer.step) as bar:
-        if not history:
-            record(0, evaluate())
-        while trainer.step < total:
+        while True:
+            evaluates = evaluation_is_due()
+            if evaluates or time.monotonic() - last_look >= LOOK_SECONDS:  # the host waits for the device in this block alone
+                last_look = time.monotonic()
+                if (diverged := trainer.diverged) is not None:
+                    return f"diverged@{diverged}", history
+                bar.set_postfix(trainer.progress(bar.format_dict["rate"] or 0), refresh=False)
+                if evaluates:
+                    try:
+                        with stop.at_once():
+                            tested = evaluate()
+                    except Stopped:
+                        checkpoint()
+                        raise
+                    if trainer.step and not tested.get("kl", 0) <= EXPLODED_KL:
+                        return f"exploded@{trainer.step}", history
+                    record(tested)
+                if evaluates or last_look - last_save > CHECKPOINT_SECONDS:
+                    checkpoint()
+                    last_save = time.monotonic()
             if stop.requested:
                 checkpoint()
                 raise Stopped(stop.requested)
+            if trainer.step >= total:
+                return "ok", history
+            before = trainer.step
             trainer.run_step()
-            bar.update()
+            bar.update(trainer.step - before)
             yield
-            epoch, remainder = divmod(trainer.step, trainer.steps_per_epoch)
-            evaluates = remainder == 0 and (epoch % eval_every == 0 or trainer.step == total)
-            if not evaluates and time.monotonic() - last_look < LOOK_SECONDS:
-                continue
-            # The host waits for the device only below this line.
-            last_look = time.monotonic()
-            if (diverged := trainer.diverged) is not None:
-                return f"diverged@{diverged}", history
-            bar.set_postfix(trainer.progress(bar.format_dict["rate"] or 0), refresh=False)
-            if evaluates:
-                tested = evaluate()
-                if not tested.get("kl", 0) <= EXPLODED_KL:
-                    return f"exploded@{trainer.step}", history
-                record(epoch, tested)
-            elif last_look - last_save > CHECKPOINT_SECONDS:
-                checkpoint()
-            else:
-                continue
-            last_save = time.monotonic()
-        if stop.requested:  # during the last update or evaluation
-            raise Stopped(stop.requested)
-    return "ok", history
 
 
 def resume(run, trainer, epochs, eval_every):
@@ -431,9 +449,11 @@ def resume(run, trainer, epochs, eval_every):
         raise UserError(f"{run.path}/checkpoint.pt is not a checkpoint of this script ({difference}) and is kept as it is; "
                         "move it away")
     trainer.load(saved["trainer"])
-    if trainer.step > epochs * trainer.steps_per_epoch:
-        least = -(-trainer.step // trainer.steps_per_epoch)
-        raise UserError(f"{run.path} has more than {epochs} epochs already; continue it with --epochs of at least {least}")
+    done = trainer.step / trainer.steps_per_epoch
+    if done > epochs:
+        raise UserError(f"{run.path} has more than {epochs} {trainer.unit}s already; continue it with --{trainer.unit}s of at "
+                        f"least {math.ceil(done)}")
+    print(f"{run.path}: resumes at {trainer.unit} {f'{done:,.1f}'.removesuffix('.0')} of {epochs:,}", flush=True)
     history = saved["history"]
     last = int(history["epoch"][-1]) if history.get("epoch") else 0
     if last % eval_every and last < epochs:

@@ -127,7 +127,7 @@ def toy_part(args, device):
     for _ in range(args.repeats):
         descent = toy_inference.Descent(toy, device)
         while descent.step < toy.iterations:
-            descent.advance(descent.noise())
+            descent.run_step(descent.noise())
         runs = descent.params[0, 0].numel()
         times["together"].append(runs / descent.rate)
         times["loop"].append(runs / compare_with_loop(toy, toy.iterations, device)[0])

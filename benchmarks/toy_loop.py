@@ -61,7 +61,7 @@ def compare_with_loop(args, steps, device):
     noise = []
     while together.step < steps:
         noise.append(together.noise())
-        together.advance(noise[-1])
+        together.run_step(noise[-1])
     noise = torch.cat(noise)[:, :, 0, :, 0, 0]  # [steps, 2, N, K]
     axes = (args.likelihoods, args.objectives, OPTIMISERS, range(together.starts.shape[1]))
     began, difference = time.perf_counter(), 0.0

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from vsm.names import aged, pair_name, pair_order, settings_of
+from vsm.names import pair_name, pair_order, settings_of
 from vsm.tables import count_failures, failures_text, markdown_table, mean_and_error, number_text, with_error
 
 COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over the data, is not in use
@@ -54,7 +54,7 @@ def table_of_2d_runs(loaded):
         mine = [arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data]
         configs = [arrays["config"] for arrays in mine]
         group = sorted(zip(mine, settings_of(configs, of_model + of_training), settings_of(configs, of_model)),
-                       key=lambda run: ([aged(run[0]["config"]["flags"], ["gamma"]).get(key, 0)
+                       key=lambda run: ([run[0]["config"]["flags"].get(key, 0)
                                          for key in of_model + of_training],
                                         pair_order(run[0]["config"]["flags"]), row_name(*run[:2])))
         for arrays, settings, model in group:

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from small_runs import ROOT
-from vsm.runs import NOT_IDENTITY, OLD_DEFAULTS
+from vsm.names import NOT_IDENTITY
 from vsm.stored_runs import open_runs
 
 SCRIPT = ROOT / "results" / "reproduce.sh"
@@ -32,9 +32,7 @@ def stored_identity(run):
     """The identity of a stored run. A flag that it lacks has its default."""
     script, flags = run.config["script"], dict(run.config["flags"])
     defaults = {} if script == "spectrum" else defaults_of(script)  # studies/spectrum.py has no default for its data
-    for key in defaults.keys() - flags.keys():
-        flags[key] = OLD_DEFAULTS[key](flags) if key in OLD_DEFAULTS else defaults[key]
-    return identity(script, flags)
+    return identity(script, defaults | flags)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,9 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,10 @@ import torch
 import train_images
 import train_synthetic
 import vsm.runs
-from small_runs import IMAGES, SMALL, assert_equal_runs, contents, train
-from vsm.cli import UserError, command_line
+from models import build_vae
+from small_runs import IMAGES, ROOT, SMALL, assert_equal_runs, contents, environment, train
+from training import ImageTrainer
+from vsm.cli import Stopped, UserError, command_line, while_slow
 from vsm.runs import load_arrays, load_checkpoint, save_arrays, status_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -212,3 +217,109 @@ def test_a_checkpoint_of_something_else_is_refused_and_kept(tmp_path, fails, mon
     message = fails(train_synthetic, *SMALL, "--epochs", 4, "--out", tmp_path / "run")
     assert "is kept as it is" in message and ("another seed" in message) == (saved == "another seed")
     assert checkpoint.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------------- what happened to my run
+
+
+def interrupted_evaluation(monkeypatch, number, at):
+    """The evaluation number `at` of the next 2-D run, counted from 1, gets a signal when it begins. Returns the calls to it."""
+    measure, calls = train_synthetic.measure, []
+
+    def signalled(*args):
+        calls.append("begun")
+        if len(calls) == at:
+            os.kill(os.getpid(), number)
+        row = measure(*args)
+        calls[-1] = "ended"
+        return row
+
+    monkeypatch.setattr(train_synthetic, "measure", signalled)
+    return calls
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_an_evaluation_at_once_and_the_run_resumes_from_it(tmp_path, monkeypatch, capfd, number, at):
+    argv = [*SMALL, "--epochs", "4", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)  # whatever started the tests ignores
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        calls = interrupted_evaluation(patch, number, at)
+        command_line(lambda: train_synthetic.parse_args(argv), train_synthetic.main)
+    assert ended.value.code == 128 + number and calls[-1] == "begun"
+    assert "resumes from the checkpoint just written" in capfd.readouterr().err
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["trainer"]["step"] == 8 * (at - 1)
+    train(tmp_path / "run", epochs=4)
+    assert f"resumes at epoch {2 * (at - 1)} of 4" in capfd.readouterr().out
+    train(tmp_path / "whole", epochs=4)
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_stopped_overwrite_resumes_without_the_flag(tmp_path, monkeypatch):
+    train(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        interrupted_evaluation(patch, signal.SIGTERM, 1)
+        train(tmp_path / "run", "--lr", 0.01, "--overwrite")
+    assert train(tmp_path / "run", "--lr", 0.01)["config"]["flags"]["lr"] == 0.01
+    assert not (tmp_path / "run" / ".replaced").exists()
+
+
+def test_the_last_row_of_a_run_killed_after_an_evaluation_off_the_grid_is_right(tmp_path, monkeypatch):
+    """Killed between the row of epoch 3, which evaluations every 2 epochs do not have, and the end; then continued."""
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_synthetic, "evaluate", killed)
+        train(tmp_path / "run", epochs=3)
+    assert train(tmp_path / "run", epochs=3)["epoch"].tolist() == [0, 2, 3]
+    train(tmp_path / "three", epochs=3)
+    assert_equal_runs(tmp_path / "run", tmp_path / "three")
+    train(tmp_path / "run", epochs=5)
+    train(tmp_path / "five", epochs=5)
+    assert_equal_runs(tmp_path / "run", tmp_path / "five")
+
+
+def test_a_finished_run_says_that_more_epochs_continue_it(tmp_path, capsys):
+    train(tmp_path / "run")
+    train(tmp_path / "run")
+    assert "finished before (ok); --overwrite redoes it, more --epochs continue it" in capsys.readouterr().out
+    train(tmp_path / "run", epochs=4)
+    assert f"{tmp_path}/run: resumes at epoch 2 of 4" in capsys.readouterr().out
+
+
+def test_too_few_minibatches_for_a_decoder_update_are_refused(digits, tmp_path, fails):
+    argv = [*IMAGES, "--data-root", digits, "--epochs", 1, "--out", tmp_path / "run", "--inner-steps"]
+    assert "6 minibatches in all are fewer than the 7 of one decoder update" in fails(train_images, *argv, 7)
+    assert not (tmp_path / "run").exists()
+
+
+def test_progress_shows_no_loss_that_is_not_there_yet():
+    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
+    trainer = ImageTrainer(build_vae("mlp", (1, 2, 2), 2, width=3), images, learn="fd", infer="kld", estimator="plugin",
+                           samples=1, inner_steps=2, noise=0.1, batch=4, lr=1e-3, seed=0)
+    assert not {"infer", "learn"} & trainer.progress(1.0).keys()
+    trainer.run_step()
+    assert "infer" in trainer.progress(1.0) and "learn" not in trainer.progress(1.0)
+
+
+def test_a_slow_evaluation_is_announced_and_a_fast_one_is_not(capsys):
+    for seconds, words in ((0, "evaluating 7 images"), (30, "")):
+        with while_slow("evaluating 7 images", seconds):
+            time.sleep(0.2)
+        assert words in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = train_images.parse_args(["--out=~/x", "--data-root=~/data"])
+    assert (args.out, args.data_root) == ("/home/me/x", "/home/me/data")
+
+
+def test_neither_the_backend_nor_the_matplotlibrc_of_the_user_matters(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    hostile = environment() | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(tmp_path)}
+    ended = subprocess.run([sys.executable, ROOT / "train_synthetic.py", *SMALL, "--epochs", "1", "--out", tmp_path / "run"],
+                           env=hostile, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / "samples.png").exists()

@@ -11,11 +11,11 @@ import torch
 
 import plots
 import toy_inference as toy
+import training
 from vsm.cli import Stopped, UserError, command_line
 from vsm.figures import toys as figures
 from vsm.runs import Run, load_arrays
 from vsm.toys import descent as descents
-from vsm.toys import loop
 from vsm.toys.descent import Descent
 from vsm.toys.mixtures import Mixtures
 
@@ -126,89 +126,93 @@ def test_arrays_of_another_form_are_refused_in_one_sentence(change, complaint):
 @pytest.mark.parametrize("argv, kind, number", [(SHORT, Descent, signal.SIGTERM), (MIXTURE, Mixtures, signal.SIGINT)])
 def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on_bit_by_bit(tmp_path, monkeypatch, capsys, argv, kind, number):
     whole = fit(tmp_path / "whole", *argv)
-    advance = kind.advance
+    run_step = kind.run_step
 
     def interrupted(self):
-        advance(self)
+        run_step(self)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(kind, "advance", interrupted)
+    monkeypatch.setattr(kind, "run_step", interrupted)
     with pytest.raises(Stopped) as stopped:
         fit(tmp_path / "half", *argv)
     assert stopped.value.number == number
-    monkeypatch.setattr(kind, "advance", advance)
+    monkeypatch.setattr(kind, "run_step", run_step)
     half = fit(tmp_path / "half", *argv)
-    assert f"resumed at iteration {1000 if kind is Descent else 100}\n" in capsys.readouterr().out
+    assert f"resumes at iteration {'1,000' if kind is Descent else 100} of" in capsys.readouterr().out
     for name in whole.keys() - {"rate"}:
         assert np.array_equal(whole[name], half[name], equal_nan=name not in ("status",)), name
 
 
 def test_a_killed_run_goes_on_from_the_last_checkpoint_and_its_exit_code_is_that_of_the_signal(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    advance = Descent.advance
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(training, "LOOK_SECONDS", 0)
+    run_step = Descent.run_step
 
     def killed(self):
         if self.step == 2000:
             raise KeyboardInterrupt
-        advance(self)
+        run_step(self)
 
-    monkeypatch.setattr(Descent, "advance", killed)
+    monkeypatch.setattr(Descent, "run_step", killed)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "half", *SHORT)
-    monkeypatch.setattr(Descent, "advance", lambda self: advance(self) or os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(Descent, "run_step", lambda self: run_step(self) or os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         command_line(lambda: parsed("--out", tmp_path / "half", *SHORT), toy.main)
     out, err = capsys.readouterr()
     assert ended.value.code == 143 and "stopped by SIGTERM" in err
-    assert "resumed at iteration 2000" in out
+    assert "resumes at iteration 2,000 of" in out
 
 
 @pytest.fixture
 def half_run(tmp_path, monkeypatch):
     """Flags and checkpoint of a run that a signal stopped after its first block."""
     argv = ("--out", tmp_path / "run", *SHORT)
-    advance = Descent.advance
+    run_step = Descent.run_step
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Descent, "advance", lambda self: advance(self) or os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(Descent, "run_step", lambda self: run_step(self) or os.kill(os.getpid(), signal.SIGTERM))
         toy.main(parsed(*argv))
     return argv, tmp_path / "run" / "checkpoint.pt"
 
 
 def test_a_checkpoint_of_another_form_is_refused_in_one_sentence_and_kept(half_run, fails):
     argv, path = half_run
-    good = torch.load(path, weights_only=True)
+    whole = torch.load(path, weights_only=True)
+    good = whole["trainer"]
     assert good["step"] == 1000
+
     def refuses(saved):
-        torch.save(saved, path)
+        torch.save(saved if saved in (None, [1], {}) else {**whole, "trainer": saved}, path)
         before = path.read_bytes()
         with Run(path.parent, "toy_inference", vars(parsed(*argv)), CPU) as folder, pytest.raises(UserError) as error:
-            loop.resume(descent, folder)
-        assert re.search("checkpoint.pt is not (of the fit that these flags make|a checkpoint of this script)",
+            training.resume(folder, descent, 2500, 1)
+        assert re.search("not of what these flags train|not a checkpoint of this script|more than 2500 iterations",
                          str(error.value)), saved
         assert path.read_bytes() == before
 
     descent = Descent(parsed(*argv), CPU)
-    start = descent.params.clone()
-    for wrong in (None, [1], {}, {**good, "more": 1}, {key: value for key, value in good.items() if key != "moment1"},
-                  {**good, "params": good["params"][:, :1]}, {**good, "params": good["params"].long()}, {**good, "params": 3.0},
-                  {**good, "step": "1000"}, {**good, "step": -1}, {**good, "step": 2501}, {**good, "generator": None},
-                  {**good, "seconds": None}):
+    start, tensors, params = descent.params.clone(), good["tensors"], good["tensors"]["params"]
+    for wrong in (None, [1], {}, {**good, "more": 1}, {**good, "step": "1000"}, {**good, "step": -1},
+                  {**good, "generators": [None]},
+                  *({**good, "tensors": {**tensors, "params": value}} for value in (params[:, :1], params.long(), 3.0)),
+                  {**good, "tensors": {key: value for key, value in tensors.items() if key != "moment1"}}):
         refuses(wrong)
     assert torch.equal(descent.params, start) and descent.step == 0
-    assert "move it away" in fails(toy, *argv)
+    refuses({**good, "step": 2501})
+    assert "already" in fails(toy, *argv)
 
 
 def test_a_checkpoint_of_another_kind_of_device_goes_on_with_a_new_stream_of_noise(half_run):
     argv, path = half_run
     saved = torch.load(path, weights_only=True)
-    saved["generator"] = torch.zeros(16, dtype=torch.uint8)  # a CUDA generator's state
+    saved["trainer"]["generators"] = [torch.zeros(16, dtype=torch.uint8)]  # a CUDA generator's state
     torch.save(saved, path)
     noises = []
     for _ in range(2):
         descent = Descent(parsed(*argv), CPU)
         with Run(path.parent, "toy_inference", vars(parsed(*argv)), CPU) as folder:
-            assert loop.resume(descent, folder)
-        assert torch.equal(descent.params, saved["params"]) and descent.step == 1000
+            training.resume(folder, descent, 2500, 1)
+        assert torch.equal(descent.params, saved["trainer"]["tensors"]["params"]) and descent.step == 1000
         noises.append(descent.noise())
     assert torch.equal(*noises)
     fresh = Descent(parsed(*argv), CPU)
@@ -220,7 +224,7 @@ def test_the_rate_measures_work_and_not_launches(monkeypatch):
     events = []
     monkeypatch.setattr(descents, "synchronise", lambda device: events.append("wait"))
     monkeypatch.setattr(descents.time, "perf_counter", lambda: events.append("clock") or float(len(events)))
-    Descent(parsed("--grid", 1, "--iterations", 1), CPU).advance()
+    Descent(parsed("--grid", 1, "--iterations", 1), CPU).run_step()
     assert events == ["wait", "clock", "wait", "clock"]
 
 
@@ -230,12 +234,12 @@ def test_checkpoints_move_between_cpu_and_gpu(argv, kind):
     args = parsed(*argv)
     first, second, third = kind(args, CPU), kind(args, torch.device("cuda")), kind(args, CPU)
     for before, after in ((first, second), (second, third)):
-        before.advance()
-        after.load(loop.state_of(before))
+        before.run_step()
+        after.load(before.save())
         assert after.step == before.step
-        for name, tensor in after.tensors().items():
-            assert torch.equal(tensor.cpu(), before.tensors()[name].cpu()), name
-        after.advance()
+        for name, tensor in after.state().items():
+            assert torch.equal(tensor.cpu(), before.state()[name].cpu()), name
+        after.run_step()
 
 
 # ------------------------------------------------------------------------------------------------------- the command line
@@ -245,7 +249,7 @@ def test_flags_change_what_they_name():
     def ended(*argv):
         descent = Descent(parsed("--grid", 2, "--extent", 1, "--iterations", 20, *argv), CPU)
         while descent.step < descent.args.iterations:
-            descent.advance()
+            descent.run_step()
         return descent.params
 
     base = ended()
@@ -258,7 +262,7 @@ def test_flags_change_what_they_name():
 def test_flags_of_mixtures_change_what_they_name():
     def ended(*argv):
         mixtures = Mixtures(parsed("--family", "mixture", "--iterations", 3, *argv), CPU)
-        mixtures.advance()
+        mixtures.run_step()
         return mixtures.mean.detach()
 
     base = ended()

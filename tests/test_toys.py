@@ -97,7 +97,7 @@ def test_weighted_fd_is_kld_on_average_for_the_location_and_twice_it_for_the_log
 def test_the_objectives_flag_selects_and_orders():
     def ended(*names):
         descent = Descent(parsed("--grid", 2, "--extent", 1, "--iterations", 5, "--lr", "1e-4", "--objectives", *names), CPU)
-        descent.advance()
+        descent.run_step()
         return dict(zip(names, descent.params.unbind(3)))
 
     together = ended(*GRADIENTS)

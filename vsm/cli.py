@@ -10,7 +10,6 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -27,21 +26,45 @@ class Stopped(Exception):
         self.number = number
 
 
+class Stop:
+    """The signal that `stopping` caught: its number is `requested`, or None."""
+
+    def __init__(self):
+        self.requested, self.raises = None, False
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """A context, for work that can be done again, which a signal leaves by Stopped without waiting for its end."""
+        try:
+            self.raises = True
+            if self.requested:
+                raise Stopped(self.requested)
+            yield
+        finally:
+            self.raises = False
+
+
 @contextlib.contextmanager
 def stopping():
-    """A context in which SIGINT (Ctrl-C) and SIGTERM (preemption by a scheduler) do not interrupt but set `requested`.
+    """A context in which SIGINT (Ctrl-C), SIGTERM (preemption) and SIGHUP (a closed terminal) do not interrupt but set a Stop.
 
-    The loop inside looks at `requested`, the signal's number or None, writes its checkpoint and raises Stopped. A second signal
-    interrupts as usual.
+    The loop inside looks at `requested`, writes its checkpoint and raises Stopped. A second signal interrupts as usual.
     """
-    stop, before = SimpleNamespace(requested=None), {}
+    stop, before = Stop(), {}
 
     def request(number, frame):
         stop.requested = number
         signal.signal(number, before[number])
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # no print, because a signal may come inside another
+            os.write(sys.stderr.fileno(), b"\nstops after writing a checkpoint; a second signal stops at once\n")
+        if stop.raises:
+            raise Stopped(number)
 
     if threading.current_thread() is threading.main_thread():  # Python allows no handlers in other threads
-        before.update({number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)})
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        before.update({number: signal.getsignal(number) for number in numbers})
         for number in before:
             signal.signal(number, request)
     try:
@@ -49,6 +72,22 @@ def stopping():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def while_slow(message, seconds=5):
+    """A context that prints the message on stderr once it has lasted so many seconds."""
+    def say():
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(message, file=sys.stderr)
+
+    timer = threading.Timer(seconds, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def progress(total, initial=0, unit="step"):
@@ -95,7 +134,7 @@ def command_line(parse_args, main):
         name = signal.Signals(stopped.number).name
         end(f"stopped by {name}; the same command resumes from the checkpoint just written", 128 + stopped.number)
     except KeyboardInterrupt:
-        end("interrupted; the same command resumes from the last checkpoint", 130)
+        end("interrupted; the same command begins again, from the last checkpoint where there is one", 130)
     except Exception as error:
         if os.environ.get("VSM_TRACEBACK"):
             traceback.print_exc()

@@ -110,8 +110,8 @@ class Counted:
     def __exit__(self, *error):
         pass
 
-    def update(self):
-        self.done[0] += 1
+    def update(self, n=1):
+        self.done[0] += n
 
     def set_postfix(self, *numbers, **options):
         pass

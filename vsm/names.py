@@ -16,10 +16,6 @@ from vsm.cli import UserError
 # Flags that say where and how to compute, not what. They may change between two calls on one folder.
 NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile", "tensorboard", "jobs")
 BUDGET = "epochs"  # the flag in which a run may differ from the one that it continues
-# The value, from the other flags, that a folder older than a flag had in effect. A flag that is not listed changed nothing.
-OLD_DEFAULTS = {"infer_samples": lambda flags: flags.get("samples"), "lr_half_life": lambda flags: None,
-                "fid_every": lambda flags: 0, "gamma": lambda flags: "learned", "spectrum": lambda flags: None,
-                "objectives": lambda flags: ["fd-repar", "fd", "kld"]}
 LONGEST_NAME = 200  # characters of a run's name; file systems allow 255
 
 # ---------------------------------------------------------------------------------------------------------------- folders
@@ -95,19 +91,9 @@ def pair_name(config, one_sample=False):
     return config["label"] + estimator + samples
 
 
-def aged(flags, keys):
-    """The `flags` with what an older version had in effect for those of `keys` that they lack, where that is known."""
-    return {key: OLD_DEFAULTS[key](flags) for key in keys if key in OLD_DEFAULTS and key not in flags} | flags
-
-
-def aged_alike(flags):
-    """The flags of several runs, each with OLD_DEFAULTS for those that another one has and it lacks."""
-    return [aged(mine, dict.fromkeys(key for run in flags for key in run)) for mine in flags]
-
-
 def settings_of(configs, keys):
     """For each config, those of the flags `keys` that vary among them, as in "conv, norm none, init sd 0.4"."""
-    flags = aged_alike([config["flags"] for config in configs])
+    flags = [config["flags"] for config in configs]
     vary = [key for key in keys if len({run.get(key) for run in flags}) > 1]
 
     def text(key, value):
@@ -126,7 +112,7 @@ def group_by_seed(runs, configs):
     spread too small.
     """
     identity = [{key: value for key, value in flags.items() if key not in (*NOT_IDENTITY, "seed")}
-                for flags in aged_alike([config["flags"] for config in configs])]
+                for flags in [config["flags"] for config in configs]]
     groups = {}
     for i, flags in enumerate(identity):
         groups.setdefault(json.dumps([configs[i]["label"], flags], sort_keys=True), []).append(i)

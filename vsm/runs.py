@@ -25,11 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vsm.cli import UserError
-from vsm.names import BUDGET, NOT_IDENTITY, OLD_DEFAULTS, aged
-
-# The metrics of shape [S] in 2-D runs
-OF_MEMBERS = ("negative_elbo", "posterior_fd", "log_gamma", "infer_loss", "learn_loss", "nll_curve", "excess_curve")
+from vsm.cli import Stopped, UserError
+from vsm.names import BUDGET, NOT_IDENTITY
 
 
 def write_atomic(path, data):
@@ -150,8 +147,6 @@ class Run:
         self._open_board = tensorboard_writer() if tensorboard else None
 
     def __enter__(self):
-        if self._finished_on_a_disk_that_refuses():
-            return self
         files = self._files()
         if files and not any((place / "config.json").exists() for place in (self.path, self.aside)):
             raise UserError(f"{self.path} holds files but no config.json, so it is not a run folder; choose another --out")
@@ -183,7 +178,7 @@ class Run:
         if self._board:
             self._board.close()
         if self._lock:
-            if kind is not None and self.aside.exists() and not (self.path / "metrics.npz").exists():
+            if kind not in (None, Stopped) and self.aside.exists() and not (self.path / "metrics.npz").exists():
                 (self.path / "config.json").unlink(missing_ok=True)
                 self._restore()
             elif kind is not None and issubclass(kind, UserError) and self._config_before:  # such as for fewer epochs than it has
@@ -201,15 +196,6 @@ class Run:
                 if self.path.exists() else []
         except OSError as error:
             raise UserError(f"cannot read the output folder {self.path}: {os.strerror(error.errno)}") from error
-
-    def _finished_on_a_disk_that_refuses(self):
-        """Whether the folder cannot be written, so that no lock is possible, but holds a finished run of these flags."""
-        if self.overwrite or not (self.path / "config.json").exists():
-            return False
-        if os.access(self.path, os.W_OK) and self.path.stat().st_mode & 0o222:
-            return False
-        self._take_over(load_config(self.path))
-        return self.status is not None
 
     def _claim(self):
         """Take the folder over, or move its run aside, and write config.json unless the run has finished."""
@@ -244,11 +230,11 @@ class Run:
             if has < epochs:
                 for picture in self.path.glob("*.png"):
                     picture.unlink()
-                print(f"{self.path}: continues from {has} epochs")
                 return
         self.status = status
         more = f", and has {has} epochs already" if has and has > epochs else ""
-        print(f"{self.path}: finished before ({status}){more}; --overwrite redoes it")
+        longer = ", more --epochs continue it" if has else ""
+        print(f"{self.path}: finished before ({status}){more}; --overwrite redoes it{longer}")
 
     def _move_aside(self, files):
         """Move the old run into `aside`, config.json first. `_restore` moves it back last and so completes a killed move."""
@@ -273,8 +259,6 @@ class Run:
 
     def _refuse_other_flags(self, old):
         mine, theirs = (identity_of(config) for config in (json.loads(json.dumps(self.config)), old))
-        for key in mine.keys() - theirs.keys():  # flags younger than the folder
-            theirs[key] = OLD_DEFAULTS.get(key, lambda flags: mine[key])(theirs)
         differ = [f"{key} was {theirs.get(key)!r}, is now {mine.get(key)!r}" for key in sorted(mine.keys() | theirs.keys())
                   if mine.get(key) != theirs.get(key)]
         if differ:
@@ -298,10 +282,9 @@ class Run:
         if not path.exists():
             return None
         state = load_checkpoint(path, device)
-        if not isinstance(state, dict) or not state:
+        if not isinstance(state, dict) or "identity" not in state:
             raise UserError(f"{path} is not a checkpoint of this script and is kept as it is; move it away")
-        mine = json.loads(self.identity())
-        if aged(json.loads(state.pop("identity", self.identity())), mine) != mine:
+        if state.pop("identity") != self.identity():
             raise UserError(f"{path} is of a run with other flags or another seed and is kept as it is; move it away")
         return state
 
@@ -311,13 +294,13 @@ class Run:
         if self.aside.exists():
             shutil.rmtree(self.aside, ignore_errors=True)
 
-    def log(self, history):
+    def log(self, history, members=()):
         """Write log.csv from {name: a list of tensors, one per evaluation}, and its last line to TensorBoard if that is on.
 
-        A line per evaluation holds the scalars, and for metrics of an ensemble's members the mean over the finite ones.
+        A line per evaluation holds the scalars, and for metrics of the shape `members` the mean over the finite ones.
         """
         columns = {name: [scalar(value) for value in values] for name, values in history.items()
-                   if values[0].dim() <= (name in OF_MEMBERS)}
+                   if values[0].shape in ((), members)}
         lines = [",".join(columns), *(",".join(f"{value:.9g}" for value in row) for row in zip(*columns.values()))]
         self._write("log.csv", ("\n".join(lines) + "\n").encode())
         if self._board:

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import torch
 
-from training import NOISE, restore_generator, seed_of
+from training import Resumable
 from vsm.device import synchronise
 from vsm.toys.gradients import FAMILIES, gradients
 from vsm.toys.posteriors import Posterior
@@ -19,7 +19,7 @@ OPTIMISERS = ("sgd", "adam")  # the axis P
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam
 
 
-class Descent:
+class Descent(Resumable):
     """Parameters, Adam's moments, the noise generator, and the frames of the trajectories that are kept.
 
     `args` holds the flags family, likelihoods, x, objectives, extent, grid, samples, lr, iterations, frames and seed.
@@ -35,7 +35,8 @@ class Descent:
         self.params = torch.stack((location, torch.zeros_like(location)))  # [2, 2, L, I, P, K]
         self.moment1, self.moment2 = (torch.zeros_like(self.params[..., 1, :]) for _ in range(2))
         self.generator = torch.Generator(device).manual_seed(args.seed)
-        self.step, self.seconds = 0, 0.0
+        self.generators, self.seeds = [self.generator], [args.seed]
+        self.seconds = torch.zeros((), dtype=torch.float64)
         kept = np.geomspace(1, args.iterations, args.frames).round()
         self.frames = sorted({0, args.iterations // 2, args.iterations, *kept.astype(int).tolist()})
         self.trajectory = torch.zeros(len(self.frames), *self.params.shape, device=device)  # float32: for pictures
@@ -47,7 +48,7 @@ class Descent:
         steps = min(max(1, min(1000, 4_000_000 // (2 * N * K))), self.args.iterations - self.step)
         return self.family.noise((steps, 2, 1, N, 1, 1, K), self.generator, self.params.device)
 
-    def advance(self, noise=None):
+    def run_step(self, noise=None):
         """One step for each entry of `noise`, by default a block of new noise."""
         noise = self.noise() if noise is None else noise
         synchronise(self.params.device)
@@ -74,24 +75,14 @@ class Descent:
         if index < len(self.frames) and self.frames[index] == self.step:
             self.trajectory[index] = self.params
 
-    def tensors(self):
+    def state(self):
         """Every tensor that a step changes, by name."""
-        return {name: getattr(self, name) for name in ("params", "moment1", "moment2", "trajectory")}
-
-    def counters(self):
-        return {"step": self.step, "seconds": self.seconds}
-
-    def load(self, saved):
-        """Continue from a state that `vsm.toys.loop.resume` has checked; on another kind of device the noise is a new stream."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(saved[name])
-        self.step, self.seconds = saved["step"], saved["seconds"]
-        restore_generator(self.generator, saved["generator"], seed_of(self.args.seed, NOISE, self.step))
+        return {name: getattr(self, name) for name in ("params", "moment1", "moment2", "trajectory", "seconds")}
 
     @property
     def rate(self):
         """Runs x iterations per second."""
-        return self.params[0, 0].numel() * self.step / self.seconds
+        return self.params[0, 0].numel() * self.step / self.seconds.item()
 
     @property
     def status(self):

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from training import NOISE, restore_generator, seed_of
+from training import Resumable
 from vsm.toys.gradients import normal_noise
 from vsm.toys.posteriors import Posterior
 
@@ -26,7 +26,7 @@ def mixture_score(z, logits, mean, log_sd):
     return (responsibility * (mean[..., None] - z.unsqueeze(-2)) / (2 * log_sd[..., None]).exp()).sum(-2)
 
 
-class Mixtures:
+class Mixtures(Resumable):
     """R mixtures of C Gaussians for each likelihood, fitted together. z is held fixed, so no component needs reparametrising.
 
     `args` holds the flags likelihoods, x, repeats, components, samples, lr, iterations and seed.
@@ -42,7 +42,7 @@ class Mixtures:
         self.adam = torch.optim.Adam(self.fit(), lr=args.lr)
         for p in self.fit():  # the state is made now, so that a checkpoint can be copied into it
             self.adam.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        self.step = 0
+        self.generators, self.seeds = [self.generator], [args.seed]
 
     def fit(self):
         """The parameters: logits, mean and log_sd."""
@@ -58,7 +58,7 @@ class Mixtures:
             noise = normal_noise(component.shape, self.generator, weight.device)
             return self.mean.gather(-1, component) + self.log_sd.gather(-1, component).exp() * noise
 
-    def advance(self):
+    def run_step(self):
         """Do the next block of steps."""
         for _ in range(min(BLOCK, self.args.iterations - self.step)):
             z = self.samples()
@@ -68,21 +68,11 @@ class Mixtures:
             self.adam.step()
             self.step += 1
 
-    def tensors(self):
+    def state(self):
         """Every tensor that a step changes, by name."""
         named = {"logits": self.logits, "mean": self.mean, "log_sd": self.log_sd}
         moments = {f"{name}.{moment}": tensor for name, p in named.items() for moment, tensor in self.adam.state[p].items()}
         return {name: tensor.detach() for name, tensor in (named | moments).items()}
-
-    def counters(self):
-        return {"step": self.step}
-
-    def load(self, saved):
-        """Continue from a state that `vsm.toys.loop.resume` has checked; on another kind of device the noise is a new stream."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(saved[name])
-        self.step = saved["step"]
-        restore_generator(self.generator, saved["generator"], seed_of(self.args.seed, NOISE, self.step))
 
     def arrays(self):
         logits, mean, log_sd = (value.detach() for value in self.fit())
