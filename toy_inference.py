@@ -18,10 +18,10 @@ the parts: posteriors, gradients, descent, and the numbers at the end.
 
 import vsm.quiet  # noqa: F401  # isort: skip
 
-from training import train
 from vsm.cli import Parser, command_line, positive, positive_float, seed_number
 from vsm.device import pick_device
 from vsm.figures import toys
+from vsm.loop import train
 from vsm.names import flag_name, run_name
 from vsm.runs import Run
 from vsm.toys.descent import OPTIMISERS, Descent

@@ -20,13 +20,14 @@ import torch
 from data import load_images
 from metrics import evaluate_images, quantise
 from objectives import LEARN, label
-from training import EVALUATION, INIT, ImageTrainer, decay, drain, seed_of, stack, updates
+from training import EVALUATION, INIT, ImageTrainer, decay, seed_of
 from vsm.cli import UserError, command_line, progress, stopping, while_slow
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.fid import FIDS, fids, reference_of
 from vsm.figures.run import draw_run
 from vsm.flags import announce, image_args, image_parser
 from vsm.loading import vae_of
+from vsm.loop import drain, stack, updates
 from vsm.many_runs import combinations, in_lockstep, in_processes
 from vsm.names import short_name
 from vsm.runs import Run

@@ -16,7 +16,7 @@ from torch.autograd import grad
 
 from models import build_ensemble
 from objectives import label
-from training import INIT, NOISE, TrainingState, adam, decay, phi_loss, seed_of, set_gradients, set_rate, stack, theta_loss, train
+from training import INIT, NOISE, TrainingState, adam, decay, phi_loss, seed_of, set_gradients, set_rate, theta_loss
 from vsm.bilevel import bilevel_loss, kept_step
 from vsm.cli import command_line
 from vsm.cuda_graphs import compiled, refuse_to_compile
@@ -26,6 +26,7 @@ from vsm.evaluation_2d import evaluate, evaluation_generator, measure
 from vsm.figures.synthetic import synthetic_samples
 from vsm.flags import announce, default_inner_lr, synthetic_args
 from vsm.gamma import StationaryGamma
+from vsm.loop import stack, train
 from vsm.runs import Run
 
 

@@ -29,6 +29,7 @@ WIRING, OBJECTIVES, SPEED, CAPTURE = (f"tests/test_{name}.py" for name in ("wiri
 STAND_IN = "tests/test_cuda.py::test_what_capture_does_besides_cuda"
 TESTS = {"vsm/flags.py": [WIRING, SPEED], "vsm/bilevel.py": [WIRING, SPEED],
          "training.py": [WIRING, STAND_IN, CAPTURE], "train_synthetic.py": [WIRING, SPEED, CAPTURE], "train_images.py": [WIRING],
+         "vsm/loop.py": [WIRING, "tests/test_runs.py"],
          "vsm/device.py": [WIRING], "vsm/fid.py": ["tests/test_quality.py"], "studies/auditing.py": ["tests/test_audit.py"],
          "evaluate.py": ["tests/test_quality.py", "tests/test_evaluate.py"],
          "vsm/gamma.py": ["tests/test_gamma.py"], "vsm/cuda_graphs.py": [SPEED, STAND_IN],
@@ -95,7 +96,7 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("training.py", "for value in values]).all(0)", "for value in values]).any(0)"),
     ("vsm/flags.py", "args.infer_samples = args.infer_samples or args.samples", "args.infer_samples = args.samples"),
     ("vsm/flags.py", "args.infer or (args.learn if learn.joint else", "args.infer or (args.learn if False else"),
-    ("training.py", "epoch % eval_every == 0 or trainer.step == total", "epoch % eval_every == 0"),
+    ("vsm/loop.py", "epoch % eval_every == 0 or trainer.step == total", "epoch % eval_every == 0"),
     ("vsm/device.py", "if LEARN[learn].joint or infer", "if False or infer"),
     ("train_images.py", "infer_samples=args.infer_samples", "infer_samples=args.samples"),
     ("train_images.py", " lr_half_life=args.lr_half_life,", ""),

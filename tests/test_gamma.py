@@ -209,14 +209,13 @@ def test_a_resumed_run_with_stationary_gamma_equals_an_uninterrupted_one(trainer
 
 
 def test_a_checkpoint_of_another_mode_is_refused():
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="not of what these flags train"):
         image_trainer(gamma="stationary").load(image_trainer(gamma="fixed").save())
 
 
 def test_the_mode_is_in_names_of_folders_and_groups_where_it_differs():
-    """A run older than the flag counts as learned."""
     assert train_images.parse_args(["--gamma", "stationary"]).out == "runs/images/mnist-conv-kld-fd-gammastationary-seed0"
     configs = [{"label": "KLD-F", "flags": {"data": "mnist", "net": "mlp", "estimator": "plugin", "seed": seed} | gamma}
-               for seed, gamma in ((0, {}), (1, {"gamma": "learned"}), (0, {"gamma": "fixed"}))]
+               for seed, gamma in ((0, {"gamma": "learned"}), (1, {"gamma": "learned"}), (0, {"gamma": "fixed"}))]
     assert group_by_seed("abc", configs) == [("KLD-F, gamma learned", [0, 1]), ("KLD-F, gamma fixed", [2])]
     assert settings_of(configs, ("gamma",)) == ["gamma learned", "gamma learned", "gamma fixed"]

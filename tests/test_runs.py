@@ -40,7 +40,7 @@ def half_a_run(out, monkeypatch, number=signal.SIGTERM, updates=10):
     """A run of 16 updates that a signal stopped in the update after so many; by default in its third epoch of four."""
     argv = [*SMALL, "--epochs", "4", "--out", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr("training.LOOK_SECONDS", 0)
+        patch.setattr("vsm.loop.LOOK_SECONDS", 0)
         stop_after(patch, updates, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as ended:
             command_line(lambda: train_synthetic.parse_args(argv), train_synthetic.main)

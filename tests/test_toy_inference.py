@@ -11,7 +11,7 @@ import torch
 
 import plots
 import toy_inference as toy
-import training
+from vsm import loop
 from vsm.cli import Stopped, UserError, command_line
 from vsm.figures import toys as figures
 from vsm.runs import Run, load_arrays
@@ -144,8 +144,8 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on_bit_by_bit(tmp_p
 
 
 def test_a_killed_run_goes_on_from_the_last_checkpoint_and_its_exit_code_is_that_of_the_signal(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(training, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
     run_step = Descent.run_step
 
     def killed(self):
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_another_form_is_refused_in_one_sentence_and_kept(half_r
         torch.save(saved if saved in (None, [1], {}) else {**whole, "trainer": saved}, path)
         before = path.read_bytes()
         with Run(path.parent, "toy_inference", vars(parsed(*argv)), CPU) as folder, pytest.raises(UserError) as error:
-            training.resume(folder, descent, 2500, 1)
+            loop.resume(folder, descent, 2500, 1)
         assert re.search("not of what these flags train|not a checkpoint of this script|more than 2500 iterations",
                          str(error.value)), saved
         assert path.read_bytes() == before
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_kind_of_device_goes_on_with_a_new_stream_of_noi
     for _ in range(2):
         descent = Descent(parsed(*argv), CPU)
         with Run(path.parent, "toy_inference", vars(parsed(*argv)), CPU) as folder:
-            training.resume(folder, descent, 2500, 1)
+            loop.resume(folder, descent, 2500, 1)
         assert torch.equal(descent.params, saved["trainer"]["tensors"]["params"]) and descent.step == 1000
         noises.append(descent.noise())
     assert torch.equal(*noises)

@@ -16,6 +16,7 @@ from data import load_images
 from metrics import quantise
 from objectives import INFER, LEARN, label
 from training import EVALUATION, seed_of
+from vsm import loop
 from vsm.runs import load_arrays, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -85,9 +86,8 @@ def test_same_seed_equal_other_seed_different_and_evaluation_changes_nothing(dig
 @pytest.mark.parametrize("learn", ["bao", pytest.param("fae", marks=pytest.mark.slow)])
 def test_resumed_equals_undisturbed_in_process(digits, tmp_path, monkeypatch, learn):
     """The run stops in the middle of an epoch, after a checkpoint at an arbitrary step."""
-    import training
-    monkeypatch.setattr(training, "LOOK_SECONDS", 0)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)  # a checkpoint at every step
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)  # a checkpoint at every step
     train(digits, tmp_path / "whole", "--learn", learn)
     run_step, calls = training.ImageTrainer.run_step, []
 
@@ -188,12 +188,12 @@ def test_divergence_is_a_result(digits, tmp_path, capsys, monkeypatch):
 
 def test_an_exploded_run_ends_with_a_status_of_its_own(digits, tmp_path, capsys, monkeypatch):
     """Losses stay finite, but the KL is that of no useful code. The rows are those of the evaluations before."""
-    monkeypatch.setattr(training, "EXPLODED_KL", -1.0)
+    monkeypatch.setattr(loop, "EXPLODED_KL", -1.0)
     arrays = train(digits, tmp_path / "run", "--learn", "elbo")
     assert str(arrays["status"]) == "exploded@6" and arrays["epoch"].tolist() == [0] and "samples" not in arrays
     train(digits, tmp_path / "run", "--learn", "elbo")
     assert "finished before (exploded@" in capsys.readouterr().out
-    monkeypatch.setattr(training, "EXPLODED_KL", math.inf)
+    monkeypatch.setattr(loop, "EXPLODED_KL", math.inf)
     monkeypatch.setattr(train_images, "evaluate_images", nan_kl(train_images.evaluate_images))
     assert str(train(digits, tmp_path / "nan", "--learn", "elbo")["status"]) == "exploded@6"
 

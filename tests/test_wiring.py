@@ -9,11 +9,11 @@ from torch.autograd import grad
 
 import train_images
 import train_synthetic
-import training
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN
 from train_synthetic import EnsembleTrainer
 from training import INIT, NEVER, NOISE, ORDER, ImageTrainer, phi_loss, seed_of, theta_loss
+from vsm import loop
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.flags import resolve_pair
 
@@ -421,14 +421,14 @@ class Memory:
     def save_metrics(self, **rows):
         self.rows = rows
 
-    def log(self, history):
+    def log(self, history, members=()):
         pass
 
 
 @pytest.mark.parametrize("ill, status, diverged_at", [
     ((), "ok", [NEVER, NEVER]), ((1,), "ok", [NEVER, 2]), ((0, 1), "diverged@4", [2, 4])])
 def test_a_run_stops_once_every_member_has_diverged(monkeypatch, ill, status, diverged_at):
-    monkeypatch.setattr(training, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
     _, made = ensemble("--inner-steps", 1)
     run, run_step = Memory(), made.run_step
 
@@ -438,7 +438,7 @@ def test_a_run_stops_once_every_member_has_diverged(monkeypatch, ill, status, di
         run_step()
 
     made.run_step = step
-    found, history = training.train(run, made, epochs=5, eval_every=2, evaluate=lambda: {})
+    found, history = loop.train(run, made, epochs=5, eval_every=2, evaluate=lambda: {})
     assert found == status
     assert made.step == (10 if status == "ok" else 5)
     assert [int(epoch) for epoch in history["epoch"]] == ([0, 2, 4, 5] if status == "ok" else [0, 2])
