@@ -2,6 +2,8 @@
 
 Evaluate every run, each against the whole test set of its data:
     python evaluate.py runs/images/*
+Fit other laws of z than the prior to the latents of training images, and measure their samples too:
+    python evaluate.py runs/images/* --sampler gaussian mixture
 The same in seconds on a CPU, after the quick run of train_images.py:
     python evaluate.py runs/images/*glyphs* --images 20 --iw-samples 10
 
@@ -24,16 +26,17 @@ import numpy as np
 import torch
 
 import metrics
-from data import moved_folder
+from data import load_images, moved_folder
 from training import EVALUATION, seed_of
 from vsm.cli import Formatter, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
-from vsm.fid import fids, mmd_nulls, reference_set
+from vsm.fid import ending_of, fids, mmd_nulls, reference_set, sampler_metrics
 from vsm.figures import images, latents, pictures
 from vsm.image_table import Measured, by_data_and_pair, write_table
 from vsm.loading import epochs_trained, flags_of, load_vae, place_of_images
 from vsm.names import group_by_seed
 from vsm.runs import save_arrays
+from vsm.samplers import COMPONENTS, SAMPLERS, load_sampler
 from vsm.stored_runs import StoredRun, open_runs
 from vsm.tables import failed
 
@@ -47,6 +50,9 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("experiment").add_argument
     flag("--images", type=positive, default=500, help="test images for the importance-weighted bound and denoising")
     flag("--iw-samples", type=positive, default=100, help="posterior samples of the importance-weighted bound")
+    flag("--sampler", nargs="+", choices=SAMPLERS, default=["prior"],
+         help="laws of z to sample images from, beside the prior (docs/loading.md)")
+    flag("--components", type=positive, default=COMPONENTS, help="Gaussians of the sampler mixture")
     flag = parser.add_argument_group("model").add_argument
     flag("--inception-weights", default=None, metavar="FILE",
          help="file of Inception's weights, for colour images (default: the one that torch-fidelity has fetched, or else the "
@@ -184,9 +190,15 @@ def evaluate_run(folder, config, status, args, device):
     An eval.npz of the same checkpoint that has FID and KID is kept, too, where these cannot be computed now.
     """
     flags, save, old = flags_of(config), folder / "eval.npz", None
-    reference = reference_set(*place_of_images(folder, config, args), flags["test_limit"], args.inception_weights, device)
+    place = place_of_images(folder, config, args)
+    reference = reference_set(*place, flags["test_limit"], args.inception_weights, device)
+    names = [name for name in SAMPLERS if name == "prior" or name in args.sampler and flags["latent"] == "gaussian"]
     settings = {"checkpoint": hashlib.sha256((folder / "checkpoint.pt").read_bytes()).hexdigest()[:12], "images": args.images,
-                "iw_samples": args.iw_samples, **reference.settings}
+                "iw_samples": args.iw_samples, "samplers": names, **reference.settings}
+    if "mixture" in names:
+        settings["components"] = args.components
+    if missing := {*args.sampler} - {*names}:
+        print(f"{folder}: its latents are 0 or 1, which {', '.join(sorted(missing))} cannot be fitted to", file=sys.stderr)
     if save.exists():
         try:
             old = evaluation_of(open_runs([folder])[0])
@@ -206,6 +218,9 @@ def evaluate_run(folder, config, status, args, device):
     result = fids(vae, reference, flags["noise"], generator, kid=True) | reference.floor if reference.network else {}
     generator.manual_seed(seed)
     result |= mmd_nulls(vae, len(reference.images), generator)
+    samplers = {name: load_sampler(folder, name, device, args.components, args.data_root, args.data) for name in names}
+    train = load_images(*place, flags["limit"], flags["test_limit"]).train.to(device)
+    result |= sampler_metrics(vae, samplers, reference, train, torch.Generator(device).manual_seed(seed))
     result |= data_metrics(vae, reference.images[:args.images], flags["noise"], args.iw_samples, generator)
     save_arrays(save, {**config, "evaluation": settings}, status=status, **result)
 
@@ -245,13 +260,21 @@ def draw_figures(measured, out):
                latents.aggregate_posterior: with_arrays("posterior_sd", "aggregate_histogram"),
                latents.posterior_mean: with_arrays("posterior_mean_histogram"),
                pictures.samples: [first for first in firsts if first]}  # published runs may have no samples
-    for figure, members in figures.items():
-        if not members:
-            continue
+    drawings = [(figure, figure.__name__, [each.run for each in members]) for figure, members in figures.items()]
+    for key in (f"samples{ending_of(name)}" for name in SAMPLERS[1:]):
+        drawings.append((pictures.samples, key, [with_samples(each, key) for each in alive if key in each.evaluation]))
+    for figure, name, members in drawings:
         try:
-            figure([each.run for each in members], out / f"{figure.__name__}.png")
+            if members:
+                figure(members, out / f"{name}.png")
         except (UserError, KeyError, IndexError, ValueError) as error:
-            print(f"{figure.__name__}.png was not drawn: {sentence(error)}", file=sys.stderr)
+            print(f"{name}.png was not drawn: {sentence(error)}", file=sys.stderr)
+
+
+def with_samples(measured, key):
+    """The run with the samples that its evaluation has under `key` in place of those of the prior."""
+    run, samples = measured.run, measured.evaluation[key]
+    return StoredRun(run.name, lambda: run.config, lambda part: run.arrays(part) | {"samples": samples}, ["metrics"])
 
 
 if __name__ == "__main__":

@@ -150,10 +150,9 @@ def precision_recall(real, fake, k=5, block=1000):
     The ball of a row reaches to its k-th nearest other row of its own set. precision: the share of fake rows in a real ball.
     recall: the share of real rows in a fake ball. density: the mean over fake rows of the number of real balls that hold it,
     divided by k; its mean is 1 for equal laws, and it may exceed 1. coverage: the share of real balls that hold a fake row.
-    Higher is better. Raises ValueError for sets of k rows or fewer.
+    Higher is better. Sets of k rows or fewer have a smaller k.
     """
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(f"{k} neighbours need more than {k} rows, not {len(real)} and {len(fake)}")
+    k = min(k, len(real) - 1, len(fake) - 1)
     real_radius, fake_radius = (nearest_distances(rows, rows, k + 1) for rows in (real, fake))
     held, recalled, covered = [], torch.zeros_like(real_radius, dtype=bool), torch.zeros_like(real_radius, dtype=bool)
     for rows, radius in zip(fake.split(block), fake_radius.split(block)):

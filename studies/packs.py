@@ -54,7 +54,7 @@ def _record(run, keep, drop):
             record[f"{part}.config"] = np.array(json.dumps(config))
         member = shown_member(arrays["nll"]) if "nll" in arrays else None
         for key, value in arrays.items():
-            heavy = part == "metrics" and key in HEAVY  # the `samples` of gradient_snr.npz are numbers of samples
+            heavy = part == "metrics" and key in HEAVY or key.startswith("samples_")  # `samples` of gradient_snr.npz are numbers
             if key in drop or heavy and key not in keep or key in OF_MEMBERS and member is None:
                 continue
             if key in OF_MEMBERS and f"{key}_of" not in arrays:

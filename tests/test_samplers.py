@@ -1,10 +1,13 @@
 """Laws of z fitted after training: what they draw, how they are kept, and the metrics of samples that stand beside FID."""
 
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+import evaluate
 import train_images
 import train_synthetic
 from data import load_images
@@ -12,6 +15,7 @@ from metrics import nearest_distances, precision_recall
 from small_runs import IMAGES, ROOT, SMALL
 from vsm import samplers
 from vsm.cli import UserError
+from vsm.fid import Reference, sampler_metrics
 from vsm.loading import load_vae
 from vsm.runs import load_arrays
 from vsm.samplers import SAMPLERS, Gaussians, SecondVAE, load_sampler, posterior_samples
@@ -149,6 +153,50 @@ def test_too_few_images_and_latents_that_are_not_finite_are_named(run):
         load_sampler(run, "gaussian")
 
 
+def test_evaluate_measures_every_sampler(run, digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VSM_CACHE", str(tmp_path / "cache"))
+    argv = ["--images", "20", "--iw-samples", "5", "--device", "cpu", "--out", str(tmp_path / "out")]
+    evaluate.main(evaluate.parse_args([str(run), *argv]))
+    alone = load_arrays(run / "eval.npz")
+    evaluate.main(evaluate.parse_args([str(run), *argv, "--sampler", *FITTED, "--components", "3"]))
+    arrays, table = load_arrays(run / "eval.npz"), load_arrays(tmp_path / "out" / "table.npz")
+    for key, value in alone.items():  # further samplers change no number of the prior
+        assert key == "config" or (arrays[key] == value).all(), key
+    for ending in ("", "_gaussian", "_mixture", "_two_stage"):
+        for key in ("fid", "kid", "kid_full", "precision", "recall", "density", "coverage", "nearest"):
+            assert np.isfinite(arrays[f"{key}{ending}"])
+        assert table[f"fid{ending}_mean"][0] == arrays[f"fid{ending}"]
+        assert table[f"kid_x1000{ending}_mean"][0] == pytest.approx(1000 * arrays[f"kid{ending}"])
+    assert len({float(arrays[f"fid{ending}"]) for ending in ("", "_gaussian", "_mixture", "_two_stage")}) == 4
+    assert arrays["samples_mixture"].shape == (60, 1, 32, 32) and load_sampler(run).law.weights.shape == (3,)
+    assert 0.5 < arrays["precision_floor"] <= 1
+    assert {f"samples{ending}.png" for ending in ("", "_gaussian", "_mixture", "_two_stage")} <= {
+        file.name for file in (tmp_path / "out").iterdir()}
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert all(f" {name} |" in text for name in (*SAMPLERS, "training images")) and text in capsys.readouterr().out
+
+
+def test_evaluate_names_latents_that_no_sampler_fits(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VSM_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(folders / "bernoulli", tmp_path / "run")
+    evaluate.main(evaluate.parse_args([str(tmp_path / "run"), "--images", "20", "--iw-samples", "5", "--device", "cpu",
+                                       "--out", str(tmp_path / "out"), "--sampler", "prior", "mixture"]))
+    assert "its latents are 0 or 1, which mixture cannot be fitted to" in capsys.readouterr().err
+    assert "precision" in (arrays := load_arrays(tmp_path / "run" / "eval.npz")) and "fid_mixture" not in arrays
+
+
+def test_copies_of_training_images_are_told_from_new_ones(digits):
+    """nearest is 0 for a decoder that returns training images, whatever z is."""
+    data = load_images("mnist", digits)
+    vae = SimpleNamespace(decode=lambda z: data.train[:len(z)] / 255, training=False, parameters=lambda: [],
+                          train=lambda mode: None, eval=lambda: SimpleNamespace(requires_grad_=lambda flag: None))
+    sampler = SimpleNamespace(sample=lambda n, generator: torch.zeros(n, 3))
+    reference = Reference(data.test, None, None, None, {}, {})
+    assert sampler_metrics(vae, {"prior": sampler}, reference, data.train, None)["nearest"] == 0
+    vae.decode = lambda z: data.test[:len(z)] / 255
+    assert sampler_metrics(vae, {"prior": sampler}, reference, data.train, None)["nearest"] == 1
+
+
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -176,8 +224,8 @@ def test_precision_and_recall_of_equal_and_of_distant_sets():
     assert all(value == 0 for value in distant.values())
     narrow, wide = precision_recall(u, u / 4), precision_recall(u, 4 * u)  # a law that leaves out, and one that goes beyond
     assert narrow["precision"] > 0.95 and narrow["recall"] < 0.3 and wide["precision"] < 0.3 and wide["recall"] > 0.95
-    with pytest.raises(ValueError, match="more than 5 rows"):
-        precision_recall(u[:5], u)
+    few, fewer = precision_recall(u[:4], u[:3]), precision_recall(u[:4], u[:3], k=2)
+    assert few == fewer
 
 
 def test_density_has_mean_one_for_equal_laws_and_blocks_change_nothing():

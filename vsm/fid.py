@@ -15,6 +15,8 @@ from metrics import (
     kernel_distance,
     latent_mmd,
     mmd_null_sd,
+    nearest_distances,
+    precision_recall,
     quantise,
 )
 from vsm.cache import cache_folder, digest
@@ -22,6 +24,7 @@ from vsm.cli import UserError
 from vsm.device import evaluating
 from vsm.features import Features, features_of, load_or_make
 
+NEIGHBOURS = 1000  # images whose nearest training image is sought, in all training images
 FIDS = ("fid", "fid_aggregate", "fid_reconstruction")
 
 
@@ -65,7 +68,7 @@ def reference_set(name, root, test_limit, inception_weights, device):
         features = network(test)
         return {"features": features, **{f"{key}_floor": value for key, value in distances(network(train), features).items()}}
 
-    arrays = load_or_make(cache_folder() / f"fid-reference-{digest(train, test)}-{network.description['hash']}.npz", make)
+    arrays = load_or_make(cache_folder() / f"quality-{digest(train, test)}-{network.description['hash']}.npz", make)
     features = torch.from_numpy(arrays["features"])
     floor = {key: value for key, value in arrays.items() if key.endswith("_floor")}
     settings["features"] = network.description
@@ -73,14 +76,42 @@ def reference_set(name, root, test_limit, inception_weights, device):
 
 
 def distances(features1, features2):
-    """FID and KID between two sets of features [n, d]; neither is multiplied by 1000.
+    """FID, KID and precision to coverage of features [n, d] against those of test images: a dict of 0-d tensors.
 
-    FID is that of n samples and of infinitely many. KID is the mean and sd over subsets, and that over all pairs.
+    FID is that of n samples and of infinitely many. KID is the mean and sd over subsets, and that over all pairs, not multiplied
+    by 1000.
     """
     fid = frechet_distance(*feature_statistics(features1), *feature_statistics(features2))
     kid, sd = kernel_distance(features1, features2)
     return {"fid": fid, "fid_infinite": frechet_distance_at_infinity(features1, features2), "kid": kid, "kid_subset_sd": sd,
-            "kid_full": latent_mmd(features1, features2, scaled=True)}
+            "kid_full": latent_mmd(features1, features2, scaled=True), **precision_recall(features2, features1)}
+
+
+def sampler_metrics(vae, samplers, reference, train, generator, shown=64):
+    """`distances` of n decoder means for each of the `samplers`, {name: sampler}; keys end with the name, but for the prior.
+
+    nearest: the median distance, in pixels, of 1000 of these to their nearest of the `train` images, divided by that of as many
+    test images. samples: the first `shown` images of each sampler but the prior. The prior's `distances` are those of `fids`.
+    """
+    def to_nearest(images):
+        return nearest_distances(images[:NEIGHBOURS], train).median()
+
+    result, of_test = {}, to_nearest(reference.images)
+    for name, sampler in samplers.items():
+        with evaluating(vae):
+            zs = sampler.sample(len(reference.images), generator).split(500)
+            images = torch.cat([quantise(vae.decode(z)) for z in zs])
+        measured = {"nearest": to_nearest(images) / of_test}
+        if name != "prior":
+            measured |= {"samples": images[:shown]}
+            measured |= distances(reference.network(images), reference.features) if reference.network else {}
+        result |= {f"{key}{ending_of(name)}": value.cpu() for key, value in measured.items()}
+    return result
+
+
+def ending_of(sampler):
+    """What the keys of a sampler end with: nothing for the prior, else as in fid_two_stage."""
+    return "" if sampler == "prior" else f"_{sampler.replace('-', '_')}"
 
 
 def mmd_nulls(vae, n, generator):

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vsm.fid import ending_of
 from vsm.flags import image_defaults
 from vsm.names import NOT_IDENTITY, flag_name, group_by_seed
 from vsm.runs import save_arrays, write_atomic
+from vsm.samplers import SAMPLERS
 from vsm.stored_runs import StoredRun
 from vsm.tables import count_failures, failed, failures_text, markdown_table, mean_and_error_text
 
@@ -16,6 +18,8 @@ PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 COLUMNS = {"fid": "FID", "fid_infinite": "FID, infinite n", "kid_x1000": "KID x1000", "fid_aggregate": "FID, aggregate",
            "fid_reconstruction": "FID, posterior", "negative_elbo": "-ELBO", "negative_iw_bound": "-IW bound",
            "reconstruction_mse": "MSE", "latent_mmd": "MMD^2", "posterior_fd": "posterior FD", "active_second_moment": "E z^2"}
+QUALITY = {"fid": "FID", "fid_infinite": "FID, infinite n", "kid_x1000": "KID x1000",  # the columns of the table of samplers
+           **{key: key for key in ("precision", "recall", "density", "coverage", "nearest")}}
 AXES = ("data", "net", "infer", "learn", "seed")  # flags that the table's other columns show
 NOTES = """- mean ± standard error over the runs, which differ in their seed; a run that diverged or exploded is in no mean
 - lower is better, except for E z^2, which is that of the active latents under the aggregate posterior; it is 1 under the prior
@@ -23,6 +27,9 @@ NOTES = """- mean ± standard error over the runs, which differ in their seed; a
 - FID, infinite n: extrapolated from all and from half of the images, which removes most of the bias of few images
 - FID, aggregate: z from a Gaussian with the mean and diagonal variance of the aggregate posterior in place of the prior
 - FID, posterior: one posterior sample of each test image, decoded""".splitlines()
+
+
+KEYS = tuple(dict.fromkeys([*COLUMNS, *(f"{key}{ending_of(name)}" for name in SAMPLERS for key in QUALITY)]))  # of table.npz
 
 
 class Measured(NamedTuple):
@@ -48,10 +55,10 @@ class Measured(NamedTuple):
 
     def numbers(self):
         """{column: value} with NaN for what was not measured."""
-        measured = self.last | {key: value for key, value in self.evaluation.items() if key.startswith("fid")}
-        measured |= {"kid_x1000": 1000 * self.evaluation.get("kid", np.nan),
-                     "negative_iw_bound": self.evaluation["negative_iw_bound"][-1]}
-        return {key: float(measured.get(key, np.nan)) for key in COLUMNS}
+        evaluation = self.evaluation
+        measured = self.last | evaluation | {"negative_iw_bound": evaluation["negative_iw_bound"][-1]}
+        measured |= {key.replace("kid", "kid_x1000"): 1000 * value for key, value in evaluation.items() if key.startswith("kid")}
+        return {key: float(measured.get(key, np.nan)) for key in KEYS}
 
 
 def by_data_and_pair(measured):
@@ -68,22 +75,22 @@ def write_table(measured, out):
     references = references_of(measured)
     save_arrays(out / "table.npz", {"runs": [each.run.name for each in measured], "paper": PAPER["source"]},
                 **{key: np.array([row[key] for row in rows]) for key in rows[0]})
-    text = "\n".join([table_of(rows, references), "", *NOTES, budget_note(configs), *map(reference_note, references),
-                      f"- paper: {PAPER['source']}"])
+    text = "\n".join([table_of(rows, references), "", *samplers_table(rows, references), *NOTES, budget_note(configs),
+                      *map(reference_note, references), f"- paper: {PAPER['source']}"])
     write_atomic(out / "table.md", f"{text}\n".encode())
     print(f"\n{text}\n\n{out}/table.md")
 
 
 def row_of(name, members):
-    """The row of a group of seeds: {column of table.npz: value}. FID and KID are NaN where the seeds' features differ."""
+    """The row of a group of seeds: {column of table.npz: value}. What features measure is NaN where these differ."""
     config, ok = members[0].run.config, [each.numbers() for each in members if not each.failed]
     features = sorted({each.features for each in members} - {None})
     row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "n": len(ok),
            **count_failures([each.status for each in members]), "features": ", ".join(network for network, _ in features),
            **published(config)}
-    for key in COLUMNS:
+    for key in KEYS:
         values = np.array([numbers[key] for numbers in ok], float)
-        if len(features) > 1 and key.startswith(("fid", "kid")):
+        if len(features) > 1 and key.startswith(("fid", "kid", "precision", "recall", "density", "coverage")):
             values[:] = np.nan
         row[f"{key}_mean"] = values.mean() if len(values) else np.nan
         row[f"{key}_se"] = values.std(ddof=1) / len(values)**0.5 if len(values) > 1 else np.nan
@@ -137,6 +144,25 @@ def table_of(rows, references):
                      COLUMNS["kid_x1000"]: mean_and_error_text(1000 * floor["kid_floor"])}
             lines.append([cells.get(title, "") for title in header])
     return markdown_table(header, lines, "lllll" + "r" * (len(header) - 5))
+
+
+def samplers_table(rows, references):
+    """The lines of the table of samplers: a row per group of seeds and sampler, and the floors; none for older evaluations."""
+    lines = []
+    for row, name in ((row, name) for row in rows for name in SAMPLERS):
+        cells = [(row[f"{key}{ending_of(name)}_mean"], row[f"{key}{ending_of(name)}_se"]) for key in QUALITY]
+        if np.isfinite([mean for mean, _ in cells[3:]]).any():  # one that older evaluations lack
+            lines.append([row["data"], row["net"], row["objectives"], name, *(mean_and_error_text(*cell) for cell in cells)])
+    if not lines:
+        return []
+    for floor, data in ((reference["floor"], reference["settings"]["data"]) for reference in references):
+        if "precision_floor" in floor:
+            values = {**floor, "kid_x1000_floor": 1000 * floor["kid_floor"]}
+            cells = [mean_and_error_text(values.get(f"{key}_floor", np.nan)) for key in QUALITY]
+            lines.append([data, "", "", "training images", *cells])
+    return [markdown_table(["data", "net", "objectives", "z from", *QUALITY.values()], lines, "llll" + "r" * len(QUALITY)), "",
+            "- precision, recall, density, coverage: higher is better, with 5 neighbours among the features of FID",
+            "- nearest: median distance, in pixels, to the nearest training image, over that of test images; copies have 0"]
 
 
 def budget_note(configs):
