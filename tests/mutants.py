@@ -210,6 +210,7 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("vsm/fid.py", "q.mean**2 + q.variance", "q.mean**2 + q.stddev"),
     ("vsm/fid.py", "mmd_null_sd(z1, z2, n).cpu()", "mmd_null_sd(z1, z2, len(z1)).cpu()"),
     ("vsm/fid.py", "min(n, 2000)", "n"),
+    ("vsm/fid.py", "digest(train, test)", "digest(test)"),
     ("vsm/fid.py", "sample_latents(vae.prior, n))", "sample_latents(aggregate, n))"),
     ("evaluate.py", 'fids(vae, reference, flags["noise"]', "fids(vae, reference, 0.1"),
     ("evaluate.py", "mmd_nulls(vae, len(reference.images)", "mmd_nulls(vae, args.images"),

@@ -7,11 +7,12 @@ import torch
 import evaluate
 import train_images
 import vsm.fid
+from data import DATA_SETS, ImageData, load_images
 from metrics import evaluate_images, feature_statistics, frechet_distance, mmd_null_sd, quantise
 from models import build_vae
 from training import EVALUATION, seed_of
 from vsm.features import Features
-from vsm.fid import Reference, aggregate_posterior, fids, mmd_nulls, reference_of
+from vsm.fid import Reference, aggregate_posterior, fids, mmd_nulls, reference_of, reference_set
 from vsm.runs import load_arrays, load_checkpoint
 
 SMALL = ["--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "3", "--inner-steps", "2",
@@ -27,7 +28,6 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(digits):
-    from data import load_images
     return load_images("mnist", digits).test
 
 
@@ -192,3 +192,21 @@ def test_the_reference_of_labelled_data(digits, images):
     mean, covariance = reference.statistics
     assert mean.shape == (84,) and covariance.shape == (84, 84)
     assert frechet_distance(*reference.statistics, *reference.statistics) == pytest.approx(0, abs=1e-6)
+
+
+class FewPixels(torch.nn.Module):
+    def forward(self, images):
+        return images.flatten(1)[:, :4].float()
+
+
+def test_the_floor_is_that_of_the_training_images_and_of_as_many_as_test_images(monkeypatch):
+    """Two data sets with the same test images and other training images must not share the cached floor."""
+    torch.manual_seed(0)
+    train, test = torch.randint(256, (60, 1, 32, 32), dtype=torch.uint8), torch.randint(256, (40, 1, 32, 32), dtype=torch.uint8)
+    network = Features(FewPixels(), {"hash": "pixels"})
+    monkeypatch.setattr(vsm.fid, "features_of", lambda *_: network)
+    for name, part in (("one", train), ("other", train // 2)):
+        monkeypatch.setitem(DATA_SETS, name, lambda root, part=part: ImageData(part, test, None, None, {"name": name}))
+        reference = reference_set(name, "", 0, None, torch.device("cpu"))
+        assert reference.floor["fid_floor"] == pytest.approx(
+            frechet_distance(*feature_statistics(network(part[:40])), *feature_statistics(network(test))).item())
