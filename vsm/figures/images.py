@@ -12,6 +12,7 @@ from vsm.figures.style import (
     save_figure,
     seeds_of,
     whole_ticks,
+    wrapped,
 )
 from vsm.names import group_by_seed, pair_order, settings_of, short_name
 from vsm.stored_runs import open_runs
@@ -203,9 +204,13 @@ def robust_limits(late, scale, linear=1, gap=3):
 
 
 def note_beyond(ax, names):
-    """Write the names that the limits leave outside into the panel's upper right corner."""
-    if names:
+    """Write the names that the limits leave outside into the panel's upper right corner; of long names the labels alone."""
+    def note(names):
         text = "beyond: " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return wrapped(text, ax.figure.get_figwidth() / ax.get_gridspec().ncols - 0.6, 6.5)
+
+    if names:
+        text = note(names) if note(names).count("\n") < 3 else note(list(dict.fromkeys(name.split(",")[0] for name in names)))
         ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=6.5, color="0.35", zorder=9,
                 bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1})
 

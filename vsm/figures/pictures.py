@@ -3,7 +3,7 @@
 import numpy as np
 
 from vsm.figures.images import grouped
-from vsm.figures.style import new_figure, save_figure, seeds_of
+from vsm.figures.style import new_figure, save_figure, seeds_of, wrapped
 
 
 def samples(runs, save):
@@ -37,16 +37,16 @@ def grids(runs, save, make):
     named = []
     for panel, groups in panels.items():
         for name, members in groups:
-            title = (f"{panel}\n" if len(panels) > 1 else "") + name
-            named += [(f"{title}, {seeds_of([arrays])}", arrays) for arrays in members]
-    pages = [make(arrays) for _, arrays in named]
+            named += [(panel if len(panels) > 1 else "", f"{name}, {seeds_of([arrays])}", arrays) for arrays in members]
+    pages = [make(arrays) for *_, arrays in named]
     rows, scale = -(-len(named) // 4), 1 if len(named) > 2 else 2  # scale: dots per pixel
-    height, width = pages[0].shape[:2]
-    head = 0.2 + 0.13 * max(title.count("\n") for title, _ in named)  # inches
+    height, width = (max(sizes) for sizes in zip(*(page.shape[:2] for page in pages)))
+    titles = [panel + bool(panel) * "\n" + wrapped(name, scale * width / 150, 7.5) for panel, name, _ in named]
+    head = 0.2 + 0.13 * max(title.count("\n") for title in titles)  # inches
     figure, axes = new_figure(rows, -(-len(named) // rows), size=(scale * width / 150, scale * height / 150 + head))
     for ax in axes.flat:
         ax.set_axis_off()
-    for ax, (title, _), page in zip(axes.flat, named, pages):
+    for ax, title, page in zip(axes.flat, titles, pages):
         ax.imshow(page, vmin=0, vmax=255, cmap="gray", interpolation="nearest")
         ax.set_title(title, fontsize=7.5)
     save_figure(figure, save)

@@ -6,6 +6,7 @@ drawn. Figure modules take from it only what an Axes has.
 
 import io
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +117,18 @@ def legend(figure, axes, columns=5):
     legend_below(figure, list(named.values()), list(named), columns)
 
 
+def wrapped(text, inches, fontsize):
+    """The text in lines of at most so many inches, to within the differences of its letters' widths."""
+    return textwrap.fill(text, max(12, int(72 * inches / (0.55 * fontsize))), break_long_words=False)
+
+
 def legend_below(figure, handles, labels, columns=5):
     """Add a legend below all axes, in as many columns as fit; the figure grows by its height."""
+    labels = [wrapped(label, figure.get_figwidth() - 0.7, 9) for label in labels]
     entry = 0.08 * max(map(len, labels), default=1) + 0.5  # inches: the letters, and the handle
     columns = max(1, min(len(labels), columns, int(figure.get_size_inches()[0] / entry)))
-    figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(labels) // columns))
+    lines = sum(1 + label.count("\n") for label in labels)
+    figure.set_figheight(figure.get_figheight() + 0.18 * -(-lines // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
