@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 from metrics import importance, iw_log_likelihood, score_matching_loss
 from models import VAE, build_ensemble, build_vae
-from vsm.distributions_2d import DISTRIBUTIONS, Distribution2D
+from vsm.distributions_2d import DISTRIBUTIONS, Distribution2D, distribution
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,6 +183,24 @@ def test_integrated_densities_are_those_of_their_samples(name, sd):
     for step in 1e-4 * torch.eye(2, dtype=torch.float64):
         loss += (law.log_prob(x + step) - 2 * law.log_prob(x) + law.log_prob(x - step)) / 1e-8
     torch.testing.assert_close(law.score_matching_loss(x), loss, rtol=1e-3, atol=1e-3 / sd)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_densities_with_noise_are_those_of_their_samples(name):
+    """p(x) is the mean of N(x; x0, sd^2 I) over clean points x0."""
+    sd, generator = 0.15, torch.Generator().manual_seed(0)
+    law = distribution(name, sd)
+    x = law.sample(12, generator).double()
+    clean = DISTRIBUTIONS[name].sample(400_000, generator).double()
+    kernel = torch.exp(-torch.cdist(x, clean) ** 2 / (2 * sd**2)) / (2 * math.pi * sd**2)
+    mean, error = kernel.mean(1), kernel.std(1) / len(clean) ** 0.5
+    assert ((law.log_prob(x).exp() - mean).abs() < 4 * error).all()
+    pull = (kernel[..., None] * (clean - x[:, None])).mean(1) / sd**2 / mean[:, None]  # grad log p(x) = E[x0 - x | x] / sd^2
+    torch.testing.assert_close(law.score(x), pull, rtol=0.05, atol=0.1)
+    loss = (law.score(x) ** 2).sum(-1) / 2
+    for step in 1e-4 * torch.eye(2, dtype=torch.float64):
+        loss += (law.log_prob(x + step) - 2 * law.log_prob(x) + law.log_prob(x - step)) / 1e-8
+    torch.testing.assert_close(law.score_matching_loss(x), loss, rtol=1e-3, atol=1e-2)
 
 
 def test_known_values_of_the_laws():

@@ -1,10 +1,11 @@
 """The 2-D distributions ("laws") that train_synthetic.py learns: sparse, mixture, banana, ring, spiral.
 
 Each is a map of standard normals, so that one block of noise makes the data of a whole ensemble. log_prob is a closed form for
-mixture, banana and ring, and a one-dimensional integral on a fine grid for sparse and spiral.
+mixture, banana and ring, and a one-dimensional integral on a fine grid for sparse and spiral. `distribution` adds noise to them.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,11 +14,13 @@ import torch
 class Distribution2D:
     """The distribution of x = transform(u), u ~ N(0, I).
 
-    A subclass defines transform, [..., dim_noise] -> [..., 2], and log_prob and entropy if they are known.
+    A subclass defines transform, [..., dim_noise] -> [..., 2], and log_prob and entropy if they are known. noisy_log_prob(x, sd)
+    is the log density of x plus noise sd e, e ~ N(0, I).
     """
 
     dim_noise = 2
     log_prob = None  # [..., 2] -> [...], nats; None: the density is not known
+    noisy_log_prob = None
     entropy = None  # nats
 
     def sample(self, n, generator=None):
@@ -49,6 +52,17 @@ class Distribution2D:
         return score.reshape(x.shape), laplacian.reshape(x.shape[:-1])
 
 
+class Noisy(Distribution2D):
+    """x + sd e for x from the distribution `clean` and e ~ N(0, I), the last two standard normals of transform."""
+
+    def __init__(self, clean, sd):
+        self.clean, self.sd, self.dim_noise = clean, sd, clean.dim_noise + 2
+        self.log_prob = clean.noisy_log_prob and partial(clean.noisy_log_prob, sd=sd)
+
+    def transform(self, u):
+        return self.clean.transform(u[..., :-2]) + self.sd * u[..., -2:]
+
+
 class Sparse(Distribution2D):
     """x = A' (sign(u) u^2) + 0.01 e, A = [[1, .3], [-.3, 1]] / 10; u, e ~ N(0, I)."""
 
@@ -60,8 +74,11 @@ class Sparse(Distribution2D):
         return (u.abs() * u) @ A + 0.01 * e
 
     def log_prob(self, x):
+        return self.noisy_log_prob(x, 0)
+
+    def noisy_log_prob(self, x, sd):
         """A A' = 0.0109 I, so y = x A' / 0.0109 has independent coordinates sign(u) u^2 + N(0, sd^2), each with an integral."""
-        sd = 0.01 / math.sqrt(0.0109)
+        sd = math.hypot(0.01, sd) / math.sqrt(0.0109)
         return quadrature(x @ self._matrix(x).T / 0.0109, lambda u: u.abs() * u, sd).sum(-1) - math.log(0.0109)
 
     @staticmethod
@@ -81,8 +98,12 @@ class Mixture(Distribution2D):
         return self.centre * torch.where(u[..., 2:] > 0, 1.0, -1.0) + self.sd * u[..., :2]
 
     def log_prob(self, x):
-        logits = torch.stack([-((x - c) ** 2).sum(-1) for c in (self.centre, -self.centre)]) / (2 * self.sd**2)
-        return logits.logsumexp(0) - math.log(2) - math.log(2 * math.pi * self.sd**2)
+        return self.noisy_log_prob(x, 0)
+
+    def noisy_log_prob(self, x, sd):
+        variance = self.sd**2 + sd**2
+        logits = torch.stack([-((x - c) ** 2).sum(-1) for c in (self.centre, -self.centre)]) / (2 * variance)
+        return logits.logsumexp(0) - math.log(2) - math.log(2 * math.pi * variance)
 
     @property
     def entropy(self):
@@ -105,6 +126,13 @@ class Banana(Distribution2D):
         u1, u2 = x[..., 0] / self.sd[0], (x[..., 1] - x[..., 0] ** 2 + self.sd[0] ** 2) / self.sd[1]
         return -(u1**2 + u2**2) / 2 - math.log(2 * math.pi * self.sd[0] * self.sd[1])
 
+    def noisy_log_prob(self, x, sd):
+        """An integral over u1, given which x is Gaussian."""
+        u, log_weight = normal_nodes(x)
+        x1, sd2 = self.sd[0] * u, math.hypot(self.sd[1], sd)
+        squares = ((x[..., :1] - x1) / sd) ** 2 + ((x[..., 1:] - x1**2 + self.sd[0] ** 2) / sd2) ** 2
+        return (log_weight - squares / 2).logsumexp(-1) - math.log(math.sqrt(2 * math.pi) * sd * sd2)
+
     @property
     def entropy(self):
         """The entropy of u + log(sd1 sd2), because the map from u scales volumes by sd1 sd2."""
@@ -125,6 +153,13 @@ class Ring(Distribution2D):
         r = x.norm(dim=-1)
         return -(((r - self.radius) / self.sd) ** 2) / 2 - r.log() - math.log((2 * math.pi) ** 1.5 * self.sd)
 
+    def noisy_log_prob(self, x, sd):
+        """An integral over the radius; over the direction it is I0, the modified Bessel function, here times exp(-argument)."""
+        u, log_weight = normal_nodes(x)
+        r, distance = (self.radius + self.sd * u).abs(), x.norm(dim=-1, keepdim=True)
+        log_kernel = torch.special.i0e(r * distance / sd**2).log() - (r - distance) ** 2 / (2 * sd**2)
+        return (log_weight + log_kernel).logsumexp(-1) - math.log(math.sqrt(2 * math.pi) * sd**2)
+
     @property
     def entropy(self):
         """The entropy of the radius + E log(2 pi r)."""
@@ -143,19 +178,28 @@ class Spiral(Distribution2D):
         return t * torch.cat([angle.cos(), angle.sin()], dim=-1) + 0.04 * u[..., :2]
 
     def log_prob(self, x):
+        return self.noisy_log_prob(x, 0)
+
+    def noisy_log_prob(self, x, sd):
         """An integral over the radius r = sqrt(t), which has the density 2 r on [0, 1], by the midpoint rule."""
         r = (torch.arange(4000, dtype=x.dtype, device=x.device) + 0.5) / 4000
         angle = 3 * math.pi * r
         centre = r[:, None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
-        squared = ((x[..., None, :] - centre) ** 2).sum(-1) / 0.04**2
-        return ((2 * r / 4000).log() - squared / 2).logsumexp(-1) - math.log(2 * math.pi * 0.04**2)
+        variance = math.hypot(0.04, sd) ** 2
+        squared = ((x[..., None, :] - centre) ** 2).sum(-1) / variance
+        return ((2 * r / 4000).log() - squared / 2).logsumexp(-1) - math.log(2 * math.pi * variance)
 
 
-def quadrature(y, transform, sd, nodes=4000):
-    """The log density at y [...] of transform(u) + sd e, u and e standard normal, by the trapezoidal rule over u in [-8, 8]."""
-    u = torch.linspace(-8, 8, nodes, dtype=y.dtype, device=y.device)
-    log_weight = -(u**2) / 2 - math.log(2 * math.pi) + math.log(16 / (nodes - 1)) - math.log(sd)
-    return (log_weight - ((y[..., None] - transform(u)) / sd) ** 2 / 2).logsumexp(-1)
+def normal_nodes(like, nodes=4000):
+    """Nodes u of the trapezoidal rule for u ~ N(0, 1), over [-8, 8], and their log weights less log sqrt(2 pi)."""
+    u = torch.linspace(-8, 8, nodes, dtype=like.dtype, device=like.device)
+    return u, -(u**2) / 2 - math.log(2 * math.pi) + math.log(16 / (nodes - 1))
+
+
+def quadrature(y, transform, sd):
+    """The log density at y [...] of transform(u) + sd e, u and e standard normal, by an integral over u."""
+    u, log_weight = normal_nodes(y)
+    return (log_weight - math.log(sd) - ((y[..., None] - transform(u)) / sd) ** 2 / 2).logsumexp(-1)
 
 
 def gaussian_mean(f, mean, sd):
@@ -166,3 +210,8 @@ def gaussian_mean(f, mean, sd):
 
 
 DISTRIBUTIONS = {"sparse": Sparse(), "mixture": Mixture(), "banana": Banana(), "ring": Ring(), "spiral": Spiral()}
+
+
+def distribution(name, noise=0):
+    """The entry of DISTRIBUTIONS, with Gaussian noise of the standard deviation `noise` added where it is not 0."""
+    return Noisy(DISTRIBUTIONS[name], noise) if noise else DISTRIBUTIONS[name]
