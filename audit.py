@@ -39,8 +39,8 @@ def parse_args(argv=None):
     flag("--out", default=None, help="the report's folder (default: runs/audit/NAME-ESTIMATOR)")
     flag("--overwrite", action="store_true", help="audit again")
     args = parser.parse_args(argv)
-    if args.estimator != "plugin" and not LEARN[args.objective].takes("estimator"):
-        parser.error(f"{args.objective} has no estimator to choose")
+    if args.estimator not in (LEARN[args.objective].estimators if LEARN[args.objective].takes("estimator") else ("plugin",)):
+        parser.error(f"{args.objective} has no estimator {args.estimator}")
     args.out = args.out or f"runs/audit/{args.objective}-{args.estimator}"
     return args
 

@@ -82,15 +82,15 @@ def bao(vae, x, q, z, estimator="plugin"):
 
 
 def dsm(vae, x, q, z, t, estimator="plugin"):
-    """Denoising score matching (Vincent 2011) of E_q a, with the noise's score t: 1/2 ||E_q a - t||^2.
+    """Denoising score matching (Vincent 2011), with the score t of the data's noise: 1/2 ||E_q a - t||^2 less 1/2 ||t||^2.
 
-    For data with Gaussian noise its expectation is that of `bao` plus a constant, for any decoder and q, without b.
-    ValueError for the estimator `released`.
+    For data with Gaussian noise its expectation is that of `bao`, for any decoder and q, but it needs no b. ValueError for the
+    estimator `released`.
     """
     if estimator == "released":
         raise ValueError("the paper released no estimator of denoising score matching; use plugin or unbiased")
     a, _ = likelihood_score(vae, x, q, z)
-    return 1 / 2 * squared_mean(a - t, x, q, estimator)
+    return 1 / 2 * squared_mean(a, x, q, estimator) - dot(a.mean(0), t)
 
 
 def posterior_fd(vae, x, q, z):
@@ -125,6 +125,7 @@ class Objective:
     needs_b         whether x must require a gradient before it is encoded, because the objective uses b
     reparametrised  (INFER only) whether z carries a gradient; Algorithm 1 takes it as a constant in the posterior FD
     joint           whether one loss trains theta and phi; the same entry is then in LEARN and in INFER
+    estimators      the values of --estimator that the objective takes, if its function declares a keyword `estimator`
     alias           (N, estimator) -> the letter of another objective that this one equals for them, or None
     gamma           (LEARN only) the statistics of its stationary gamma, likelihood_gamma or score_gamma; None: no closed form
     """
@@ -134,6 +135,7 @@ class Objective:
     needs_b: bool = False
     reparametrised: bool = True
     joint: bool = False
+    estimators: tuple = ("plugin", "unbiased", "released")
     alias: Callable = lambda samples, estimator: None
     gamma: Callable | None = None
 
@@ -151,7 +153,7 @@ class Objective:
         return keyword in inspect.signature(self.function).parameters
 
 
-def likelihood_gamma(loss, slope, gamma, D, t=None):
+def likelihood_gamma(loss, slope, gamma, D):
     """E||r||^2 and D; their ratio is the stationary gamma of the ELBO, E||r||^2 / (2 gamma) + D/2 log gamma + constant.
 
     r_n = x - g(z_n). loss and slope = d loss / d log gamma, [] or [S], are means over a minibatch at this gamma; q, z are held.
@@ -160,14 +162,12 @@ def likelihood_gamma(loss, slope, gamma, D, t=None):
     return (D - 2 * slope) * gamma, torch.full_like(gamma, D)
 
 
-def score_gamma(loss, slope, gamma, D, t=None):
+def score_gamma(loss, slope, gamma, D):
     """P and Q, whose ratio is the stationary gamma of P / (2 gamma^2) - Q / gamma, as in likelihood_gamma.
 
-    F has P = E||r||^2, S 2 E||r||^2 - ||rbar||^2 and B ||rbar||^2, with the estimator's ||rbar||^2; Q is D, for B D + E[r . b].
-    With the score t [B, D] of the data's noise the loss also has the constant 1/2 ||t||^2: DSM, with P = ||rbar||^2 and
-    Q = -E[rbar . t]. P or Q below 0, which noise can give B and DSM, means no stationary gamma.
+    F has P = E||r||^2, S 2 E||r||^2 - ||rbar||^2, B and DSM ||rbar||^2, with the estimator's ||rbar||^2; Q is D for F and S,
+    D + E[r . b] for B and -E[rbar . t] for DSM. P or Q below 0, which noise can give B and DSM, means no stationary gamma.
     """
-    loss = loss if t is None else loss - 1 / 2 * dot(t, t).mean(-1)
     return -2 * (loss + slope) * gamma**2, -(2 * loss + slope) * gamma
 
 
@@ -178,6 +178,7 @@ LEARN = {
     "swersky": Objective(swersky, "S", "tab:orange", gamma=score_gamma,
                          alias=lambda samples, estimator: "F" if samples == 1 and estimator == "plugin" else None),
     "bao": Objective(bao, "B", "tab:green", needs_b=True, gamma=score_gamma),
+    "dsm": Objective(dsm, "D", "#CC79A7", estimators=("plugin", "unbiased"), gamma=score_gamma),
     "fae": _FAE,
 }
 INFER = {
@@ -187,7 +188,7 @@ INFER = {
     "fd-repar": Objective(posterior_fd, "FD-REPAR"),
     "fae": _FAE,
 }
-ESTIMATORS = ("plugin", "unbiased", "released")
+ESTIMATORS = Objective.estimators
 
 
 def label(learn, infer, samples=None, estimator="plugin"):

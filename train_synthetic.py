@@ -15,13 +15,13 @@ import torch
 from torch.autograd import grad
 
 from models import build_ensemble
-from objectives import label
+from objectives import LEARN, label
 from training import INIT, NOISE, TrainingState, adam, decay, phi_loss, seed_of, set_gradients, set_rate, theta_loss
 from vsm.bilevel import bilevel_loss, kept_step
 from vsm.cli import command_line
 from vsm.cuda_graphs import compiled, refuse_to_compile
 from vsm.device import pick_device
-from vsm.distributions_2d import DISTRIBUTIONS
+from vsm.distributions_2d import distribution
 from vsm.evaluation_2d import evaluate, evaluation_generator, measure
 from vsm.figures.synthetic import synthetic_samples
 from vsm.flags import announce, default_inner_lr, synthetic_args
@@ -39,7 +39,7 @@ class EnsembleTrainer(TrainingState):
 
     def __init__(self, args, device):
         seeds = range(args.seed, args.seed + args.seeds)
-        self.args, self.law, self.steps_per_epoch = args, DISTRIBUTIONS[args.data], args.steps_per_epoch
+        self.args, self.law, self.steps_per_epoch = args, distribution(args.data, args.noise), args.steps_per_epoch
         vae = build_ensemble(2, 2, args.hidden, [seed_of(seed, INIT) for seed in seeds], init_sd=args.init_sd).to(device)
         self.phi, self.theta = list(vae.encoder.parameters()), [*vae.decoder.parameters(), vae.log_gamma]
         graph = device.type == "cuda" and not args.no_graph
@@ -86,7 +86,8 @@ class EnsembleTrainer(TrainingState):
 
         vae.encoder.requires_grad_(args.bilevel_steps > 0)
         vae.decoder.requires_grad_(True)
-        learn, gradient, phi = self.learn(vae, x, self.infer_noise[args.inner_steps:], self.learn_noise)
+        t = -self.data_noise[..., -2:] / args.noise if LEARN[args.learn].takes("t") else None  # the score of the data's noise
+        learn, gradient, phi = self.learn(vae, x, self.infer_noise[args.inner_steps:], self.learn_noise, t)
         set_gradients(self.theta, gradient)
         self.adam.step()
         if self.stationary:
@@ -104,16 +105,16 @@ class EnsembleTrainer(TrainingState):
         loss = phi_loss(vae, x, self.args.infer, noise).mean(-1)
         return loss.detach(), *grad(loss.sum(), list(vae.encoder.parameters()))
 
-    def learn(self, vae, x, kept_noise, noise):
+    def learn(self, vae, x, kept_noise, noise, t=None):
         """The loss of theta per member [S], its gradients, and phi after the J kept steps; kept_noise [J, M, S, B, Dz]."""
-        args, phi = self.args, dict(vae.encoder.named_parameters())
+        args, phi, options = self.args, dict(vae.encoder.named_parameters()), {"estimator": self.args.estimator, "t": t}
         for step_noise in kept_noise:
             lr = args.inner_lr * self.rate if args.lr_half_life else args.inner_lr
             phi = kept_step(vae, phi, x, args.infer, step_noise, lr)
         if args.bilevel_steps:
-            loss = bilevel_loss(vae, phi, x, args.learn, noise, args.estimator).mean(-1)
+            loss = bilevel_loss(vae, phi, x, args.learn, noise, **options).mean(-1)
         else:
-            loss = theta_loss(vae, x, args.learn, noise, estimator=args.estimator).mean(-1)
+            loss = theta_loss(vae, x, args.learn, noise, **options).mean(-1)
         gradient = grad(loss.sum(), [*vae.decoder.parameters(), vae.log_gamma])
         return loss.detach(), gradient, [p.detach() for p in phi.values()]
 

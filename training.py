@@ -239,7 +239,7 @@ class ImageTrainer(TrainingState):
                 self.step_by(loss, self.phi, self.theta)
             else:
                 self.step_by(loss, self.phi, keep_graph=True)
-                self.step_by(other, self.theta, t=t)
+                self.step_by(other, self.theta)
         else:
             self.train_only(self.phi)
             z_noise = latent_noise(self.vae, x, self.infer_samples, self.generator)
@@ -249,7 +249,7 @@ class ImageTrainer(TrainingState):
                 self.train_only(self.theta)
                 z_noise = latent_noise(self.vae, x, self.samples, self.generator)
                 loss = theta_loss(self.vae, x, self.learn, z_noise, estimator=self.estimator, t=t)
-                self.step_by(loss, self.theta, t=t)
+                self.step_by(loss, self.theta)
         self.clock += 1
 
     def minibatch(self):
@@ -265,10 +265,10 @@ class ImageTrainer(TrainingState):
             for p in group.params:
                 p.requires_grad_(group in groups)
 
-    def step_by(self, loss, *groups, keep_graph=False, t=None):
+    def step_by(self, loss, *groups, keep_graph=False):
         """One Adam step of the parameter `groups` on the mean of loss [B] over the minibatch. It never waits for the device.
 
-        With --gamma stationary, gamma then takes its closed form, for which `t` is needed where the loss uses it.
+        With --gamma stationary, gamma then takes its closed form.
         """
         loss, params = loss.mean(), [p for group in groups for p in group.params]
         set_gradients(params, torch.autograd.grad(loss, params, retain_graph=keep_graph))
@@ -278,7 +278,7 @@ class ImageTrainer(TrainingState):
                 sums += torch.stack([loss.detach(), norm, torch.ones_like(norm)])
                 group.optimiser.step()
         if self.stationary and self.theta in groups:
-            self.stationary.update(loss.detach(), self.vae.log_gamma.grad, t)
+            self.stationary.update(loss.detach(), self.vae.log_gamma.grad)
         self.note_divergence(loss.detach())
 
     def begin_epoch(self, epoch):

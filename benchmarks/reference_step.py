@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 # the loss that each choice of --infer minimises
 INFERENCE = {"kld": "elbo", "fd": "posterior_fd", "fd-weighted": "posterior_fd_weighted", "fd-repar": "posterior_fd"}
-OBJECTIVES = ("elbo", "fd", "swersky", "bao", "fae", "posterior_fd", "posterior_fd_weighted")
+OBJECTIVES = ("elbo", "fd", "swersky", "bao", "dsm", "fae", "posterior_fd", "posterior_fd_weighted")
 
 
 def has_reference(learn, infer):
@@ -15,10 +15,11 @@ def has_reference(learn, infer):
     return learn in OBJECTIVES and (infer in INFERENCE or infer == learn)
 
 
-def reference_loss(vae, x, noise, objective, reparametrised):
+def reference_loss(vae, x, noise, objective, reparametrised, t=None):
     """The mean loss over x [B, C, H, W] by log densities and autograd alone; noise [N, B, Dz]. Every score keeps its graph.
 
-    objective: a name of OBJECTIVES, as in objectives.py. Raises ValueError for another name.
+    objective: a name of OBJECTIVES, as in objectives.py. t [B, C, H, W]: the score of the data's noise, for dsm.
+    Raises ValueError for another name.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"the reference step knows {', '.join(OBJECTIVES)}, not {objective}")
@@ -56,6 +57,8 @@ def reference_loss(vae, x, noise, objective, reparametrised):
         return 2 * half_square(a) + lap - half_square(a.mean(0))
     if objective == "bao":
         return half_square(a.mean(0)) + (a * posterior_scores(x, q)).sum(-1).mean() + lap
+    if objective == "dsm":
+        return half_square(a.mean(0) - t.flatten(1)) - half_square(t.flatten(1))
     x = x.detach().requires_grad_()  # fae: b_n holds z fixed, so it differentiates by another x than the one that z came from
     return half_square(a) + half_square(posterior_scores(x, encode(x))) + half_square(latent_gaps()) + lap
 
@@ -79,13 +82,14 @@ class ReferenceStep:
     def run_step(self):
         self.step += 1
         x = self.minibatch().to(self.device).float() / 255
-        x = x + self.noise * torch.randn_like(x)
+        e = torch.randn_like(x)
+        x, t = x + self.noise * e, -e / self.noise
         if self.learn == "fae":
-            self.descend(x, "fae", True, self.phi, self.theta)
+            self.descend(x, t, "fae", True, self.phi, self.theta)
             return
-        self.descend(x, INFERENCE[self.infer], self.infer in ("kld", "fd-repar"), self.phi)
+        self.descend(x, t, INFERENCE[self.infer], self.infer in ("kld", "fd-repar"), self.phi)
         if self.step % self.inner_steps == 0:
-            self.descend(x, self.learn, False, self.theta)
+            self.descend(x, t, self.learn, False, self.theta)
 
     def minibatch(self):
         images = next(self.batches, None)
@@ -94,9 +98,9 @@ class ReferenceStep:
             images = next(self.batches)
         return images[0]
 
-    def descend(self, x, objective, reparametrised, *optimisers):
+    def descend(self, x, t, objective, reparametrised, *optimisers):
         noise = torch.randn(self.samples, len(x), self.vae.dim_z, device=self.device)
-        loss = reference_loss(self.vae, x, noise, objective, reparametrised)
+        loss = reference_loss(self.vae, x, noise, objective, reparametrised, t)
         self.phi.zero_grad()
         self.theta.zero_grad()
         loss.backward()

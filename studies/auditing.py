@@ -16,8 +16,8 @@ from torch.utils.flop_counter import flop_registry
 
 from metrics import objective_terms
 from models import VAE, mlp
-from objectives import LEARN, likelihood_score
-from studies.spectrum import load_pixels, train_one_model
+from objectives import LEARN, dot, likelihood_score
+from studies.spectrum import load_pixels, noise_of, train_one_model
 from training import joint_loss, theta_loss
 from vsm import evaluation_2d, linear
 from vsm.tables import markdown_table, mean_and_error, mean_and_error_text
@@ -43,18 +43,19 @@ def random_vae(seed, dim_x=3, dim_z=2, hidden=6):
 
 
 def random_batch(vae, seed, data=5, samples=3, dim_x=3):
-    """Random data x [B, D], their q and reparametrised samples z [N, B, Dz] of it; x requires a gradient."""
+    """Random data x [B, D], their q, reparametrised samples z [N, B, Dz] of it, and a noise's score t; x requires a gradient."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(data, dim_x, generator=generator, dtype=torch.float64).requires_grad_()
     q = vae.encode(x)
-    return x, q, vae.sample(q, vae.noise(q, samples, generator))
+    z = vae.sample(q, vae.noise(q, samples, generator))
+    return x, q, z, torch.randn(data, dim_x, generator=generator, dtype=torch.float64)
 
 
 def check_form(name, options, seed):
     """Whether the loss is one finite number per datum."""
     vae = random_vae(seed)
-    x, q, z = random_batch(vae, seed)
-    loss = LEARN[name](vae, x, q, z.detach(), **options)
+    x, q, z, t = random_batch(vae, seed)
+    loss = LEARN[name](vae, x, q, z.detach(), t=t, **options)
     finite = bool(loss.isfinite().all())
     if finite and loss.shape == (len(x),):
         return [Finding("form", "ok", "one finite number per datum, [B]")], {}
@@ -65,12 +66,12 @@ def check_form(name, options, seed):
 def check_gradient(name, options, seed, step=1e-6):
     """Whether autograd's gradient by theta agrees with central differences of the loss, while q and z are held fixed."""
     vae = random_vae(seed)
-    x, q, z = random_batch(vae, seed)
+    x, q, z, t = random_batch(vae, seed)
     z = z.detach()
     params = [*vae.decoder.parameters(), vae.log_gamma]
 
     def loss():
-        return LEARN[name](vae, x, q, z, **options).mean()
+        return LEARN[name](vae, x, q, z, t=t, **options).mean()
 
     exact = torch.cat([g.flatten() for g in grad(loss(), params)])
     measured = []
@@ -96,11 +97,11 @@ def check_gradient(name, options, seed, step=1e-6):
 def check_coupling(name, options, seed):
     """Whether a datum's loss depends on the other data of the minibatch."""
     vae = random_vae(seed)
-    x, q, z = random_batch(vae, seed)
+    x, q, z, t = random_batch(vae, seed)
     x2 = torch.cat([x[:1], x[1:] + 1]).detach().requires_grad_()
     z2 = torch.cat([z[:, :1], z[:, 1:] + 1], 1).detach()
-    first = LEARN[name](vae, x, q, z.detach(), **options)[0]
-    again = LEARN[name](vae, x2, vae.encode(x2), z2, **options)[0]
+    first = LEARN[name](vae, x, q, z.detach(), t=t, **options)[0]
+    again = LEARN[name](vae, x2, vae.encode(x2), z2, t=torch.cat([t[:1], t[1:] + 1]), **options)[0]
     change = (again - first).abs().item() / max(first.abs().item(), 1e-12)
     if change < 1e-10:
         return [Finding("coupling", "ok", "a datum's loss does not depend on the other data")], {}
@@ -116,26 +117,27 @@ TERMS = {  # key of metrics.objective_terms: the term in print, with a, b, c and
 
 def check_composition(name, options, seed):
     """The weights with which the loss combines the TERMS of this family of objectives, by least squares over data and models."""
+    names = TERMS | ({"a_dot_t": "E a.t"} if LEARN[name].takes("t") else {})
     rows, losses = [], []
     for i in range(6):
         vae = random_vae(seed + i)
         vae.log_gamma.data.fill_(0.3 * i - 1)
-        x, q, z = random_batch(vae, seed + i, data=8)
+        x, q, z, t = random_batch(vae, seed + i, data=8)
         x, q, z = x.detach().requires_grad_(), q, z.detach()
-        losses.append(LEARN[name](vae, x, vae.encode(x), z, **options).detach())
-        terms = objective_terms(vae, x, vae.encode(x), z)
-        rows.append(torch.stack([terms[term].detach() for term in TERMS], -1))
+        losses.append(LEARN[name](vae, x, vae.encode(x), z, t=t, **options).detach())
+        terms = objective_terms(vae, x, vae.encode(x), z) | {"a_dot_t": dot(likelihood_score(vae, x, q, z)[0].mean(0), t)}
+        rows.append(torch.stack([terms[term].detach() for term in names], -1))
     rows, losses = torch.cat(rows), torch.cat(losses)
     scale = rows.abs().amax(0)
     weights = torch.linalg.lstsq(rows / scale, losses[:, None], driver="gelsd").solution[:, 0]
     residual = (rows / scale @ weights - losses).abs().max().item() / losses.abs().max().item()
     weights = (weights / scale).numpy()
-    arrays = {"term": list(TERMS.values()), "weight": weights, "composition_residual": residual}
+    arrays = {"term": list(names.values()), "weight": weights, "composition_residual": residual}
     if residual > 1e-6:
-        text = (f"no combination of {', '.join(TERMS.values())} (residual {residual:.1e}); "
+        text = (f"no combination of {', '.join(names.values())} (residual {residual:.1e}); "
                 "an estimator other than the plug-in one adds terms of its own")
         return [Finding("composition", "note", text)], arrays
-    text = " ".join(f"{weight:+.3g} {term}" for weight, term in zip(weights, TERMS.values()) if abs(weight) > 1e-6)
+    text = " ".join(f"{weight:+.3g} {term}" for weight, term in zip(weights, names.values()) if abs(weight) > 1e-6)
     text = text.removeprefix("+") + (" (with N = 3)" if options.get("estimator") == "unbiased" else "")
     return [Finding("composition", "ok", text)], arrays
 
@@ -146,15 +148,17 @@ def check_target(name, options, seed):
     The candidates are the negative log-likelihood and the score-matching loss, that one also shifted by a multiple of half the
     posterior variance of a. There are so many posterior samples that an estimator's bias does not matter.
     """
-    samples, v, values = 256, 4.0, []
-    x, noise = np.split(linear.matched_noise(4 * (1 + samples), 1 + samples, seed).numpy(), [1], axis=1)
+    samples, v, values, noisy = 256, 4.0, [], LEARN[name].takes("t")
+    kinds = 1 + samples + noisy
+    x, noise, e = linear.matched_noise(4 * kinds, kinds, seed).split([1, samples, int(noisy)], 1)
+    x, t = linear.noisy_data(x, e, v) if noisy else (math.sqrt(v) * x, None)
     for w, gamma in ((0.5, 0.6), (1.0, 1.0), (1.5, 0.8), (2.0, 1.5)):
         vae = linear.linear_vae(torch.full((1, 1), w, dtype=torch.float64), gamma)
         linear.set_posterior(vae)
-        data = torch.tensor(math.sqrt(v) * x).requires_grad_()
+        data = x.clone().requires_grad_()
         q = vae.encode(data)
-        z = vae.sample(q, torch.tensor(noise.T[..., None])).detach()
-        loss = LEARN[name](vae, data, q, z, **options).mean().item()
+        z = vae.sample(q, noise.T[..., None]).detach()
+        loss = LEARN[name](vae, data, q, z, t=t, **options).mean().item()
         t = gamma + w**2
         a, _ = likelihood_score(vae, data, q, z)
         variance = a.var(0, correction=0).sum(-1).mean().item()
@@ -232,16 +236,16 @@ def check_cost(name, options, seed, samples=5, data=50):
     passes, updates = [], []
     for encoder_width, decoder_width in ((64, 64), (128, 64), (64, 128)):
         vae = VAE(mlp([32, encoder_width, encoder_width, 16]), mlp([8, decoder_width, decoder_width, 32]), 8)
-        x, noise = torch.randn(data, 32), torch.randn(samples, data, 8)
+        x, t, noise = torch.randn(data, 32), torch.randn(data, 32), torch.randn(samples, data, 8)
         joint = LEARN[name].joint
         vae.encoder.requires_grad_(joint)
         moving = [p for p in vae.parameters() if p.requires_grad]
 
-        def update(vae=vae, x=x, noise=noise, joint=joint, moving=moving):
+        def update(vae=vae, x=x, t=t, noise=noise, joint=joint, moving=moving):
             if joint:
                 loss = joint_loss(vae, x.clone(), name, noise)
             else:
-                loss = theta_loss(vae, x.clone(), name, noise, **options)
+                loss = theta_loss(vae, x.clone(), name, noise, t=t, **options)
             grad(loss.mean(), moving)
 
         with torch.no_grad():
@@ -266,7 +270,7 @@ def check_spectrum(name, options, data, root, samples=5, shown=10):
     values, vectors = torch.linalg.eigh(C)
     start = vectors[:, -args.latents:] * (values[-args.latents:] - args.gamma).clamp(min=0).sqrt()
     row = train_one_model(pixels, C, start, args, name, options.get("estimator", "plugin"), samples)
-    values = values.flip(0)[:args.latents].numpy()
+    values = values.flip(0)[:args.latents].numpy() + noise_of(name) ** 2
     arrays = {"spectrum_data": values, "spectrum_learnt": row["learnt"], "spectrum_second_moment": row["second_moment"]}
     if not np.isfinite(row["learnt"]).all():
         return [Finding("spectrum", "WRONG", f"the linear VAE of {data} diverges")], arrays
@@ -285,6 +289,7 @@ def check_short_run(args):
     for name in dict.fromkeys(("elbo", args.objective)):
         flags = ["--data", args.law, "--learn", name, "--samples", "5", "--batch", "100", "--lr", "1e-3", "--inner-steps", "2",
                  "--seeds", str(args.seeds), "--test-size", "500", "--importance-samples", "5000"]
+        flags += ["--noise", "0.1"] if LEARN[args.objective].takes("t") else []
         if name == args.objective and LEARN[name].takes("estimator"):
             flags += ["--estimator", args.estimator]
             flags += ["--samples", "1"] if args.estimator == "released" else []

@@ -17,7 +17,7 @@ import torch
 
 from data import load_images, moved_folder
 from evaluate import checked_config, of_each_run, run_status
-from objectives import ESTIMATORS, LEARN, dot
+from objectives import LEARN, dot
 from training import EVALUATION, joint_loss, latent_noise, seed_of, theta_loss
 from vsm.cli import Formatter, UserError, command_line, positive
 from vsm.device import pick_device, set_precision
@@ -54,7 +54,7 @@ def measure_gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda lin
     images: uint8 training images on the model's device. flags: a run's batch, noise and seed. mode: "eval", in which batch norm
     couples no data, or "train", as in training; the model is left as it was. tell: gets a line of text for each entry.
     """
-    objectives = compared_objectives(vae.latent)
+    objectives = compared_objectives(vae.latent, flags["noise"])
     names = [LEARN[learn].letter + (f" {estimator}" if LEARN[learn].takes("estimator") else "")
              for learn, estimator in objectives]
     keys = ("snr", "snr_se", "snr_log_gamma", "snr_log_gamma_se", "cosine_to_elbo", "gradient_norm")
@@ -79,12 +79,13 @@ def measure_gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda lin
     return {"objectives": np.array(names), "samples": np.array(SAMPLES), **result}
 
 
-def compared_objectives(latent):
-    """[(objective, estimator)] with the ELBO first, without duplicates and without those that the latents do not allow."""
+def compared_objectives(latent, noise):
+    """[(objective, estimator)] with the ELBO first, without duplicates and without those that latents or noise do not allow."""
     pairs = [(name, estimator) for name, entry in LEARN.items()
-             for estimator in (ESTIMATORS if entry.takes("estimator") else ("plugin",))]
+             for estimator in (entry.estimators if entry.takes("estimator") else ("plugin",))]
     pairs.remove(("swersky", "released"))  # equals plugin on images
-    return [pair for pair in pairs if latent == "gaussian" or not LEARN[pair[0]].joint]
+    return [pair for pair in pairs
+            if (latent == "gaussian" or not LEARN[pair[0]].joint) and (noise or not LEARN[pair[0]].takes("t"))]
 
 
 class differentiable_decoder:
@@ -131,17 +132,22 @@ def gradient_moments(vae, images, flags, learn, estimator, samples, draws, gener
 
 
 def noisy_minibatch(images, flags, generator):
-    """A random minibatch of `images`, uint8, in [0, 1] and with the run's noise."""
+    """A random minibatch of `images`, uint8, in [0, 1] and with the run's noise, and that noise before scaling."""
     rows = torch.randint(len(images), (flags["batch"],), generator=generator, device=images.device)
     x = images[rows].float() / 255
-    return x + flags["noise"] * torch.randn(x.shape, generator=generator, device=x.device)
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    return x + flags["noise"] * noise, noise
 
 
 def minibatch_gradient(vae, theta, images, flags, learn, estimator, samples, generator):
     """The gradient d loss / d theta of one random minibatch, a float64 vector [P]."""
-    x = noisy_minibatch(images, flags, generator)
+    x, data_noise = noisy_minibatch(images, flags, generator)
     noise = latent_noise(vae, x, samples, generator)
-    loss = joint_loss(vae, x, learn, noise) if LEARN[learn].joint else theta_loss(vae, x, learn, noise, estimator=estimator)
+    if LEARN[learn].joint:
+        loss = joint_loss(vae, x, learn, noise)
+    else:
+        t = -data_noise.flatten(1) / flags["noise"] if LEARN[learn].takes("t") else None
+        loss = theta_loss(vae, x, learn, noise, estimator=estimator, t=t)
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss.mean(), theta)]).double()
 
 

@@ -41,7 +41,7 @@ def measure_latent_scale(vae, images, flags):
 
 def slopes(vae, images, flags, generator):
     """E z^2 (mean over latents) and the slopes of reconstruction, variance and divergence of one minibatch, four numbers."""
-    x = noisy_minibatch(images, flags, generator).requires_grad_()
+    x = noisy_minibatch(images, flags, generator)[0].requires_grad_()
     q = vae.encode(x)
     t = torch.ones((), device=x.device, requires_grad=True)
     g = vae.decode(t * vae.sample(q, vae.noise(q, SAMPLES, generator)))  # [SAMPLES, B, C, H, W]

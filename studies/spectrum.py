@@ -25,7 +25,8 @@ from vsm.runs import Run
 
 SAMPLES = (1, 2, 5, 20)
 OBJECTIVES = (("elbo", "plugin"), ("fd", "plugin"), ("swersky", "plugin"), ("swersky", "unbiased"), ("bao", "plugin"),
-              ("bao", "unbiased"))
+              ("bao", "unbiased"), ("dsm", "plugin"), ("dsm", "unbiased"))
+NOISE = 0.1  # sd of the noise in the data of an objective that takes its score
 DECAY = 100  # steps after which the step has halved; it falls as 1 / (1 + step / DECAY)
 EXPECTED_UPDATES = 1000
 
@@ -34,8 +35,9 @@ def learn_spectra(args, device):
     """The arrays of metrics.npz, for M models of K = `--latents` latents and D pixels. Eigenvalues fall.
 
     objective, estimator, samples, kappa [M] say what a model is trained by; gamma is the decoder's variance; eigenvalues [D] are
-    the data's. learnt [M, K] are the eigenvalues of gamma I + W W' after training, expected [M, K] those after updates by the
-    expected gradient from random weights. second_moment [M, K] is E z^2 under the aggregate posterior, by falling weight.
+    the data's without noise, whose sd is noise [M]; all eigenvalues fall. learnt [M, K] are the eigenvalues of gamma I + W W'
+    after training, expected [M, K] those after updates by the expected gradient from random weights. second_moment [M, K] is
+    E z^2 under the aggregate posterior, by falling weight.
     """
     pixels = load_pixels(args).to(device)
     gamma = args.gamma
@@ -45,13 +47,23 @@ def learn_spectra(args, device):
     values, vectors = torch.linalg.eigh(C)
     start = vectors[:, -args.latents:] * (values[-args.latents:] - gamma).clamp(min=0).sqrt()
     rows = [train_one_model(pixels, C, start, args, *model) for model in bar]
-    by_kappa = {round(kappa(*model), 9): model for model in models}  # the expected update depends on the model by kappa alone
-    expected = {key: expected_eigenvalues(C, args, *model) for key, model in by_kappa.items()}
+    keys = [(noise_of(model[0]), round(kappa(*model), 9)) for model in models]  # the expected update depends on them alone
+    expected = {key: expected_eigenvalues(with_noise(C, model[0]), args, *model)
+                for key, model in dict(zip(keys, models)).items()}
     objective, estimator, samples = (np.array(column) for column in zip(*models))
     return {"objective": objective, "estimator": estimator, "samples": samples, "gamma": gamma,
             "kappa": np.array([kappa(*model) for model in models]), "eigenvalues": values.flip(0).cpu().numpy(),
-            "expected": np.stack([expected[round(kappa(*model), 9)] for model in models]),
+            "noise": np.array([noise for noise, _ in keys]), "expected": np.stack([expected[key] for key in keys]),
             **{key: np.stack([row[key] for row in rows]) for key in rows[0]}}
+
+
+def noise_of(objective):
+    return NOISE if LEARN[objective].takes("t") else 0.0
+
+
+def with_noise(C, objective):
+    """The covariance C of the pixels, and that of the noise that the objective's data have."""
+    return C + noise_of(objective) ** 2 * torch.eye(len(C), dtype=C.dtype, device=C.device)
 
 
 def load_pixels(args):
@@ -74,7 +86,7 @@ def train_one_model(pixels, C, start, args, objective, estimator, N):
     set_posterior(vae)
     phi, s2 = vae.encoder.phi.data, (2 * vae.encoder.log_std.data).exp()
     learnt = gamma + torch.linalg.svdvals(W).square()
-    return {"learnt": learnt.cpu().numpy(), "second_moment": ((phi @ C * phi).sum(1) + s2).cpu().numpy()}
+    return {"learnt": learnt.cpu().numpy(), "second_moment": ((phi @ with_noise(C, objective) * phi).sum(1) + s2).cpu().numpy()}
 
 
 def expected_eigenvalues(C, args, objective, estimator, N):
@@ -90,9 +102,9 @@ def trained_weights(pixels, start, args, objective, estimator, N):
     """W [D, K] after gradient steps of the objective on minibatches from `start`; NaN where it diverges.
 
     In each step q is held fixed at the exact posterior of the W before the step. Each image is in its minibatch twice, with
-    posterior noise of either sign, so that the terms of the gradient that are linear in the noise cancel. The step is `--lr`
-    times gamma^2 (gamma for the ELBO, in whose gradient gamma appears once) and falls as one over the number of steps. The result
-    is the average of W over the last half of the steps.
+    posterior noise of either sign, so that the terms of the gradient that are linear in the noise cancel. If the data have
+    noise, it is there four times, with either sign of both. The step is `--lr` times gamma^2 (gamma for the ELBO, in whose
+    gradient gamma appears once) and falls as one over the number of steps. The result is the average of W over the last half.
     """
     gamma, device = args.gamma, pixels.device
     vae = linear_vae(start.float(), gamma, (1, 1, len(start)))  # as an image, which the released estimator needs
@@ -101,15 +113,20 @@ def trained_weights(pixels, start, args, objective, estimator, N):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step / DECAY))
     generator = torch.Generator(device).manual_seed(args.seed)
     average, averaged = torch.zeros_like(vae.decoder.weight), args.iterations - args.iterations // 2
+    sd, t = noise_of(objective), None
+    images = args.batch // (4 if sd else 2)
     for step in range(args.iterations):
         set_posterior(vae)
-        x = pixels[torch.randint(len(pixels), (args.batch // 2,), generator=generator, device=device)]
+        x = pixels[torch.randint(len(pixels), (images,), generator=generator, device=device)]
+        noise = torch.randn(N, images, args.latents, generator=generator, device=device)
+        if sd:
+            e = torch.randn(x.shape, generator=generator, device=device)
+            x, noise, t = torch.cat((x + sd * e, x - sd * e)), torch.cat((noise, noise), 1), torch.cat((-e, e, -e, e)) / sd
         x = torch.cat((x, x)).view(-1, 1, 1, len(start)).requires_grad_(LEARN[objective].needs_b)
         q = vae.encode(x)
-        noise = torch.randn(N, args.batch // 2, args.latents, generator=generator, device=device)
         z = vae.sample(q, torch.cat((noise, -noise), 1)).detach()
         optimiser.zero_grad()
-        LEARN[objective](vae, x, q, z, estimator=estimator).mean().backward(inputs=[vae.decoder.weight])
+        LEARN[objective](vae, x, q, z, estimator=estimator, t=t).mean().backward(inputs=[vae.decoder.weight])
         optimiser.step()
         schedule.step()
         if not vae.decoder.weight.isfinite().all():
@@ -125,12 +142,13 @@ def report_spectrum(arrays):
     print("ten largest directions: learnt / predicted variance, means of v / learnt and of E z^2; active latents, predicted")
     print("objective estimator  N   kappa  v / learnt  learnt / predicted    E z^2   active")
     for m, k in enumerate(arrays["kappa"]):
-        v, learnt = arrays["eigenvalues"][:K], arrays["learnt"][m]
+        v, learnt = arrays["eigenvalues"][:K] + arrays["noise"][m] ** 2, arrays["learnt"][m]
         ratio = (learnt / np.maximum(v / k, gamma))[:10]
         print(f"{arrays['objective'][m]:9} {arrays['estimator'][m]:9} {arrays['samples'][m]:3} {k:7.3f} "
               f"{(v / learnt)[:10].mean():11.3f}{ratio.min():12.3f} to {ratio.max():.3f} "
               f"{arrays['second_moment'][m, :10].mean():8.3f} "
               f"{(learnt > 1.05 * gamma).sum():5} {(v > 1.05 * k * gamma).sum():3}")
+    v = arrays["eigenvalues"][:K] + arrays["noise"][:, None] ** 2
     error = 100 * np.abs(arrays["expected"] / np.maximum(v / arrays["kappa"][:, None], gamma) - 1)
     print(f"expected updates, largest error: {error.max():.2g} % of all {K} directions, {error[:, :10].max():.2g} % of ten")
 

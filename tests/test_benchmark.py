@@ -23,20 +23,22 @@ OPTIONS = {"samples": 3, "inner_steps": 2, "noise": 0.1, "batch": 8, "lr": 1e-4}
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 @pytest.mark.parametrize("name", ["infer kld", "infer fd", "infer fd-weighted", "infer fd-repar",
-                                  "learn elbo", "learn fd", "learn swersky", "learn bao", "fae"])
+                                  "learn elbo", "learn fd", "learn swersky", "learn bao", "learn dsm", "fae"])
 def test_the_reference_step_has_the_trainers_gradients(name, norm):
     torch.manual_seed(0)
     vae = build_vae("conv", (1, 32, 32), 4, width=4, norm=norm, init_sd=0.5).double()
     x, noise = torch.rand(6, 1, 32, 32, dtype=torch.float64), torch.randn(3, 6, 4, dtype=torch.float64)
+    t = torch.randn_like(x)
     kind, _, objective = name.rpartition(" ")
     phi, theta = list(vae.encoder.parameters()), [*vae.decoder.parameters(), vae.log_gamma]
     moving = {"infer": phi, "learn": theta, "": phi + theta}[kind]
     ours = {"infer": lambda: phi_loss(vae, x, objective, noise),
-            "learn": lambda: theta_loss(vae, x, objective, noise),
+            "learn": lambda: theta_loss(vae, x, objective, noise, t=t.flatten(1)),
             "": lambda: joint_loss(vae, x, "fae", noise)}[kind]().mean()
     if kind == "infer":
         objective = INFERENCE[objective]
-    reference = reference_loss(vae, x, noise, objective, reparametrised=name in ("infer kld", "infer fd-repar", "fae"))
+    reference = reference_loss(vae, x, noise, objective, reparametrised=name in ("infer kld", "infer fd-repar", "fae"),
+                               t=t)
     torch.testing.assert_close(reference, ours)
     for p, q, r in zip(moving, torch.autograd.grad(reference, moving), torch.autograd.grad(ours, moving)):
         torch.testing.assert_close(q, r, rtol=1e-6, atol=1e-8 * p.abs().max().item())

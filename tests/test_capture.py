@@ -25,7 +25,7 @@ from training import ImageTrainer
 from vsm.distributions_2d import DISTRIBUTIONS, Mixture
 
 PAIRS = list(pairs().values())
-QUICK = {("elbo", "kld"), ("fd", "fd"), ("swersky", "fd-weighted"), ("bao", "fd-repar"), ("fae", "fae")}  # every name once
+QUICK = {("elbo", "kld"), ("dsm", "kld"), ("fd", "fd"), ("swersky", "fd-weighted"), ("bao", "fd-repar"), ("fae", "fae")}
 MARKED = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
 META = torch.device("meta")
 FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.Tensor.new_tensor}
@@ -155,7 +155,8 @@ def watch_images(trainer):
 
 
 def ensemble_trainer(learn="fd", infer="kld", *flags):
-    argv = ["--learn", learn, "--infer", infer, "--seeds", "2", "--batch", "5", "--hidden", "4", "--inner-steps", "2", *flags]
+    argv = ["--learn", learn, "--infer", infer, "--seeds", "2", "--batch", "5", "--hidden", "4", "--inner-steps", "2",
+            *(["--noise", "0.1"] if LEARN[learn].takes("t") else []), *flags]
     return EnsembleTrainer(train_synthetic.parse_args(argv), META)
 
 
@@ -165,7 +166,7 @@ def watch_ensemble(trainer):
 
 def estimators(of):
     return [(learn, infer, estimator) for learn, infer in of if LEARN[learn].takes("estimator")
-            for estimator in ("unbiased", "released")]
+            for estimator in LEARN[learn].estimators if estimator != "plugin"]
 
 
 @pytest.mark.parametrize("learn, infer", MARKED)

@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from models import VAE, build_ensemble, build_vae
-from objectives import ESTIMATORS, INFER, LEARN, dsm, label, latent_score_gap, likelihood_score, mean_product, posterior_score
+from objectives import INFER, LEARN, dsm, label, latent_score_gap, likelihood_score, mean_product, posterior_score
 
 D, DZ = 4, 3
 
@@ -201,7 +201,7 @@ every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 
 def options_of(entry):
     """Each way in which an entry can be called with three samples."""
-    return [{"estimator": estimator} for estimator in ESTIMATORS] if entry.takes("estimator") else [{}]
+    return [{"estimator": estimator} for estimator in entry.estimators] if entry.takes("estimator") else [{}]
 
 
 def smooth_vae():
@@ -242,7 +242,7 @@ def test_gradients_agree_with_finite_differences(entry, half, monkeypatch):
         def loss():
             q = vae.encode(x)
             with held_constants(monkeypatch, kept):
-                return entry(vae, x, q, z, **options).sum()
+                return entry(vae, x, q, z, t=torch.ones_like(x), **options).sum()
 
         gradients = torch.autograd.grad(loss(), params, allow_unused=True)
         expected = sum((g * d).sum().item() for g, d in zip(gradients, directions) if g is not None)
@@ -266,7 +266,7 @@ def test_one_number_per_datum_which_does_not_see_the_other_data(entry):
         x, z = torch.rand(4, *shape), torch.randn(3, 4, DZ)
         other = torch.cat([x[:1], torch.rand(3, *shape)])
         for options in options_of(entry):
-            first, second = (entry(vae, data, vae.encode(data), z, **options) for data in (x, other))
+            first, second = (entry(vae, data, vae.encode(data), z, t=-data.flatten(1), **options) for data in (x, other))
             assert first.shape == (4,) and first.isfinite().all()
             coupled = options == {"estimator": "released"} and len(shape) == 1
             assert (first[0].item() == pytest.approx(second[0].item(), rel=1e-5)) != coupled
@@ -279,9 +279,9 @@ def test_needs_b_says_whether_the_encoder_is_differentiated_by_x(entry, monkeypa
     vae, x, z = smooth_vae()
     q, encode, calls = vae.encode(x.detach()), vae.encode, []
     monkeypatch.setattr(vae, "encode", lambda x: (calls.append(1), encode(x))[1])
-    loss = entry(vae, x.detach(), q, z)
+    loss = entry(vae, x.detach(), q, z, t=torch.ones_like(x))
     assert bool(calls) == entry.needs_b
-    assert torch.allclose(loss, entry(vae, x, encode(x), z))
+    assert torch.allclose(loss, entry(vae, x, encode(x), z, t=torch.ones_like(x)))
 
 
 @every_entry
@@ -314,7 +314,7 @@ def test_dsm_equals_its_closed_form_and_has_its_least_value_at_the_stationary_ga
     t = torch.randn(5, D, generator=torch.Generator().manual_seed(4)).double() - x
     r = x - (x @ A.T + c) @ W.T - b
     losses = torch.stack([dsm(vae, x, *draw(vae, x, 20, seed), t, "unbiased") for seed in range(400)])
-    assert_within(losses, (r / gamma + t).square().sum(-1) / 2)
+    assert_within(losses, ((r / gamma + t).square() - t.square()).sum(-1) / 2)
 
     q, z = draw(vae, x, 3)
     rbar = x - vae.decode(z).mean(0)
@@ -464,9 +464,9 @@ def test_an_ensemble_member_equals_the_model_alone():
     for i, seed in enumerate(seeds):
         alone = build_ensemble(2, 2, 16, [seed])
         for objective in ENTRIES.values():
-            together = objective(ensemble, x, ensemble.encode(x), z)
+            together = objective(ensemble, x, ensemble.encode(x), z, t=-x)
             assert together.shape == (3, 6)
-            expected = objective(alone, x[i:i + 1], alone.encode(x[i:i + 1]), z[:, i:i + 1])[0]
+            expected = objective(alone, x[i:i + 1], alone.encode(x[i:i + 1]), z[:, i:i + 1], t=-x[i:i + 1])[0]
             assert torch.allclose(together[i], expected, rtol=1e-4)
 
 

@@ -20,8 +20,8 @@ def kept_step(vae, phi, x, infer, noise, lr):
     return {name: p - lr * g for (name, p), g in zip(phi.items(), gradient)}
 
 
-def bilevel_loss(vae, phi, x, learn, noise, estimator="plugin"):
-    """The loss of theta [S, B] where phi is a function of theta; z is reparametrised, so that the gradient is exact."""
+def bilevel_loss(vae, phi, x, learn, noise, **options):
+    """theta_loss [S, B] where phi is a function of theta; z is reparametrised, so that the gradient is exact."""
     x = x.detach().requires_grad_()  # a new leaf, because phi depends on x too, but b_n is the derivative at fixed phi
     q = vae.posterior(functional_call(vae.encoder, phi, x))
-    return LEARN[learn](vae, x, q, vae.sample(q, noise), estimator=estimator)
+    return LEARN[learn](vae, x, q, vae.sample(q, noise), **options)

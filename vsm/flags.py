@@ -23,7 +23,7 @@ def add_pair(flag, samples, datum):
     """The pair of objectives and its numbers of posterior samples per `datum`."""
     flag("--learn", choices=LEARN, default="fd", help="objective of the decoder")
     flag("--infer", choices=INFER, default=None, help="objective of the encoder (default: kld; fae with --learn fae)")
-    flag("--estimator", choices=ESTIMATORS, default="plugin", help="how swersky and bao estimate squared expectations under q")
+    flag("--estimator", choices=ESTIMATORS, default="plugin", help="how squared expectations under q are estimated")
     flag("--samples", type=positive, default=samples, help=f"posterior samples per {datum}, N")
     flag("--infer-samples", type=positive, default=None, metavar="M",
          help=f"posterior samples per {datum} in the encoder's loss (default: N)")
@@ -126,6 +126,7 @@ def synthetic_parser(description=None):
     parser = Parser(description=description)
     flag, of_model, of_updates, of_output = groups_of(parser)
     flag("--data", choices=DISTRIBUTIONS, default="mixture", help="2-D distribution")
+    flag("--noise", type=nonnegative, default=0.0, help="sd of Gaussian noise added to the data; likelihoods are with it")
     add_pair(flag, samples=1, datum="datum")
     flag("--seeds", type=positive, default=10, help="number of members of the ensemble; their seeds count up from --seed")
     flag("--seed", type=seed_number, default=0, help="the first member's seed, for its weights, data and noise")
@@ -198,6 +199,10 @@ def resolve_pair(parser, args):
     if args.estimator != "plugin" and not learn.takes("estimator"):
         names = " and ".join(name for name, entry in LEARN.items() if entry.takes("estimator"))
         parser.error(f"--estimator {args.estimator} applies to --learn {names} only")
+    elif args.estimator not in (*learn.estimators, "plugin"):
+        parser.error(f"--learn {args.learn} takes --estimator {' or '.join(learn.estimators)}, not {args.estimator}")
+    if learn.takes("t") and not args.noise:
+        parser.error(f"--learn {args.learn} needs the score of the noise in the data; give --noise above 0")
     if args.estimator == "unbiased" and args.samples < 2:
         parser.error("--estimator unbiased needs --samples of at least 2, because it divides by N - 1")
     if args.gamma == "stationary" and learn.gamma is None:

@@ -16,8 +16,8 @@ class StationaryGamma:
 
     That gamma is the ratio of two exponential means over minibatches, of the statistics that the objective's entry gives. Where
     one of them is not positive the loss has no stationary gamma, and log gamma keeps its value. It moves by LARGEST_MOVE at most,
-    because the denominator of `bao` can be near 0. `tensors` is the state that a checkpoint needs. dim_x: D, the number of pixels
-    or coordinates. The objective's entry must have a closed form.
+    because the denominators of `bao` and `dsm` can be near 0. `tensors` is the state that a checkpoint needs. dim_x: D, the
+    number of pixels or coordinates. The objective's entry must have a closed form, and its loss no constant besides.
     """
 
     def __init__(self, learn, log_gamma, dim_x):
@@ -26,9 +26,9 @@ class StationaryGamma:
         self.tensors = {"gamma_means": self.means}
 
     @torch.no_grad()
-    def update(self, loss, slope, t=None):
-        """One minibatch's mean loss and d loss / d log gamma, [] or [S]; t as in objectives.py. It never waits for the device."""
-        statistics = self.statistics(loss, slope, self.log_gamma.exp(), self.dim_x, t)
+    def update(self, loss, slope):
+        """One minibatch's mean loss and d loss / d log gamma, [] or [S]. It never waits for the device."""
+        statistics = self.statistics(loss, slope, self.log_gamma.exp(), self.dim_x)
         self.means.lerp_(torch.stack(statistics), 1 - DECAY)
         move = (self.means[0] / self.means[1]).log() - self.log_gamma
         move.clamp_(-LARGEST_MOVE, LARGEST_MOVE)

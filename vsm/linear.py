@@ -7,7 +7,6 @@ Algorithm 1 updates the decoder while q is held. In a direction where the data h
 gamma + w^2 = v / kappa, with the contraction kappa of the objective. docs/theory.md has the proofs.
 """
 
-import inspect
 import math
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from models import VAE, EnsembleVAE
-from objectives import LEARN
+from objectives import LEARN, Objective
 
 LOWEST, HIGHEST, SCANNED = 1e-6, 1e3, 16  # a scan for fixed points: least w^2 / gamma, largest (gamma + w^2) / v, values
 
@@ -138,20 +137,24 @@ def matched_noise(pairs, dims, seed=0):
     return torch.cat((e, -e))
 
 
+def noisy_data(x, e, v):
+    """Data of variance v, of which half is noise, from standard normals x and e, and the score t of that noise."""
+    sd = math.sqrt(v / 2)
+    return sd * (x + e), -e / sd
+
+
 def expected_gradient(objective, w, v, N, alpha, gamma=1.0, batch=None, image=False, pairs=128, seed=0, **options):
     """d E[loss] / dw of a one-dimensional linear VAE at w, with q and z held (Algorithm 1). Options: see measured_kappa.
 
-    An objective that takes the score t of the data's noise gets data of which half the variance is noise.
+    An objective that takes the score of the data's noise gets `noisy_data`.
     """
-    B, function = batch or 1, LEARN[objective].function if isinstance(objective, str) else objective
-    kinds = 2 + N if "t" in inspect.signature(function).parameters else 1 + N
+    B, entry = batch or 1, LEARN[objective] if isinstance(objective, str) else Objective(objective, letter="")
+    kinds = 2 + N if entry.takes("t") else 1 + N
     noise = matched_noise(max(pairs, 2 * B * kinds), B * kinds, seed).unflatten(-1, (kinds, B, 1)).transpose(0, 1)
-    x, noise, e = math.sqrt(v) * noise[0], noise[1:1 + N], noise[1 + N:]  # [M, B, 1], [N, M, B, 1], [0 or 1, M, B, 1]
     if not batch:
-        x, noise, e = x[:, 0], noise[:, :, 0], e[:, :, 0]
-    if len(e):
-        x = (x + math.sqrt(v) * e[0]) / math.sqrt(2)
-        options = options | {"t": -e[0] / math.sqrt(v / 2)}
+        noise = noise[:, :, 0]
+    x, noise, e = noise[0], noise[1:1 + N], noise[1 + N:]  # [M, B, 1] or [M, 1], [N, *x.shape], [0 or 1, *x.shape]
+    x, t = noisy_data(x, e[0], v) if len(e) else (math.sqrt(v) * x, None)
     event_shape = (1, 1, 1) if image else (1,)
     vae = linear_vae(torch.full((1, 1), w, dtype=torch.float64), gamma, event_shape, len(x) if batch else None)
     set_posterior(vae, alpha)
@@ -159,7 +162,7 @@ def expected_gradient(objective, w, v, N, alpha, gamma=1.0, batch=None, image=Fa
     x = x.unflatten(-1, event_shape).requires_grad_()
     q = vae.encode(x)
     z = vae.sample(q, noise).detach()
-    loss = function(vae, x, q, z, **options).mean()
+    loss = entry(vae, x, q, z, t=t, **options).mean()
     return torch.autograd.grad(loss, vae.decoder.weight)[0].item()
 
 

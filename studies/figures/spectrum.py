@@ -6,7 +6,7 @@ from vsm.figures.style import letter_color, line_key, new_figure, round_ticks, s
 from vsm.linear import kappa, second_moment
 from vsm.stored_runs import open_runs
 
-LETTERS = {"elbo": "ELBO", "fd": "F", "swersky": "S", "bao": "B"}
+LETTERS = {"elbo": "ELBO", "fd": "F", "swersky": "S", "bao": "B", "dsm": "D"}
 TEN = 10  # means are over so many of the largest directions
 ACTIVE = 1.05  # a latent is active if its direction has more than this times gamma of variance
 
@@ -28,7 +28,7 @@ def spectrum(runs, save):
 def marker_style(objective, estimator):
     """Colour and marker of an objective; filled for plug-in, open for unbiased."""
     color = letter_color(LETTERS[objective])
-    marker = {"elbo": "s", "fd": "o", "swersky": "v", "bao": "D"}[objective]
+    marker = {"elbo": "s", "fd": "o", "swersky": "v", "bao": "D", "dsm": "P"}[objective]
     return {"color": color, "marker": marker, "ms": 5, "mfc": "white" if estimator == "unbiased" else color, "linestyle": "none"}
 
 
@@ -49,7 +49,8 @@ def draw_variances(ax, arrays, N=5):
         style = marker_style(objective, estimator)
         ax.plot(component, np.maximum(v[:K] / arrays["kappa"][m], gamma), color=style["color"], lw=1)
         shown = slice(offset % 3, None, 3)  # only every third component, so that equal spectra do not hide each other
-        name = LETTERS[objective] + (f", {estimator.replace('plugin', 'plug-in')}" if objective in ("swersky", "bao") else "")
+        has_estimator = objective in ("swersky", "bao", "dsm")
+        name = LETTERS[objective] + (f", {estimator.replace('plugin', 'plug-in')}" if has_estimator else "")
         ax.plot(component[shown], arrays["learnt"][m][shown], label=name, **{**style, "ms": 4})
     ax.set_yscale("log")
     round_ticks(ax.yaxis)
@@ -61,7 +62,9 @@ def draw_variances(ax, arrays, N=5):
 def draw_ratios(ax, arrays):
     """Draw the learnt share of the data's variance against N."""
     samples = sorted(set(arrays["samples"].tolist()))
-    ratio = (arrays["learnt"] / arrays["eigenvalues"][:arrays["learnt"].shape[1]])[:, :TEN].mean(1)
+    noise = arrays.get("noise", np.zeros(len(arrays["kappa"])))  # runs without noisy data may not have it
+    v = arrays["eigenvalues"] + noise[:, None] ** 2  # [M, D]
+    ratio = (arrays["learnt"] / v[:, :arrays["learnt"].shape[1]])[:, :TEN].mean(1)
     for objective, estimator in dict.fromkeys((row[1], row[2]) for row in models_of(arrays)):
         rows = [m for m, *model in models_of(arrays) if (model[0], model[1]) == (objective, estimator)]
         style = marker_style(objective, estimator)

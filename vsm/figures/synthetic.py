@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from vsm.distributions_2d import DISTRIBUTIONS
+from vsm.distributions_2d import DISTRIBUTIONS, Distribution2D, distribution
 from vsm.figures.images import limit_robustly
 from vsm.figures.style import (
     color_of,
@@ -138,24 +138,25 @@ def density(runs, save):
     figure, axes, loaded = panels_of_runs(runs)
     for ax, arrays in zip(axes.flat, loaded):
         member = shown_member(arrays["nll"])
+        flags = arrays["config"]["flags"]
         if member is not None:
             log_density = of_member(arrays, "density_grid", member).astype(float)
             left, right, bottom, top = arrays["density_extent"]
             x, y = np.linspace(left, right, len(log_density)), np.linspace(bottom, top, len(log_density))
             levels = log_density.max() - DEPTHS
             ax.contourf(x, y, log_density.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 4)
-            truth = law_density(arrays["config"]["flags"]["data"], x, y)
+            truth = law_density(flags["data"], flags.get("noise", 0), x, y)
             if truth is not None:
                 ax.contour(x, y, truth.T, truth.max() - DEPTHS[[0, 4]], colors="tab:red", linewidths=0.7, linestyles="solid")
-        ax.scatter(*arrays["test_data"][:500].T, s=1.5, color=color_of(arrays["config"]["flags"]), alpha=0.5, lw=0)
+        ax.scatter(*arrays["test_data"][:500].T, s=1.5, color=color_of(flags), alpha=0.5, lw=0)
         frame_data(ax, arrays)
     save_figure(figure, save)
 
 
-def law_density(name, x, y):
-    """Log density of a law on the grid of x and y, [len(x), len(y)], or None where it is unknown."""
-    law = DISTRIBUTIONS.get(name)
-    if law is None or law.log_prob is None:
+def law_density(name, noise, x, y):
+    """Log density of a law with noise on the grid of x and y, [len(x), len(y)], or None where it is unknown."""
+    law = distribution(name, noise) if name in DISTRIBUTIONS else Distribution2D()
+    if law.log_prob is None:
         return None
     points = np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)
     return np.ma.masked_invalid(law.log_prob(torch.tensor(points)).reshape(len(x), len(y)).numpy())
