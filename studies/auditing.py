@@ -159,10 +159,10 @@ def check_target(name, options, seed):
         q = vae.encode(data)
         z = vae.sample(q, noise.T[..., None]).detach()
         loss = LEARN[name](vae, data, q, z, t=t, **options).mean().item()
-        t = gamma + w**2
+        total = gamma + w**2
         a, _ = likelihood_score(vae, data, q, z)
         variance = a.var(0, correction=0).sum(-1).mean().item()
-        values.append((loss, (math.log(2 * math.pi * t) + v / t) / 2, v / (2 * t**2) - 1 / t, variance / 2))
+        values.append((loss, (math.log(2 * math.pi * total) + v / total) / 2, v / (2 * total**2) - 1 / total, variance / 2))
     loss, nll, score_matching, half_variance = np.array(values).T
     share = half_variance @ (loss - score_matching) / (half_variance @ half_variance)
     sign = "plus" if share > 0 else "less"

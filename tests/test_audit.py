@@ -20,7 +20,8 @@ def findings(name, **options):
                                                   ("swersky", {"estimator": "plugin"}, {"bias", "estimator"}),
                                                   pytest.param("bao", {"estimator": "plugin"}, {"estimator"},
                                                                marks=pytest.mark.slow),
-                                                  ("bao", {"estimator": "unbiased"}, set())])
+                                                  ("bao", {"estimator": "unbiased"}, set()),
+                                                  ("dsm", {"estimator": "unbiased"}, set())])
 def test_right_objectives_pass(name, options, notes):
     found = findings(name, **options)
     assert {title for title, finding in found.items() if finding.verdict == "note"} == notes

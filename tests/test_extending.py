@@ -114,7 +114,7 @@ def test_the_adapter_makes_a_strangers_vae_fit():
     x.requires_grad_()
     q = vae.encode(x)
     for entry in (*LEARN.values(), *INFER.values()):
-        assert entry(vae, x, q, q.rsample((3,))).shape == (50,)
+        assert entry(vae, x, q, q.rsample((3,)), t=-x.detach()).shape == (50,)
 
 
 def test_an_objective_that_declares_t_gets_the_score_of_the_datas_noise(monkeypatch):

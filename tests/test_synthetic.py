@@ -18,10 +18,10 @@ from objectives import INFER, LEARN
 from small_runs import assert_equal_runs
 from studies import tables
 from train_synthetic import EnsembleTrainer
-from training import phi_loss
+from training import phi_loss, theta_loss
 from vsm import evaluation_2d, loop
 from vsm.bilevel import bilevel_loss, kept_step
-from vsm.distributions_2d import DISTRIBUTIONS
+from vsm.distributions_2d import DISTRIBUTIONS, distribution
 from vsm.runs import Run, load_arrays, load_checkpoint, save_arrays
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -51,6 +51,7 @@ def train(out, *argv):
 
 @pytest.mark.parametrize("argv", [["--learn", "elbo"],
                                   ["--learn", "bao", "--estimator", "unbiased", "--samples", 3, "--infer", "fd"],
+                                  ["--learn", "dsm", "--noise", 0.2, "--data", "ring", "--bilevel-steps", 1],
                                   ["--learn", "swersky", "--bilevel-steps", 2], ["--learn", "fae", "--data", "spiral"]])
 def test_a_member_equals_its_seed_alone(argv):
     together, alone = trainer("--seeds", 4, "--seed", 7, *argv, steps=15), trainer("--seeds", 1, "--seed", 9, *argv, steps=15)
@@ -58,6 +59,28 @@ def test_a_member_equals_its_seed_alone(argv):
         assert torch.allclose(mine[2], theirs[0], rtol=1e-3, atol=1e-6)
     assert not torch.allclose(together.vae.log_gamma[1], together.vae.log_gamma[2], rtol=1e-7)
     assert torch.allclose(together.averages()["learn_loss"][2], alone.averages()["learn_loss"][0], rtol=1e-4)
+
+
+def test_noise_is_in_the_data_and_in_the_truth_and_its_score_goes_to_the_objective(tmp_path, monkeypatch):
+    made, seen, sd = trainer("--learn", "dsm", "--noise", 0.3, "--data", "banana"), [], 0.3
+    monkeypatch.setattr(train_synthetic, "theta_loss", lambda vae, x, *_, t, **options: (
+        seen.append((x, t)), theta_loss(vae, x, *_, t=t, **options))[1])
+    made.run_step()
+    (x, t), = seen
+    clean = DISTRIBUTIONS["banana"].transform(made.data_noise[..., :2])
+    assert torch.allclose(t, -(x - clean) / sd**2, rtol=1e-4, atol=1e-4)
+    arrays = train(tmp_path / "run", "--learn", "dsm", "--noise", sd, "--data", "banana", "--test-size", 400)
+    points = torch.tensor(arrays["test_data"]).double()
+    assert torch.allclose(points.var(0), torch.tensor([0.25, 0.135]).double() + sd**2, rtol=0.25)  # 2 (.25)^2 + .1^2 = .135
+    truth = distribution("banana", sd).log_prob(points).mean().item()
+    assert arrays["nll_excess"] == pytest.approx(arrays["nll"] + truth, abs=1e-6)
+    assert "noise0.3" in arguments("--learn", "dsm", "--noise", sd).out
+
+
+@pytest.mark.parametrize("argv, words", [((), "needs the score of the noise in the data; give --noise above 0"),
+                                         (("--noise", 0.1, "--estimator", "released"), "plugin or unbiased, not released")])
+def test_dsm_without_noise_or_with_the_released_estimator_is_refused(fails, argv, words):
+    assert words in fails(train_synthetic, "--learn", "dsm", *argv)
 
 
 def test_one_members_nan_neither_stops_nor_touches_the_others():
