@@ -51,7 +51,7 @@ def parse_args(argv=None):
     flag("--images", type=positive, default=500, help="test images for the importance-weighted bound and denoising")
     flag("--iw-samples", type=positive, default=100, help="posterior samples of the importance-weighted bound")
     flag("--sampler", nargs="+", choices=SAMPLERS, default=["prior"],
-         help="laws of z to sample images from, beside the prior (docs/loading.md)")
+         help="laws of z to sample images from, beside the prior (docs/images.md)")
     flag("--components", type=positive, default=COMPONENTS, help="Gaussians of the sampler mixture")
     flag = parser.add_argument_group("model").add_argument
     flag("--inception-weights", default=None, metavar="FILE",

@@ -4,7 +4,7 @@
     vae = load_vae("runs/images/mnist-conv-kld-fd-seed0")             # an image run
     vae = load_vae("runs/synthetic/mixture-kld-fd-5-0-seed0", member=0)  # one member of a 2-D run
 
-docs/loading.md shows how to sample, encode, reconstruct and estimate log p(x) with it. The command
+docs/images.md shows how to sample, encode, reconstruct and estimate log p(x) with it. The command
 
     python -m vsm.loading RUN FOLDER
 
