@@ -115,7 +115,7 @@ def command_line(parse_args, main):
     """Run a script: `main(parse_args())`. Any error ends in one sentence on stderr, after a traceback if $VSM_TRACEBACK is set.
 
     $VSM_IMPORT names modules to import first, which can register objectives, laws, networks or data.
-    Exit codes: 2 for an error, 130 for Ctrl-C, 143 for SIGTERM, 141 for a closed pipe.
+    Exit codes: 2 for an error, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 141 for a closed pipe.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as by 2>&-
@@ -132,7 +132,8 @@ def command_line(parse_args, main):
         sys.exit(141)
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
-        end(f"stopped by {name}; the same command resumes from the checkpoint just written", 128 + stopped.number)
+        command = "the same command without --overwrite" if "--overwrite" in sys.argv else "the same command"
+        end(f"stopped by {name}; {command} resumes from the checkpoint just written", 128 + stopped.number)
     except KeyboardInterrupt:
         end("interrupted; the same command begins again, from the last checkpoint where there is one", 130)
     except Exception as error:

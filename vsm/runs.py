@@ -73,14 +73,6 @@ def load_arrays(path):
     return arrays
 
 
-def load_finished(folder):
-    """The arrays of a run that has ended. Raises UserError for a missing, unfinished or damaged run."""
-    arrays = load_arrays(Path(folder) / "metrics.npz")
-    if "status" not in arrays:
-        raise UserError(f"{folder} has not ended; run the command that began it again to resume it")
-    return arrays
-
-
 def load_config(folder):
     """`config.json` of a run folder as a dict. Raises UserError if it is missing, damaged or not that of a run."""
     path = Path(folder) / "config.json"
@@ -153,17 +145,12 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a")
-        except OSError as error:
-            raise UserError(f"cannot write to the output folder {self.path}: {os.strerror(error.errno)}") from error
-        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
             raise UserError(f"another process is at work in {self.path}; wait for it or choose another --out") from None
         except OSError as error:
-            self._lock.close()
-            raise UserError(f"the file system of {self.path} has no locks ({os.strerror(error.errno)}); "
-                            "choose an --out on another file system") from error
+            raise UserError(f"cannot write to the output folder {self.path}, or lock it ({os.strerror(error.errno)}); choose "
+                            "another --out") from error
         try:
             self._claim()
             if self._open_board and not self.status:
@@ -177,16 +164,15 @@ class Run:
     def __exit__(self, kind, *_):
         if self._board:
             self._board.close()
-        if self._lock:
-            if kind not in (None, Stopped) and self.aside.exists() and not (self.path / "metrics.npz").exists():
-                (self.path / "config.json").unlink(missing_ok=True)
-                self._restore()
-            elif kind is not None and issubclass(kind, UserError) and self._config_before:  # such as for fewer epochs than it has
-                with contextlib.suppress(UserError):
-                    write_atomic(self.path / "config.json", self._config_before)
-            self._lock.close()
+        if kind not in (None, Stopped) and self.aside.exists() and not (self.path / "metrics.npz").exists():
+            (self.path / "config.json").unlink(missing_ok=True)
+            self._restore()
+        elif kind is UserError and self._config_before:  # such as for fewer epochs than it has
+            with contextlib.suppress(UserError):
+                write_atomic(self.path / "config.json", self._config_before)
+        self._lock.close()
 
-    _lock = _board = _config_before = None
+    _board = _config_before = None
 
     def _files(self):
         """The files of the folder, without the lock, the run moved aside and the remains of a killed write."""
