@@ -189,7 +189,7 @@ def download(dataset, folder):
     except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as error:
         last_line = str(error).strip().rpartition("\n")[2]
         raise UserError(f"{folder} lacks files and {dataset} cannot be downloaded ({last_line}); "
-                        f"put {', '.join(IDX_FILES)} there, plain or .gz, or name another data root") from error
+                        f"put {', '.join(IDX_FILES)} there, plain or .gz, or name another folder with --data-root") from error
     finally:
         socket.setdefaulttimeout(usual_timeout)
 
@@ -211,7 +211,7 @@ def load_celeba(root):
             return converted(pictures, "celeba", train, test, 64, "official, by file number: train 1-162770, test 182638-202599")
     raise UserError(f"no CelebA in {root}: put its pictures (of the training set, 1-162770, and the test set, 182638-202599) at "
                     f"{root}/celeba/img_align_celeba/NNNNNN.jpg or, zipped, at {root}/celeba/img_align_celeba.zip, "
-                    "or name that folder or zip as the data root")
+                    "or name that folder or zip with --data-root")
 
 
 def load_folder(path):

@@ -32,7 +32,7 @@ from vsm.cli import Formatter, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
 from vsm.fid import ending_of, fids, mmd_nulls, reference_set, sampler_metrics
 from vsm.figures import images, latents, pictures
-from vsm.image_table import Measured, by_data_and_pair, write_table
+from vsm.image_table import COLUMNS, Measured, by_data_and_pair, write_table
 from vsm.loading import epochs_trained, flags_of, load_vae, place_of_images
 from vsm.names import group_by_seed
 from vsm.runs import save_arrays
@@ -222,6 +222,9 @@ def evaluate_run(folder, config, status, args, device):
     train = load_images(*place, flags["limit"], flags["test_limit"]).train.to(device)
     result |= sampler_metrics(vae, samplers, reference, train, torch.Generator(device).manual_seed(seed))
     result |= data_metrics(vae, reference.images[:args.images], flags["noise"], args.iw_samples, generator)
+    if status.startswith("unfinished@"):  # the last row of metrics.npz is of an earlier epoch than the checkpoint
+        row = metrics.evaluate_images(vae, reference.images, flags["noise"], seed=seed)
+        result |= {key: value for key, value in row.items() if key in COLUMNS}
     save_arrays(save, {**config, "evaluation": settings}, status=status, **result)
 
 

@@ -21,6 +21,8 @@ from vsm import features
 from vsm.cli import UserError
 from vsm.fid import fids, mmd_nulls, reference_set
 from vsm.figures import style
+from vsm.flags import image_defaults
+from vsm.image_table import budget_notes
 from vsm.loading import load_vae, vae_of
 from vsm.names import group_by_seed
 from vsm.runs import load_arrays, load_config, save_arrays
@@ -211,11 +213,12 @@ def test_training_lowers_the_fid_and_the_floor_is_below(runs, digits):
     assert found[0] > found[1] > reference.floor["fid_floor"] > 0
 
 
-def test_lenet_is_the_same_each_time_and_its_features_are_of_order_one(digits, monkeypatch, tmp_path):
+def test_lenet_is_the_same_each_time_and_its_features_are_of_order_one(digits, monkeypatch, tmp_path, capsys):
     first = features.features_of("mnist", str(digits), CPU)
     monkeypatch.setenv("VSM_CACHE", str(tmp_path))
     torch.set_num_threads(2)
     second = features.features_of("mnist", str(digits), CPU)
+    assert capsys.readouterr().err == 2 * "training the LeNet-5 of FID on mnist, once\n"  # no bar in a log file
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
     assert first.description == second.description
@@ -346,13 +349,38 @@ def test_a_damaged_evaluation_is_made_again_or_named(runs, tmp_path, capsys, dam
     assert f"skipped {run}: its eval.npz is damaged; delete {run}/eval.npz" in message and "--overwrite" not in message
 
 
-def test_an_unfinished_run_is_evaluated_at_its_checkpoint_and_labelled(runs, tmp_path):
-    run_evaluate(tmp_path / "out", runs.a, runs.half)
-    arrays, table = load_arrays(runs.half / "eval.npz"), load_arrays(tmp_path / "out" / "table.npz")
-    assert arrays["status"] == "unfinished@8" and "status" not in load_arrays(runs.half / "metrics.npz")
+def test_all_numbers_of_an_unfinished_run_are_of_its_checkpoint_and_it_is_labelled(runs, tmp_path):
+    """The last row of its metrics.npz is of epoch 4, its checkpoint of epoch 8, where the finished run ended."""
+    half = shutil.copytree(runs.half, tmp_path / "half")
+    arrays = load_arrays(half / "metrics.npz")
+    config = arrays.pop("config")
+    kept = {name: value[:2] for name, value in arrays.items() if value.shape[:1] == arrays["epoch"].shape}
+    assert kept["epoch"].tolist() == [0, 4]
+    save_arrays(half / "metrics.npz", config, **arrays | kept)
+    run_evaluate(tmp_path / "out", runs.a, half)
+    assert load_arrays(half / "eval.npz")["status"] == "unfinished@8" and "status" not in load_arrays(half / "metrics.npz")
+    table = load_arrays(tmp_path / "out" / "table.npz")
     assert table["objectives"].tolist() == ["KLD-F", "KLD-F unfinished@8"] and table["n"].tolist() == [1, 1]
+    for name in ("negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd", "active_second_moment"):
+        assert table[f"{name}_mean"][0] == load_arrays(runs.a / "metrics.npz")[name][-1]
+    last = evaluate_images(load_vae(half), load_images("mnist", config["flags"]["data_root"]).test, 0.1,
+                           seed=seed_of(load_config(half)["flags"]["seed"], EVALUATION))
+    assert table["negative_elbo_mean"][1] == last["negative_elbo"].item() != kept["negative_elbo"][-1]
+    assert table["active_second_moment_mean"][1] == last["active_second_moment"].item()
     assert np.isnan(table["paper_fid"][1]) and table["paper_fid"][0] == 5.22
     assert "KLD-F unfinished@8" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_each_row_has_its_budget_where_budgets_differ():
+    defaults = image_defaults() | {"infer_samples": 5}
+    one, other = defaults | {"seed": 3, "out": "x"}, defaults | {"epochs": 7, "samples": 1, "infer_samples": 1, "learn": "bao"}
+    paper = "the defaults, which are those of the paper"
+    assert budget_notes([("a", one), ("b", one | {"net": "mlp"})]) == [f"- budget of all runs: {paper}"]
+    assert budget_notes([("a", other), ("b", other)]) == ["- budget of all runs: --samples 1 --epochs 7"]
+    assert budget_notes([("a", one), ("b", other), ("c", one)]) == [f"- budget of a; c: {paper}",
+                                                                   "- budget of b: --samples 1 --epochs 7"]
+    alone = defaults | {"epochs": 9}
+    assert budget_notes([("b", other), ("a", alone)])[1] == "- budget of a: --epochs 9"
 
 
 def test_a_pack_gives_the_same_table_without_folders(runs, tmp_path):

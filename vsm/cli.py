@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -101,7 +102,7 @@ class LogLines(tqdm):
 
     def __init__(self, **options):
         self.next_line = time.monotonic() + 5
-        super().__init__(**options, mininterval=1, ascii=True,
+        super().__init__(**options, mininterval=1, ascii=True, file=io.StringIO(),  # whose end of line is no line of the log
                          bar_format="{n_fmt}/{total_fmt} [{elapsed}, {remaining} to go, {rate_fmt}]{postfix}")
 
     def display(self, msg=None, pos=None):

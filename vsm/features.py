@@ -15,11 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from data import load_images
 from vsm.cache import cache_folder, digest
-from vsm.cli import UserError
+from vsm.cli import UserError, progress
 from vsm.device import evaluating
 from vsm.runs import load_arrays, save_arrays
 
@@ -121,7 +120,8 @@ def train_lenet5(images, labels, name, epochs=6, batch=100, lr=2e-3, seed=0):
             optimiser = torch.optim.Adam(network.parameters(), lr)
             steps = epochs * (len(images) // batch)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-            with tqdm(total=steps, desc=f"LeNet-5 on {name}, once", unit="step", dynamic_ncols=True) as bar:
+            print(f"training the LeNet-5 of FID on {name}, once", file=sys.stderr)
+            with progress(steps) as bar:
                 for _ in range(epochs):
                     for rows in torch.randperm(len(images)).split(batch)[:steps // epochs]:
                         optimiser.zero_grad()

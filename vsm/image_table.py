@@ -72,10 +72,12 @@ def write_table(measured, out):
     configs = [each.run.config for each in measured]
     groups = group_by_seed([each.run for each in measured], configs)
     rows = [row_of(name, [measured[i] for i in members]) for name, members in groups]
+    budgets = [(" ".join((row["data"], row["net"], row["objectives"])), configs[members[0]]["flags"])
+               for row, (_, members) in zip(rows, groups)]
     references = references_of(measured)
     save_arrays(out / "table.npz", {"runs": [each.run.name for each in measured], "paper": PAPER["source"]},
                 **{key: np.array([row[key] for row in rows]) for key in rows[0]})
-    text = "\n".join([table_of(rows, references), "", *samplers_table(rows, references), *NOTES, budget_note(configs),
+    text = "\n".join([table_of(rows, references), "", *samplers_table(rows, references), *NOTES, *budget_notes(budgets),
                       *map(reference_note, references), f"- paper: {PAPER['source']}"])
     write_atomic(out / "table.md", f"{text}\n".encode())
     print(f"\n{text}\n\n{out}/table.md")
@@ -165,13 +167,15 @@ def samplers_table(rows, references):
             "- nearest: median distance, in pixels, to the nearest training image, over that of test images; copies have 0"]
 
 
-def budget_note(configs):
-    """A note with the flags that all runs share and that differ from the defaults."""
-    defaults, flags = image_defaults(), [config["flags"] for config in configs]
-    shared = [key for key in flags[0] if key not in (*NOT_IDENTITY, *AXES) and all(each[key] == flags[0][key] for each in flags)]
-    budget = " ".join(f"--{flag_name(key)} {flags[0][key]}" for key in shared
-                      if flags[0][key] != (flags[0]["samples"] if key == "infer_samples" else defaults[key]))
-    return f"- budget of all runs: {budget or 'the defaults, which are those of the paper'}"
+def budget_notes(groups):
+    """A note for each budget, the flags that differ from the defaults, among groups [(row's title, flags)]."""
+    rows = {}
+    for title, flags in groups:
+        defaults = image_defaults() | {"infer_samples": flags["samples"]}
+        budget = " ".join(f"--{flag_name(key)} {value}" for key, value in flags.items()
+                          if key not in (*NOT_IDENTITY, *AXES) and value != defaults[key])
+        rows.setdefault(budget or "the defaults, which are those of the paper", []).append(title)
+    return [f"- budget of {'; '.join(titles) if len(rows) > 1 else 'all runs'}: {budget}" for budget, titles in rows.items()]
 
 
 def reference_note(reference):
