@@ -123,7 +123,7 @@ def measured_run(run, args, device):
         else:
             print(f"{run}: evaluated before" + (", and its checkpoint is gone" if Path(run.name).is_dir() else ""))
     label = config["label"] + (f" {status}" if status.startswith("unfinished@") else "")
-    run = with_flags_and_label(run, flags_of(config), label)
+    run = with_label(run, label)
     curves = {key: value for key, value in run.arrays().items() if key != "config" and value.ndim == 1}
     lengths = {len(curves.get(key, ())) for key in CURVES}
     if len(lengths) > 1 or 0 in lengths:
@@ -156,17 +156,14 @@ def run_status(run):
     return str(run.arrays("eval")["status"])
 
 
-def with_flags_and_label(run, flags, label):
-    """The same run as a StoredRun whose config, and the configs beside its arrays, have these flags and this label."""
-    def amended(config):
-        return {**config, "flags": flags, "label": label}
-
+def with_label(run, label):
+    """The same run as a StoredRun whose config, and the configs beside its arrays, have this label."""
     def arrays(part):
         loaded = run.arrays(part)
-        return {**loaded, "config": amended(loaded["config"])}
+        return {**loaded, "config": {**loaded["config"], "label": label}}
 
     parts = [part for part in ("metrics", "eval") if run.has(part) or (Path(run.name) / f"{part}.npz").exists()]
-    return StoredRun(run.name, lambda: amended(run.config), arrays, parts)
+    return StoredRun(run.name, lambda: {**run.config, "label": label}, arrays, parts)
 
 
 def evaluation_of(run):

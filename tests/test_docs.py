@@ -56,6 +56,8 @@ def test_commands_parse(page, capsys, tmp_path):
     for shell in shells:
         assert subprocess.run(["bash", "-n"], input=shell, capture_output=True, text=True, check=False).returncode == 0, shell
         for script, *argv in commands(shell, tmp_path):
+            written = [word for flag, word in zip(argv, argv[1:]) if flag in ("--save", "--out")]
+            assert not [word for word in written if word.startswith("results/")], f"{page.name}: overwrites what is published"
             if script == "-m":
                 script, *argv = f"{argv[0].replace('.', '/')}.py", *argv[1:]
             if not script.endswith(".py") or not (ROOT / script).exists():
@@ -67,6 +69,11 @@ def test_commands_parse(page, capsys, tmp_path):
             except SystemExit as error:
                 message = capsys.readouterr().err.strip().rpartition("\n")[2]
                 assert error.code == 0, f"{page.name}: python {script} {shlex.join(argv)}: {message}"
+
+
+def test_no_example_of_help_overwrites_what_is_published():
+    sources = [*ROOT.glob("*.py"), *(file for name in ("vsm", "studies", "benchmarks") for file in (ROOT / name).rglob("*.py"))]
+    assert [file.name for file in sources if re.search(r"--(save|out)[ =]results/", file.read_text())] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
