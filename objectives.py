@@ -121,7 +121,7 @@ class Objective:
     """An entry of LEARN or INFER: all that scripts and figures know of an objective. Calling it calls its function.
 
     letter          the objective's name in labels, as in the paper: F, S, B, KLD, FD
-    color           its matplotlib colour in every figure
+    color           its matplotlib colour in every figure, of Okabe and Ito's palette for the colour-blind
     needs_b         whether x must require a gradient before it is encoded, because the objective uses b
     reparametrised  (INFER only) whether z carries a gradient; Algorithm 1 takes it as a constant in the posterior FD
     joint           whether one loss trains theta and phi; the same entry is then in LEARN and in INFER
@@ -171,13 +171,13 @@ def score_gamma(loss, slope, gamma, D):
     return -2 * (loss + slope) * gamma**2, -(2 * loss + slope) * gamma
 
 
-_FAE = Objective(fae, "FAE", "tab:red", needs_b=True, joint=True)
+_FAE = Objective(fae, "FAE", "#D55E00", needs_b=True, joint=True)
 LEARN = {
     "elbo": Objective(elbo, "ELBO", "black", gamma=likelihood_gamma),
-    "fd": Objective(fd, "F", "tab:blue", gamma=score_gamma),
-    "swersky": Objective(swersky, "S", "tab:orange", gamma=score_gamma,
+    "fd": Objective(fd, "F", "#0072B2", gamma=score_gamma),
+    "swersky": Objective(swersky, "S", "#E69F00", gamma=score_gamma,
                          alias=lambda samples, estimator: "F" if samples == 1 and estimator == "plugin" else None),
-    "bao": Objective(bao, "B", "tab:green", needs_b=True, gamma=score_gamma),
+    "bao": Objective(bao, "B", "#009E73", needs_b=True, gamma=score_gamma),
     "dsm": Objective(dsm, "D", "#CC79A7", estimators=("plugin", "unbiased"), gamma=score_gamma),
     "fae": _FAE,
 }

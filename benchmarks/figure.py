@@ -4,13 +4,13 @@ from itertools import cycle
 
 import numpy as np
 
-from vsm.figures.style import label_ticks, new_figure, save_figure
+from vsm.figures.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, label_ticks, new_figure, save_figure
 from vsm.stored_runs import open_runs
 
 MODES = {
     "reference": {"color": "0.6", "label": "reference step, float32"},
-    "eager": {"color": "tab:blue", "label": "eager"},
-    "captured": {"color": "tab:orange", "label": "captured"},
+    "eager": {"color": BLUE, "label": "eager"},
+    "captured": {"color": ORANGE, "label": "captured"},
 }
 
 
@@ -58,7 +58,7 @@ def benchmark(runs, save):
 def styles_of(tables):
     """{mode: style} over the modes of all tables, so that a mode has one colour in every panel."""
     names = sorted({str(mode) for rows in tables for mode in rows["mode"]} - MODES.keys())
-    colors = ["tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan"]
+    colors = [GREEN, RED, PURPLE, SKY, "black"]
     return MODES | {name: {"color": color, "label": name} for name, color in zip(names, cycle(colors))}
 
 

@@ -169,7 +169,7 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("objectives.py", "score = (u / q.base_dist.scale, (u**2 - 1)", "score = (u / q.base_dist.scale, (u**2)"),
     ("objectives.py", "x.dim() == len(q.batch_shape) + 1:", "x.dim() == 2:"),
     ("objectives.py", "\"FD\", reparametrised=False", "\"FD\""),
-    ("objectives.py", "\"B\", \"tab:green\", needs_b=True", "\"B\", \"tab:green\""),
+    ("objectives.py", "\"B\", \"#009E73\", needs_b=True", "\"B\", \"#009E73\""),
     # Models.
     ("models.py", "2 * math.log(init_sd)", "math.log(init_sd)"),
     ("models.py", "eps=torch.finfo(like.dtype).eps)", "eps=0.1)"),

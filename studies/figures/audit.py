@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vsm.figures.style import color_of, new_figure, save_figure
+from vsm.figures.style import color_of, new_figure, round_ticks, save_figure
 from vsm.stored_runs import open_runs
 
 
@@ -11,8 +11,8 @@ def audit(runs, save):
     arrays = open_runs(runs)[0].arrays()
     flags = arrays["config"]["flags"]
     color = color_of({"learn": flags["objective"]})
-    figure, axes = new_figure(1, 4, size=(3.1, 2.7))
-    composition, contraction, spectrum, short = axes[0]
+    figure, axes = new_figure(1, 4 if "spectrum_learnt" in arrays else 2, size=(3.5, 2.8))
+    composition, contraction, *trained = axes[0]
 
     used = np.abs(arrays["weight"]) > 1e-6
     composition.barh(arrays["term"][used], arrays["weight"][used], color=color)
@@ -24,26 +24,28 @@ def audit(runs, save):
     at = np.arange(len(arrays["samples"]))
     for alpha, row, dash in zip(arrays["alpha"], arrays["kappa"], (":", "-", "--")):
         contraction.plot(at, row, dash, marker="o", ms=4, color=color, label=rf"$\alpha = {alpha:g}$")
-    contraction.axhline(1, color="0.7", lw=3, zorder=0)
-    contraction.set(title=r"contraction $\kappa$: the model gets $1 / \kappa$", xlabel="posterior samples $N$")
+    contraction.axhline(1, color="0.7", lw=3, zorder=0, label="of the ELBO")
+    contraction.set(title="contraction $\\kappa$: the model gets $1 / \\kappa$;\n$\\alpha$: variance of q / exact",
+                   xlabel="posterior samples $N$")
     contraction.set_xticks(at, arrays["samples"])
-    contraction.legend()
+    contraction.legend(fontsize=7.5)
 
-    if "spectrum_learnt" in arrays:
+    if trained:
+        spectrum, short = trained
         component = np.arange(1, len(arrays["spectrum_data"]) + 1)
         spectrum.plot(component, arrays["spectrum_data"], color="0.8", lw=5, label="data (PCA)")
         spectrum.plot(component, arrays["spectrum_learnt"], "o", ms=4, color=color, label="linear VAE")
-        spectrum.set(title=f"variance learnt from {flags['data']}", xlabel="principal component", yscale="log")
+        spectrum.set(title=f"variance learnt from {flags['data']}", xlabel="principal component",
+                     ylabel="pixel value$^2$", yscale="log")
+        round_ticks(spectrum.yaxis)
         spectrum.legend()
         names = [key.removeprefix("excess_") for key in arrays if key.startswith("excess_")]
         for i, name in enumerate(names):
             values = arrays[f"excess_{name}"]
-            short.plot(np.full(len(values), i), values, "o", color=color_of({"learn": name}), alpha=0.7)
+            short.plot(np.full(len(values), i), values, "o", color=color_of({"learn": name}), alpha=0.7, clip_on=False)
         short.set(title=f"NLL above the truth, {flags['law']},\n{flags['updates']} updates, not converged", ylabel="nats",
                   xlim=(-0.6, len(names) - 0.4))
         short.set_xticks(range(len(names)), names)
-        short.set_ylim(0, None)
-    else:
-        spectrum.set_axis_off()
-        short.set_axis_off()
+        short.margins(y=0.15)
+        short.set_ylim(min(0, short.get_ylim()[0]), None)
     save_figure(figure, save)

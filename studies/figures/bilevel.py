@@ -4,7 +4,7 @@ import numpy as np
 
 from studies.convergence import COLLAPSED
 from vsm.cli import UserError
-from vsm.figures.style import color_of, legend_below, new_figure, round_ticks, save_figure
+from vsm.figures.style import color_of, legend_below, line_key, new_figure, round_ticks, save_figure
 from vsm.linear import KAPPA_KNOWN, bilevel_end
 from vsm.names import pair_name, pair_order
 from vsm.stored_runs import open_runs
@@ -20,23 +20,22 @@ def bilevel(runs, save):
     Left: kappa_J of the example of docs/theory.md (its v, gamma and step, not those of the runs), for the objectives of the runs;
     `released` and FD inference have none. Middle: E z^2 of each latent in use, close to kappa on a linear VAE where v is far
     above kappa gamma. Right: NLL above the true law's. Dots are latents and members; lines join their means. Of runs that differ
-    in K those with the least are drawn, and of runs that differ only in length the longest.
+    in K those with the least are drawn, and of runs that differ in length those of the length that most of them have.
     """
     loaded = [run.finished() for run in open_runs(runs)]
     if not all({"second_moment", "nll_excess"} <= arrays.keys() for arrays in loaded):
         raise UserError("bilevel needs the NLL above the true law's and E z^2, which runs of older versions do not have, "
                         "nor runs on a law without a density")
     fewest = min(arrays["config"]["flags"]["inner_steps"] for arrays in loaded)
-    objectives = {}
+    lengths = [arrays["config"]["flags"]["epochs"] for arrays in loaded]
+    length, objectives = max(sorted(set(lengths)), key=lengths.count), {}
     for arrays in sorted(loaded, key=lambda arrays: pair_order(arrays["config"]["flags"])):
-        if arrays["config"]["flags"]["inner_steps"] == fewest:
+        if (arrays["config"]["flags"]["inner_steps"], arrays["config"]["flags"]["epochs"]) == (fewest, length):
             objectives.setdefault(pair_name(arrays["config"]), []).append(arrays)
     drawn = {arrays["config"]["flags"]["bilevel_steps"] for group in objectives.values() for arrays in group}
     figure, axes = new_figure(1, 3, size=(3.0, 2.6))
     for name, group in objectives.items():
-        group.sort(key=lambda arrays: arrays["config"]["flags"]["epochs"])
-        longest = {arrays["config"]["flags"]["bilevel_steps"]: arrays for arrays in group}
-        group = [longest[J] for J in sorted(longest)]
+        group.sort(key=lambda arrays: arrays["config"]["flags"]["bilevel_steps"])
         flags = group[0]["config"]["flags"]
         style = {"color": color_of(flags), "linestyle": "--" if flags["estimator"] == "unbiased" else "-"}
         if flags["learn"] in KAPPA_KNOWN and flags["infer"] == "kld" and flags["estimator"] != "released":
@@ -59,5 +58,6 @@ def bilevel(runs, save):
     for ax in axes[0, 1:]:
         ax.set_xticks(sorted(drawn))
     handles, labels = axes[0, 1].get_legend_handles_labels()
-    legend_below(figure, handles, labels)
+    dot = line_key(color="0.3", marker="o", ms=2.5, ls="")
+    legend_below(figure, [*handles, dot], [*(f"{label}, mean" for label in labels), "a latent, or a seed"], columns=6)
     save_figure(figure, save)

@@ -4,23 +4,34 @@ import math
 
 import numpy as np
 
-from objectives import LEARN
 from studies.sweep_2d import name_order, sweep_points
-from vsm.figures.style import color_of, dash_of, letter_color, line_key, new_figure, save_figure
-from vsm.figures.synthetic import MARKERS, marker_of
+from vsm.figures.style import (
+    RED,
+    area_key,
+    color_of,
+    dash_of,
+    legend,
+    legend_below,
+    line_key,
+    line_style,
+    new_figure,
+    save_figure,
+)
+from vsm.figures.synthetic import marker_of
 from vsm.linear import KAPPA_KNOWN, kappa
 from vsm.names import letter_of
 from vsm.tables import mean_and_error
 
 METRICS = ("nll", "divergence")
+THEORY = {"color": "black", "lw": 1.5, "linestyle": (0, (1, 1))}
 
 
 def synthetic(runs, save):
     """NLL and Fisher divergence of a sweep: against K, or by objective where all runs have the same K (Figures 3, 6, 7).
 
-    Against K: mean ± standard error over the members that did not diverge; a panel per J, two rows per data set. By objective:
-    the members (dots), their mean (bar), two standard errors to either side (box), and the number that diverged (red). NLL is
-    drawn less that of the data's law, as is the score-matching loss where a run has no Fisher divergence. Axes are linear near 0.
+    Against K: the NLL alone, mean ± standard error over the members that did not diverge. By objective: both for the members
+    (dots), their mean (bar), two standard errors to either side (box), and the number that diverged (red). NLL is drawn less that
+    of the data's law, as is the score-matching loss where a run has no Fisher divergence. Axes are linear near 0.
     """
     points = sweep_points(runs)
     if len({point["K"] for point in points}) > 1:
@@ -32,7 +43,7 @@ def synthetic(runs, save):
 def study(runs, save):
     """Final values by objective, a column of two panels per data set: seeds (dots), mean (bar), two standard errors (box).
 
-    Above, NLL less that of the data's law. Below, the total variance of the model over that of the data, and in grey what the
+    Above, NLL less that of the data's law. Below, the total variance of the model over that of the data, and dotted what the
     theory of linear VAEs predicts for it with an exact posterior, 1 / kappa. Runs without `variance_ratio` have no panel below.
     """
     points = sweep_points(runs)
@@ -50,6 +61,7 @@ def study(runs, save):
         name_columns(column[-1], [point["name"].removesuffix(suffix) for point in panel])
     for ax, ylabel in zip(axes[:, 0], (axis_title(points[0], "nll"), "variance of the model\nover the data's")):
         ax.set_ylabel(ylabel)
+    explain_strips(figure, points, theory=rows == 2)
     save_figure(figure, save)
 
 
@@ -86,6 +98,7 @@ def strip_figure(points, save):
             if ylabel != last:
                 ax.set_ylabel(ylabel)
         before = titles
+    explain_strips(figure, points)
     save_figure(figure, save)
 
 
@@ -96,18 +109,18 @@ def draw_strip(ax, points, metric):
         draw_members(ax, x, members, point["flags"])
         if point["diverged"].any():
             ax.text(x, 0.99, f"{point['diverged'].sum()}", transform=ax.get_xaxis_transform(), ha="center", va="top",
-                    fontsize=6.5, color="tab:red")
+                    fontsize=6.5, color=RED)
     excess_axis(ax, values, width)
     name_columns(ax, [point["name"] for point in points])
 
 
 def draw_variance(ax, points):
-    """Draw a column per objective: the model's variance over the data's, and 1 / kappa (grey) where the objective has a kappa."""
+    """Draw a column per objective: the model's variance over the data's, and 1 / kappa (dotted) where it is known."""
     for x, point in enumerate(points):
         flags = point["flags"]
         if flags["learn"] in KAPPA_KNOWN:
             share = 1 / kappa(flags["learn"], flags["estimator"], flags["samples"], batch=flags["batch"])
-            ax.hlines(share, x - 0.45, x + 0.45, color="0.8", lw=6, zorder=0)
+            ax.hlines(share, x - 0.45, x + 0.45, zorder=3, **THEORY)
         draw_members(ax, x, point["members"]["variance_ratio"], flags)
     ax.set_ylim(0, None)
 
@@ -129,68 +142,53 @@ def name_columns(ax, names):
     ax.set_xlim(-0.7, len(names) - 0.3)
 
 
+def explain_strips(figure, points, theory=False):
+    """Say below the axes what the marks of a strip mean; the names below its columns say what the colours are."""
+    keys = {"a seed": line_key(color="0.3", marker="o", ms=3, ls=""),
+            "a seed, FD inference": line_key(color="0.3", marker="o", ms=3, mfc="white", ls=""),
+            "mean over the seeds that did not diverge": line_key(color="0.3", lw=1.6),
+            "two standard errors to either side": area_key("0.85")}
+    if any(point["diverged"].any() for point in points):
+        keys["number of seeds that diverged"] = line_key(color=RED, marker="$7$", ms=5, ls="")
+    if theory:
+        keys[r"theory: $1 / \kappa$"] = line_key(**THEORY)
+    legend_below(figure, list(keys.values()), list(keys), columns=6)
+
+
 # ------------------------------------------------------------------------------------------------------ several K: lines
 
 
 def sweep_figure(points, save):
-    """A column of panels per J, and two rows, NLL and divergence, per data set."""
-    datas, steps, inner = (sorted({point[key] for point in points}) for key in ("data", "J", "K"))
-    figure, axes = new_figure(2 * len(datas), len(steps), size=(4.8, 2.3), sharex=True, sharey="row")
-    for i, data in enumerate(datas):
-        for row, metric in zip(axes[2 * i:2 * i + 2], METRICS):
-            of_data = [point for point in points if point["data"] == data]
-            origin, width, values = values_above_origin(of_data, metric, means=True)
-            for ax, J in zip(row, steps):
-                draw_sweep(ax, [point for point in of_data if point["J"] == J], metric, origin, inner)
-                excess_axis(ax, values, width)
-                ax.set_title(f"{data}, J = {J}" if metric == "nll" else "")
-            row[0].set_ylabel(axis_title(of_data[0], metric))
+    """NLL against K: a row per data set and J, a column for ELBO and F and for each other objective."""
+    rows, inner = sorted({(point["data"], point["J"]) for point in points}), sorted({point["K"] for point in points})
+    columns = {}
+    for point in sorted(points, key=name_order):
+        letter = letter_of(point["flags"])
+        columns.setdefault("ELBO, F" if letter in ("ELBO", "F") else letter, []).append(point)
+    figure, axes = new_figure(len(rows), len(columns), size=(3.2, 2.1), sharex=True, sharey="row")
+    for row, (data, J) in zip(axes, rows):
+        origin, width, values = values_above_origin([point for point in points if point["data"] == data], "nll", means=True)
+        for ax, (letters, drawn) in zip(row, columns.items()):
+            draw_sweep(ax, [point for point in drawn if (point["data"], point["J"]) == (data, J)], origin, inner)
+            excess_axis(ax, values, width)
+            ax.set_title(f"{data}, J = {J}: {letters}")
+        row[0].set_ylabel(axis_title(points[0], "nll"))
     for ax in axes[-1]:
         ax.set_xlabel("encoder updates per decoder update, K")
-    add_legends(figure, points)
+    legend(figure, axes, columns=4)
     save_figure(figure, save)
 
 
-def draw_sweep(ax, points, metric, origin, inner):
+def draw_sweep(ax, points, origin, inner):
     """Draw a line per objective over evenly spaced K, each moved sideways so that no points lie on top of each other."""
-    names = {point["name"]: point for point in sorted(points, key=name_order)}
+    names = {point["name"]: point for point in points}
     for k, (name, first) in enumerate(names.items()):
-        line = sorted((inner.index(point["K"]), *point[metric][:2]) for point in points if point["name"] == name)
+        line = sorted((inner.index(point["K"]), *point["nll"][:2]) for point in points if point["name"] == name)
         x, mean, error = np.array(line).T
         error = np.nan_to_num(error)  # no bar at a single member
-        style = {"color": color_of(first["flags"]), "linestyle": dash_of(first["flags"]), "marker": marker_of(name)}
-        ax.errorbar(x + 0.84 * ((k + 0.5) / len(names) - 0.5), mean - origin, error, capsize=1.5, ms=4, lw=0.9, elinewidth=0.8,
-                    **style)
-    for edge in range(len(inner) - 1):
-        ax.axvline(edge + 0.5, color="0.92", lw=0.8, zorder=0)
+        ax.errorbar(x + 0.4 * ((k + 0.5) / len(names) - 0.5), mean - origin, error, capsize=1.5, ms=5, lw=0.9, elinewidth=0.8,
+                    marker=marker_of(name), label=name, **line_style(first["flags"]))
     ax.set_xticks(range(len(inner)), inner)
-    ax.set_xlim(-0.55, len(inner) - 0.45)
-
-
-def add_legends(figure, points):
-    """Add three legends below the axes, one each for colour, line and marker."""
-    letters = dict.fromkeys(letter_of(point["flags"]) for point in sorted(points, key=name_order))
-    lines = {(dash_of(point["flags"]), inference_name(point["flags"])) for point in points}
-    lines = sorted(lines, key=lambda line: (line[0] != "-", line))
-    sizes = sorted({point["flags"]["samples"] for point in points if point["flags"]["samples"] > 1})
-    drawn = {marker_of(point["name"]) for point in points}
-    markers = [(marker, f"N = {', '.join(map(str, sizes))}" if title == "N = 5" else title)
-               for marker, title in MARKERS.values() if marker in drawn]
-    groups = {
-        "colour: decoder's objective": [line_key(color=letter_color(letter), lw=3, label=letter) for letter in letters],
-        "line: encoder's objective": [line_key(color="0.3", linestyle=dash, label=name) for dash, name in lines],
-        "marker: samples, estimator": [line_key(color="0.3", linestyle="", marker=marker, label=title)
-                                       for marker, title in markers],
-    }
-    figure.set_figheight(figure.get_figheight() + 0.6)
-    for where, (title, handles) in zip(("left", "center", "right"), groups.items()):
-        figure.legend(handles=handles, title=title, loc=f"outside lower {where}", ncols=3, fontsize=8, title_fontsize=8,
-                      columnspacing=1.2)
-
-
-def inference_name(flags):
-    """The name of the encoder's objective in legends; FAE for one that trains both halves."""
-    return "FAE" if LEARN.get(flags["learn"], LEARN["fd"]).joint else flags["infer"].upper()
 
 
 # ------------------------------------------------------------------------------------------------------------- y axes

@@ -1,8 +1,12 @@
 """Figures of image runs: curves against epochs, final values, rate against distortion, and what evaluate.py measured."""
 
+import itertools
+
 import numpy as np
 
 from vsm.figures.style import (
+    area_key,
+    fate_of,
     label_ticks,
     legend,
     letter_color,
@@ -36,7 +40,7 @@ CURVES = {  # metric: axis title, scale
     "learn_grad_norm": ("decoder's gradient norm", "log"),
 }
 LINEAR = {"latent_mmd": 100, "infer_loss": 100, "learn_loss": 100}  # a symlog axis is linear up to this value
-MARKERS = ".xsv^"
+MARKERS = {"plugin": ".v^D", "unbiased": "xP*+", "released": "sph8"}  # of an estimator's lines, one after another
 FEW_GAP = 6  # `gap` of robust_limits where there are few values
 
 
@@ -75,34 +79,34 @@ def named_groups(panels):
 def training_curves(runs, save):
     """Test metrics, training losses and gradient norms against epochs, a line per pair of objectives, a band over seeds.
 
-    Axes show the second half of training, or the last three evaluations. Lines that end far beyond most are named in the panel.
+    Axes show the last three quarters of training. Lines that end far beyond most are named in the panel.
     """
     groups = named_groups(grouped(runs))
     names = [name for name in CURVES if any(measured(groups, name))]
     columns = min((4, 5), key=lambda columns: (-len(names) % columns, columns))  # the fewest empty panels
     figure, axes = new_figure(-(-len(names) // columns), columns, size=(2.9, 2.3))
     for ax, name in zip(axes.flat, names):
-        draw_curves(ax, groups, name)
+        draw_curves(ax, groups, name, markers_of([groups]))
     for ax in axes.flat[len(names):]:
         ax.set_axis_off()
-    legend(figure, axes)
+    legend(figure, axes, **band_key([groups]))
     save_figure(figure, save)
 
 
 def trajectories(runs, save):
     """The paper's four test metrics against epochs, a row per data set and network, a band over seeds (Figures 4, 8).
 
-    Axes show the second half of training, or the last three evaluations. Lines that end far beyond most are named in the panel.
+    Axes show the last three quarters of training. Lines that end far beyond most are named in the panel.
     """
     names = ("negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
     panels = grouped(runs)
     figure, axes = new_figure(len(panels), 4, size=(2.9, 2.3))
     for row, (title, groups) in zip(axes, panels.items()):
         for ax, name in zip(row, names):
-            draw_curves(ax, groups, name)
+            draw_curves(ax, groups, name, markers_of(panels.values()))
             ax.set_visible(ax.has_data())  # Bernoulli latents have no posterior FD
         row[0].set_ylabel(title, fontweight="bold")
-    legend(figure, axes)
+    legend(figure, axes, **band_key(panels.values()))
     save_figure(figure, save)
 
 
@@ -120,11 +124,11 @@ def fid_curves(runs, save):
     figure, axes = new_figure(len(panels), len(names), size=(3.4, 2.8))
     for row, (title, groups) in zip(axes, panels.items()):
         for ax, name in zip(row, names):
-            draw_curves(ax, groups, name)
-        row[-1].axhline(1, color="0.8", lw=4, zorder=0)
+            draw_curves(ax, groups, name, markers_of(panels.values()))
+        row[-1].axhline(1, color="0.8", lw=4, zorder=0, label="the prior's $E z^2$")
         row[-1].set_ylim(min(0.95, row[-1].get_ylim()[0]))
         row[0].set_ylabel(title, fontweight="bold")
-    legend(figure, axes)
+    legend(figure, axes, **band_key(panels.values()))
     save_figure(figure, save)
 
 
@@ -143,7 +147,29 @@ def has_curve(arrays, name):
     return name in arrays and bool(np.isfinite(arrays[name]).any())
 
 
-def draw_curves(ax, groups, name):
+def markers_of(panels):
+    """{name: marker} of the groups in all panels: by estimator, and by order among the names of one pair and estimator."""
+    markers, twins = {}, {}
+    for name, members in itertools.chain(*panels):
+        estimator = members[0]["config"]["flags"].get("estimator", "plugin")
+        same = twins.setdefault((members[0]["config"]["label"], estimator), [])
+        if name not in same:
+            markers[name] = MARKERS[estimator][len(same) % 4]
+            same.append(name)
+    return markers
+
+
+def band_key(panels):
+    """{what bands are, and how many seeds they are of: handle} for a legend; empty where no group has several seeds."""
+    counts = sorted({len(members) for _, members in itertools.chain(*panels)})
+    if counts[-1] == 1:
+        return {}
+    several = [count for count in counts if count > 1]
+    seeds = f"{several[0]} to {several[-1]}" if len(several) > 1 else several[0]
+    return {f"± one standard error{', where' if counts[0] == 1 else ','} {seeds} seeds": area_key("0.85")}
+
+
+def draw_curves(ax, groups, name, markers):
     """Draw one metric against epochs. The ELBO and its two terms begin after the first epoch."""
     title, scale = CURVES[name]
     if name.startswith("fid"):  # not measured at every evaluation
@@ -151,13 +177,13 @@ def draw_curves(ax, groups, name):
         networks = {str(arrays["fid_features"]).rpartition(" ")[0] for _, members in groups for arrays in members
                     if "fid_features" in arrays}
         title = title.replace("FID", f"FID ({', '.join(sorted(networks))})") if networks else title
-    lines = draw_lines(ax, groups, "epoch", name, start=1 if name in ("negative_elbo", "reconstruction", "kl") else 0)
+    lines = draw_lines(ax, groups, "epoch", name, markers, start=1 if name in ("negative_elbo", "reconstruction", "kl") else 0)
     ax.set(xlabel="epoch", title=title)
     whole_ticks(ax.xaxis, 5)
     if name == "active_units":
         ax.set_ylim(0, 1.05 * max([1, *(np.nanmax(values) for values in lines.values())]))
     else:
-        late = {label: values[-max(3, len(values) // 2):] for label, values in lines.items()}
+        late = {label: values[-max(3, 3 * len(values) // 4):] for label, values in lines.items()}
         limit_robustly(ax, late, scale, LINEAR.get(name, 1))
     if scale == "symlog":
         linear_around_zero(ax, LINEAR[name])
@@ -169,6 +195,9 @@ def draw_curves(ax, groups, name):
 def limit_robustly(ax, late, scale, linear=1, gap=3):
     """Set robust limits of y around {name: values}; the panel lists the names of those that end outside."""
     low, high = robust_limits(late, scale, linear, gap)
+    if len(late) < 3:  # none is far from most others
+        ends = [ends[-1] for ends in late.values() if len(ends) and np.isfinite(ends[-1])]
+        low, high = min(low, *ends, low), max(high, *ends, high)
     ax.set_ylim(low, high)
     note_beyond(ax, [name for name, ends in late.items() if len(ends) and np.isfinite(ends[-1]) and not low <= ends[-1] <= high])
 
@@ -215,10 +244,10 @@ def note_beyond(ax, names):
                 bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1})
 
 
-def draw_lines(ax, groups, x, y, start=0):
+def draw_lines(ax, groups, x, y, markers, start=0):
     """Draw the mean of each group's seeds, up to the last epoch of any, in a band of a standard error. Returns {name: means}."""
-    labels, lines = [members[0]["config"]["label"] for _, members in groups], {}
-    for k, (name, members) in enumerate(groups):
+    lines = {}
+    for name, members in groups:
         members = [arrays for arrays in members if y in arrays]
         if not members:
             continue
@@ -228,8 +257,8 @@ def draw_lines(ax, groups, x, y, start=0):
             row[:len(arrays[y])] = arrays[y]
         mean, error, _ = mean_and_error(values[:, start:])
         error = np.nan_to_num(error)  # no band where one seed is left
-        style, marker = line_style(members[0]["config"]["flags"]), MARKERS[labels[:k].count(labels[k]) % 5]
-        ax.plot(longest[start:], mean, marker=marker, markersize=4, label=f"{name}, {seeds_of(members)}", **style)
+        style = line_style(members[0]["config"]["flags"])
+        ax.plot(longest[start:], mean, marker=markers[name], markersize=4, label=name + fate_of(members), **style)
         if len(members) > 1:
             ax.fill_between(longest[start:], mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
         lines[name] = mean
@@ -295,7 +324,7 @@ def rate_distortion(runs, save):
     panels = grouped(runs)
     figure, axes = new_figure(1, len(panels), size=(4.4, 3.4))
     for ax, (title, groups) in zip(axes.flat, panels.items()):
-        draw_rates(ax, groups)
+        draw_rates(ax, groups, markers_of(panels.values()))
         elbo_contours(ax)
         ax.set(xlabel="rate: KL(q || prior) (nats)", title=title)
     axes[0, 0].set_ylabel("distortion: $-E_q\\log p(x|z)$ (nats)")
@@ -305,12 +334,12 @@ def rate_distortion(runs, save):
     save_figure(figure, save)
 
 
-def draw_rates(ax, groups):
+def draw_rates(ax, groups, markers):
     """Draw the ways and ends of all seeds; markers distinguish groups of the same colour and line."""
-    labels, ends = [members[0]["config"]["label"] for _, members in groups], {}
-    for k, (name, members) in enumerate(groups):
+    ends = {}
+    for name, members in groups:
         style = line_style(members[0]["config"]["flags"])
-        dot = {"marker": "os^Dv"[labels[:k].count(labels[k]) % 5], "ms": 6, "color": style["color"], "linestyle": ""}
+        dot = {"marker": markers[name].replace(".", "o"), "ms": 6, "color": style["color"], "linestyle": ""}
         if style["linestyle"] != "-":
             dot["mfc"] = "white"
         ways = [np.array([arrays["kl"], arrays["reconstruction"]]) for arrays in members]  # [2, T] each
@@ -358,7 +387,7 @@ def curves(runs, x, y, **options):
     panels = grouped(runs, "eval")
     figure, axes = new_figure(1, len(panels), size=(4.4, 2.6))
     for ax, (title, groups) in zip(axes.flat, panels.items()):
-        lines = draw_lines(ax, groups, x, y)
+        lines = draw_lines(ax, groups, x, y, markers_of(panels.values()))
         if options.get("yscale") != "log":
             limit_robustly(ax, lines, "linear")
         ax.set(title=title, **options)

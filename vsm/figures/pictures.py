@@ -12,13 +12,13 @@ def samples(runs, save):
 
 
 def reconstructions(runs, save):
-    """Noisy test inputs (first row, third row, ...) above their reconstructions, one grid per run."""
+    """Noisy test inputs above their reconstructions, one grid per run."""
 
     def pairs(arrays):
         rows = [tile(arrays[name][i:i + 8], 8) for i in range(0, 32, 8) for name in ("inputs", "reconstructions")]
         return np.concatenate(rows)
 
-    grids(runs, save, pairs)
+    grids(runs, save, pairs, ["input", "output"] * 4)
 
 
 def interpolations(runs, save):
@@ -31,8 +31,8 @@ def interpolations(runs, save):
     grids(runs, save, rows)
 
 
-def grids(runs, save, make):
-    """Draw one picture for each run, that of make(arrays), under the run's name."""
+def grids(runs, save, make, names=()):
+    """Draw one picture for each run, that of make(arrays), under the run's name; names: those of its rows, if any."""
     panels = grouped(runs, split=("norm", "init_sd", "gamma"))
     named = []
     for panel, groups in panels.items():
@@ -45,8 +45,12 @@ def grids(runs, save, make):
     head = 0.2 + 0.13 * max(title.count("\n") for title in titles)  # inches
     figure, axes = new_figure(rows, -(-len(named) // rows), size=(scale * width / 150, scale * height / 150 + head))
     for ax in axes.flat:
-        ax.set_axis_off()
+        ax.set_frame_on(False)
+        ax.set_xticks([])
+        ax.set_yticks([])
     for ax, title, page in zip(axes.flat, titles, pages):
+        ax.set_yticks((np.arange(len(names)) + 0.5) * len(page) / max(len(names), 1), names, fontsize=6.5)
+        ax.tick_params(length=0, pad=1)
         ax.imshow(page, vmin=0, vmax=255, cmap="gray", interpolation="nearest")
         ax.set_title(title, fontsize=7.5)
     save_figure(figure, save)

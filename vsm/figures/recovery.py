@@ -4,7 +4,7 @@ from itertools import cycle
 
 import numpy as np
 
-from vsm.figures.style import letter_color, new_figure, save_figure
+from vsm.figures.style import BLUE, PURPLE, letter_color, new_figure, save_figure
 from vsm.stored_runs import open_runs
 
 
@@ -21,7 +21,7 @@ def param_recovery(runs, save):
         left.plot(w_star, w, color=letter_color("FAE"), linestyle=dash, label=rf"JFD, $\alpha = {alpha:g}$")
     if "sampled_w" in arrays:
         sampled = arrays["sampled_w"][[rule.index("JKLD"), rule.index("JFD")]].reshape(-1, len(arrays["checked_w_star"]))
-        left.plot(arrays["checked_w_star"], sampled.T, "o", color="tab:blue", ms=3.5, mfc="white",
+        left.plot(arrays["checked_w_star"], sampled.T, "o", color=BLUE, ms=3.5, mfc="white",
                   label=["from samples"] + [None] * (len(sampled) - 1))
     left.set(xlabel="true $w^*$", ylabel="recovered $w$", title=rf"recovery, $\gamma = {flags['gamma']:g}$")
     left.legend(loc="upper left", fontsize=8)
@@ -31,7 +31,7 @@ def param_recovery(runs, save):
         p = np.array([[gamma + w**2, w], [w, 1]])
         q = np.array([[v, phi * v], [phi * v, phi**2 * v + flags["alpha"] * gamma / (gamma + w**2)]])
         ellipses(ax, p, color="0.3", label="$p_w(x, z)$")
-        ellipses(ax, q, color="tab:purple", linestyle="--", label=r"$q_\phi(x, z)$")
+        ellipses(ax, q, color=PURPLE, linestyle="--", label=r"$q_\phi(x, z)$")
         ax.set(xlabel="$x$", ylabel="$z$", title=f"minimum of {name}: $w = {w:.3f}$\n(JKLD {kld:.2f}, JFD {fd:.2f})")
     joints[0].legend(loc="upper left")
     joints[0].text(0.98, 0.02, rf"$w^* = {flags['w_star']:g}$, $\alpha = {flags['alpha']:g}$", transform=joints[0].transAxes,

@@ -16,6 +16,7 @@ from vsm.names import letter_of
 from vsm.runs import write_atomic
 from vsm.tables import count_failures, failures_text
 
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # Okabe and Ito's
 DASHES = {"kld": "-", "fd": "--", "fd-weighted": ":", "fd-repar": "-."}  # of lines, by the inference objective; others are solid
 
 def color_of(flags):
@@ -111,9 +112,9 @@ def area_key(color):
     return Patch(color=color)
 
 
-def legend(figure, axes, columns=5):
-    """Add one legend below all axes, with each name once; the figure grows by its height."""
-    named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+def legend(figure, axes, columns=5, **more):
+    """Add one legend below all axes, with each name once, and `more` {name: handle}; the figure grows by its height."""
+    named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())} | more
     legend_below(figure, list(named.values()), list(named), columns)
 
 
@@ -134,8 +135,13 @@ def legend_below(figure, handles, labels, columns=5):
 
 def seeds_of(members):
     """The text "seed 0" or "3 seeds (1 diverged)" for the arrays of runs that differ only in their seed."""
+    return (f"{len(members)} seeds" if len(members) > 1 else f"seed {members[0]['config']['flags']['seed']}") + fate_of(members)
+
+
+def fate_of(members):
+    """The text " (1 diverged)", or the status of a single run that is not ok; otherwise nothing."""
     statuses = [str(arrays.get("status", "unfinished")) for arrays in members]
     if len(members) == 1:
-        return f"seed {members[0]['config']['flags']['seed']}" + "".join(f" ({status})" for status in statuses if status != "ok")
+        return "".join(f" ({status})" for status in statuses if status != "ok")
     failures = failures_text(count_failures(statuses))
-    return f"{len(members)} seeds" + (f" ({failures})" if failures else "")
+    return f" ({failures})" if failures else ""

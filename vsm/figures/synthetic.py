@@ -6,6 +6,8 @@ import torch
 from vsm.distributions_2d import DISTRIBUTIONS, Distribution2D, distribution
 from vsm.figures.images import limit_robustly
 from vsm.figures.style import (
+    RED,
+    area_key,
     color_of,
     label_ticks,
     legend_below,
@@ -16,16 +18,14 @@ from vsm.figures.style import (
     save_figure,
     whole_ticks,
 )
-from vsm.names import pair_name, pair_order
+from vsm.names import letter_of, pair_name, pair_order
 from vsm.stored_runs import of_member, open_runs, shown_member
 
-MARKERS = {  # part of an objective's name: marker, legend; the first part that the name contains counts
-    "step": ("D", "another encoder step"), "released": ("X", "released estimator"), "unbiased": ("v", "unbiased estimator"),
-    "N = ": ("o", "N = 5"), "": ("^", "N = 1")}
+MARKERS = {"step": "D", "released": "X", "unbiased": "v", "N = ": "o", "": "^"}  # by the first of these parts in a pair's name
 
 
 def marker_of(name):
-    return next(marker for part, (marker, _) in MARKERS.items() if part in name)
+    return next(marker for part, marker in MARKERS.items() if part in name)
 
 
 # ------------------------------------------------------------------------------------------------- curves against updates
@@ -124,6 +124,9 @@ def synthetic_samples(runs, save):
         if member is not None:
             ax.scatter(*of_member(arrays, "model_samples", member).T, s=3, color=color_of(flags), alpha=0.4, lw=0)
         frame_data(ax, arrays)
+    colors = {"test data": "0.75"} | {f"samples, {letter_of(arrays['config']['flags'])}": color_of(arrays["config"]["flags"])
+                                      for arrays in loaded}
+    legend_below(figure, [line_key(color=color, marker="o", ms=4, ls="") for color in colors.values()], list(colors))
     save_figure(figure, save)
 
 
@@ -147,9 +150,11 @@ def density(runs, save):
             ax.contourf(x, y, log_density.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 4)
             truth = law_density(flags["data"], flags.get("noise", 0), x, y)
             if truth is not None:
-                ax.contour(x, y, truth.T, truth.max() - DEPTHS[[0, 4]], colors="tab:red", linewidths=0.7, linestyles="solid")
+                ax.contour(x, y, truth.T, truth.max() - DEPTHS[[0, 4]], colors=RED, linewidths=0.7, linestyles="solid")
         ax.scatter(*arrays["test_data"][:500].T, s=1.5, color=color_of(flags), alpha=0.5, lw=0)
         frame_data(ax, arrays)
+    legend_below(figure, [area_key("0.6"), line_key(color=RED, lw=0.7), line_key(color="0.3", marker="o", ms=2, ls="")],
+                 ["log density of the model, 8 nats deep", "the data's law, 8 and 2 nats below its peak", "test data"], columns=2)
     save_figure(figure, save)
 
 
@@ -169,7 +174,7 @@ def panels_of_runs(runs):
     datas = [arrays["config"]["flags"]["data"] for arrays in loaded]
     counts = {datas.count(data) for data in datas}
     columns = min(5, *counts, len(loaded)) if len(counts) == 1 else min(len(loaded), 5)
-    figure, axes = new_figure(-(-len(loaded) // columns), columns, size=(2.3, 2.7))
+    figure, axes = new_figure(-(-len(loaded) // columns), columns, size=(2.3, 2.4))
     for ax in axes.flat[len(loaded):]:
         ax.set_axis_off()
     return figure, axes, loaded

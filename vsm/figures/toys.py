@@ -6,14 +6,14 @@ from itertools import product
 import numpy as np
 
 from vsm.cli import UserError
-from vsm.figures.style import area_key, legend_below, line_key, new_figure, save_figure
+from vsm.figures.style import BLUE, ORANGE, RED, area_key, legend_below, line_key, new_figure, save_figure
 from vsm.forms import mismatch
 from vsm.stored_runs import open_runs
 
 OBJECTIVE_TITLES = {"fd-repar": "FD, reparametrised", "fd": "FD, $z$ held fixed", "kld": "KLD, reparametrised",
                     "fd-weighted": "FD weighted, $z$ held fixed"}
 OPTIMISER_TITLES = {"sgd": "SGD", "adam": "Adam"}
-SIDES, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), "tab:orange", "0.6"  # ends where z1 + z2 > 0, < 0; in low density; diverged
+SIDES, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), ORANGE, "0.6"  # ends where z1 + z2 > 0, < 0; in low density; diverged
 LOW_DENSITY = "caught: 99 % of the mass is denser"
 POSTERIOR = "exact posterior, down to 8 nats"  # in grey
 
@@ -185,15 +185,15 @@ def draw_mixtures(arrays):
                 ax.set_title("diverged, or off the grid")
                 continue
             log_q = arrays["log_q"][l, r].astype(float)
-            ax.contour(arrays["axis"], arrays["axis"], log_q.T, log_q.max() - np.array([4.5, 2, 0.4]), colors="tab:blue",
+            ax.contour(arrays["axis"], arrays["axis"], log_q.T, log_q.max() - np.array([4.5, 2, 0.4]), colors=BLUE,
                        linewidths=1, linestyles="solid")
-            ax.scatter(*arrays["mean"][:, l, r], s=120 * arrays["weight"][l, r], c="tab:red", alpha=0.6, linewidths=0, zorder=3)
+            ax.scatter(*arrays["mean"][:, l, r], s=120 * arrays["weight"][l, r], c=RED, alpha=0.6, linewidths=0, zorder=3)
             ax.set_title(f"KL {arrays['kl'][l, r]:.2f}, right {100 * arrays['right_mass'][l, r]:.0f} %")
         axes[l * rows, 0].set_ylabel(f"{likelihood}\nexact: right {100 * arrays['exact_right_mass'][l]:.0f} %\n$z_2$")
     for ax in axes[-1]:
         ax.set_xlabel("$z_1$")
-    legend = [(line_key(color="tab:blue", lw=1), "mixture, 0.4, 2 and 4.5 nats below its mode"),
-              (line_key(color="tab:red", marker="o", alpha=0.6, mew=0, ls=""), "means of its components, area: weight"),
+    legend = [(line_key(color=BLUE, lw=1), "mixture, 0.4, 2 and 4.5 nats below its mode"),
+              (line_key(color=RED, marker="o", alpha=0.6, mew=0, ls=""), "means of its components, area: weight"),
               (area_key("0.75"), POSTERIOR),
               (line_key(ls=""), "KL: of the mixture from the posterior, nats"),
               (line_key(ls=""), "right: mass where $z_1 + z_2 > 0$")]
@@ -208,7 +208,7 @@ def draw_gradients(arrays):
     mean, sd, gradient = arrays["mean"], arrays["sd"], arrays["gradient"]
     figure, axes = new_figure(1, 4, size=(2.7, 2.7))
     titles = "descent by KLD", "descent by FD", "descent by FD, $z$ held fixed (biased)"
-    colors = "black", "tab:red", "tab:blue"
+    colors = "black", RED, BLUE
     for ax, title, color, (d_mean, d_sd) in zip(axes[0], titles, colors, gradient):
         down = -d_mean.T, -(d_sd / (sd * np.log(2))).T  # in the figure's coordinates
         ax.streamplot(mean, np.log2(sd), *down, color=color, linewidth=0.8, arrowsize=0.8, density=0.9)
