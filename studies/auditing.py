@@ -14,6 +14,7 @@ from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import train_synthetic
 from metrics import objective_terms
 from models import VAE, mlp
 from objectives import LEARN, dot, likelihood_score
@@ -284,7 +285,6 @@ def check_spectrum(name, options, data, root, samples=5, shown=10):
 
 def check_short_run(args):
     """NLL of a short 2-D run above that of the data's law, beside the ELBO's with the same budget and seeds."""
-    import train_synthetic
     excess = {}
     for name in dict.fromkeys(("elbo", args.objective)):
         flags = ["--data", args.law, "--learn", name, "--samples", "5", "--batch", "100", "--lr", "1e-3", "--inner-steps", "2",

@@ -222,6 +222,8 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("vsm/image_table.py", '{"infer_samples": flags["samples"]}', '{"infer_samples": 5}'),
     ("vsm/image_table.py", "flags.items()\n                          if key not in (*NOT_IDENTITY, *AXES) and",
      "flags.items()\n                          if"),
+    ("studies/auditing.py", 'start, args, name, options.get("estimator", "plugin")', 'start, args, name, "plugin"'),
+    ("studies/auditing.py", 'flags += ["--estimator", args.estimator]', 'flags += ["--estimator", "plugin"]'),
     ("studies/auditing.py", "split_kappa(name, 1.0, image=True, **options)", "split_kappa(name, 1.0, **options)"),
     ("studies/auditing.py", "measured_kappa(name, samples, alpha, image=True, **options)",
      "measured_kappa(name, samples, alpha, **options)"),

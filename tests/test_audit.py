@@ -1,7 +1,10 @@
 """The audit passes the right objectives and says what is wrong with deliberately wrong ones."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 import audit
 from objectives import LEARN, Objective, dot, likelihood_score, posterior_score
@@ -34,6 +37,27 @@ def test_the_numbers_of_the_released_estimator_are_those_of_images():
     assert arrays["kappa"][1] == pytest.approx([2, 1.5, 1.2, 1.05], abs=1e-6)
     assert (arrays["kappa_limit"], arrays["kappa_slope"]) == pytest.approx((1, 1), abs=1e-6)
     assert [finding.verdict for finding in found] == ["ok", "ok", "note"]
+
+
+def test_the_spectrum_and_the_short_run_train_by_the_audited_estimator(monkeypatch):
+    """The released estimator of vectors couples the data of a minibatch, so its 2-D run has one sample."""
+    trained = []
+
+    def record_model(pixels, C, start, args, *model):
+        trained.append(model)
+        return {"learnt": np.ones(16), "second_moment": np.ones(16)}
+
+    def record_run(args, device):
+        trained.append((args.learn, args.estimator, args.samples, args.seeds, args.data))
+        return SimpleNamespace(law=SimpleNamespace(sample=lambda *_: None))
+
+    monkeypatch.setattr(auditing, "load_pixels", lambda args: torch.rand(30, 20))
+    monkeypatch.setattr(auditing, "train_one_model", record_model)
+    monkeypatch.setattr(auditing.train_synthetic, "EnsembleTrainer", record_run)
+    monkeypatch.setattr(auditing.evaluation_2d, "evaluate", lambda *_: {"nll_excess": np.zeros(2)})
+    auditing.check_spectrum("bao", {"estimator": "released"}, "mnist", "data")
+    auditing.check_short_run(SimpleNamespace(objective="bao", estimator="released", law="ring", seeds=2, updates=0))
+    assert trained == [("bao", "released", 5), ("elbo", "plugin", 5, 2, "ring"), ("bao", "released", 1, 2, "ring")]
 
 
 def test_a_composition_is_named():
