@@ -178,7 +178,7 @@ LEARN = {
     "swersky": Objective(swersky, "S", "#E69F00", gamma=score_gamma,
                          alias=lambda samples, estimator: "F" if samples == 1 and estimator == "plugin" else None),
     "bao": Objective(bao, "B", "#009E73", needs_b=True, gamma=score_gamma),
-    "dsm": Objective(dsm, "D", "#CC79A7", estimators=("plugin", "unbiased"), gamma=score_gamma),
+    "dsm": Objective(dsm, "DSM", "#CC79A7", estimators=("plugin", "unbiased"), gamma=score_gamma),
     "fae": _FAE,
 }
 INFER = {

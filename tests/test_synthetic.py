@@ -296,7 +296,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     (["--seeds", 0], "0 is not a whole number of 1 or more"),
     (["--data", "moons"], "invalid choice: 'moons'"),
     (["--learn", "swersky", "--estimator", "unbiased"], "at least 2"),
-    (["--estimator", "released"], "applies to --learn swersky and bao only"),
+    (["--estimator", "released"], "applies to --learn swersky, bao, dsm only"),
     (["--learn", "fae", "--infer", "fd"], "--learn fae goes with --infer fae"),
     (["--inner-lr", "nan"], "nan is not a number above 0"),
     (["--inner-lr", 0], "0 is not a number above 0"),

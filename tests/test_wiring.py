@@ -349,7 +349,7 @@ def test_the_loss_of_theta_reaches_no_phi_and_takes_exact_draws(name, latent, mo
     noise, decode = torch.randn(3, 4, 2), vae.decode
     monkeypatch.setattr(vae, "decode", lambda z: (drawn.append(z), decode(z))[1])
     vae.encoder.requires_grad_(False)  # as both trainers do
-    loss = theta_loss(vae, x, name, noise)
+    loss = theta_loss(vae, x, name, noise, t=-x.flatten(1))
     assert loss.shape == (4,) and not drawn[0].requires_grad
     if latent == "bernoulli":
         assert drawn[0].unique().tolist() == [0, 1]

@@ -197,7 +197,7 @@ def resolve_pair(parser, args):
     if learn.joint and args.infer_samples != args.samples:
         parser.error(f"{args.learn} has one loss and one number of samples; --infer-samples must equal --samples")
     if args.estimator != "plugin" and not learn.takes("estimator"):
-        names = " and ".join(name for name, entry in LEARN.items() if entry.takes("estimator"))
+        names = ", ".join(name for name, entry in LEARN.items() if entry.takes("estimator"))
         parser.error(f"--estimator {args.estimator} applies to --learn {names} only")
     elif args.estimator not in (*learn.estimators, "plugin"):
         parser.error(f"--learn {args.learn} takes --estimator {' or '.join(learn.estimators)}, not {args.estimator}")

@@ -6,7 +6,7 @@ from vsm.figures.style import letter_color, line_key, new_figure, round_ticks, s
 from vsm.linear import kappa, second_moment
 from vsm.stored_runs import open_runs
 
-LETTERS = {"elbo": "ELBO", "fd": "F", "swersky": "S", "bao": "B", "dsm": "D"}
+LETTERS = {"elbo": "ELBO", "fd": "F", "swersky": "S", "bao": "B", "dsm": "DSM"}
 TEN = 10  # means are over so many of the largest directions
 ACTIVE = 1.05  # a latent is active if its direction has more than this times gamma of variance
 
