@@ -86,8 +86,8 @@ class EnsembleTrainer(TrainingState):
 
         vae.encoder.requires_grad_(args.bilevel_steps > 0)
         vae.decoder.requires_grad_(True)
-        t = -self.data_noise[..., -2:] / args.noise if LEARN[args.learn].takes("t") else None  # the score of the data's noise
-        learn, gradient, phi = self.learn(vae, x, self.infer_noise[args.inner_steps:], self.learn_noise, t)
+        score = [-self.data_noise[..., -2:] / args.noise] if LEARN[args.learn].takes("t") else []  # that of the data's noise
+        learn, gradient, phi = self.learn(vae, x, self.infer_noise[args.inner_steps:], self.learn_noise, *score)
         set_gradients(self.theta, gradient)
         self.adam.step()
         if self.stationary:
