@@ -61,9 +61,9 @@ def test_gradient_snr(trained, half, monkeypatch, tmp_path, fails):
     assert "at least 2" in fails(gradient_snr, trained, "--draws", "1")
     run_study(gradient_snr, trained, "--draws", 2)
     arrays = load_arrays(trained / "gradient_snr.npz")
-    names = ["ELBO", "F", "S plugin", "S unbiased", "B plugin", "B unbiased", "B released", "FAE"]
+    names = ["ELBO", "F", "S plugin", "S unbiased", "B plugin", "B unbiased", "B released", "DSM plugin", "DSM unbiased", "FAE"]
     assert arrays["objectives"].tolist() == names and arrays["samples"].tolist() == [1, 2]
-    assert [name for name, snr in zip(names, arrays["snr"]) if np.isnan(snr[0])] == ["S unbiased", "B unbiased"]
+    assert [name for name, snr in zip(names, arrays["snr"]) if np.isnan(snr[0])] == ["S unbiased", "B unbiased", "DSM unbiased"]
     assert np.isfinite(arrays["snr"][:, 1:]).all() and (trained / "gradient_snr.png").exists()
     run_study(gradient_snr, half, "--draws", 3, "--mode", "train")
     by_training = load_arrays(half / "gradient_snr_train.npz")
