@@ -108,7 +108,7 @@ def test_what_capture_does_besides_cuda(monkeypatch):
 
 def test_a_checkpoint_from_another_kind_of_device_resumes():
     """A GPU's generator has another state: the noise then comes from a new stream, the same at every such resume."""
-    saved = run(trainer("fd", "kld", graph=False, device="cpu"), 4).save() | {"generator": torch.zeros(16, dtype=torch.uint8)}
+    saved = run(trainer("fd", "kld", graph=False, device="cpu"), 4).save() | {"generators": [torch.zeros(16, dtype=torch.uint8)]}
     resumed = [trainer("fd", "kld", graph=False, device="cpu") for _ in range(2)]
     for one in resumed:
         one.load(saved)

@@ -170,7 +170,7 @@ def bilevel_slope(objective, estimator, infer, w, v, gamma, N, steps, lr):
     phi = dict(vae.encoder.named_parameters())
     for _ in range(steps):
         phi = kept_step(vae, phi, x, infer, noise[:1], lr)
-    loss = bilevel_loss(vae, phi, x, objective, noise, estimator or "plugin").mean()
+    loss = bilevel_loss(vae, phi, x, objective, noise, estimator=estimator or "plugin").mean()
     return torch.autograd.grad(loss, vae.decoder.weight)[0].item()
 
 

@@ -232,7 +232,7 @@ def test_default_folders_of_a_sweep_never_collide():
     (["--learn", "fae", "--infer", "kld"], "--learn fae goes with --infer fae"),
     (["--infer", "fae"], "--learn fae goes with --infer fae"),
     (["--learn", "swersky", "--estimator", "unbiased", "--samples", "1"], "at least 2"),
-    (["--estimator", "released"], "applies to --learn swersky and bao"),
+    (["--estimator", "released"], "applies to --learn swersky, bao, dsm only"),
     (["--samples", "0"], "0 is not a whole number of 1 or more"),
     (["--lr", "nan"], "nan is not a number above 0"),
     (["--batch", "301"], "more than the 300 training images"),
