@@ -265,17 +265,13 @@ def host_scalar(monkeypatch):
 
 STRANGER = torch.Generator().manual_seed(1)
 FAULTS = {
-    "clock re-bound": (after_update(rebind_clock), "replaced"),
-    "cursor left out of state()": (forget_cursor, "not in state"),
-    "error_if_nonfinite": (after_update(clip), "waits"),
-    "masked KL": (masked_kl, "waits|host"),
+    "clock re-bound": (after_update(rebind_clock), "replaced"), "cursor left out of state()": (forget_cursor, "not in state"),
+    "error_if_nonfinite": (after_update(clip), "waits"), "masked KL": (masked_kl, "waits|host"),
     "forgotten device": (after_update(lambda trainer: torch.zeros(3)), "host"),
-    "float()": (after_update(lambda trainer: float(trainer.sums[0, 0])), "waits"),
-    "host scalar": (host_scalar, "host"),
+    "float()": (after_update(lambda trainer: float(trainer.sums[0, 0])), "waits"), "host scalar": (host_scalar, "host"),
     "boolean mask": (after_update(lambda trainer: trainer.sums[trainer.sums > 0]), "waits"),
     "no generator": (after_update(lambda trainer: torch.randn(3, device=META)), "no checkpoint keeps"),
-    "another generator": (after_update(lambda trainer: torch.rand(3, generator=STRANGER, device=META)), "no checkpoint keeps"),
-}
+    "another generator": (after_update(lambda trainer: torch.rand(3, generator=STRANGER, device=META)), "no checkpoint keeps")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

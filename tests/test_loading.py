@@ -140,8 +140,7 @@ def edited(folder, to, edit):
     (lambda config: config["flags"].update(net="transformer"), "'transformer' is none of mlp, .*VSM_IMPORT"),
     (lambda config: config["flags"].update(dim_z=5), "does not hold the model of its config.json"),
     (lambda config: config.update(script="toy_inference"), "toy_inference.py, which trains no VAE"),
-    (lambda config: config.pop("data"), "its images have the size None"),
-])
+    (lambda config: config.pop("data"), "its images have the size None")])
 def test_what_does_not_fit_is_named(folders, tmp_path, edit, words):
     with pytest.raises(UserError, match=words):
         load_vae(edited(folders / "conv", tmp_path / "run", edit))

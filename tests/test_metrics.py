@@ -9,14 +9,7 @@ from torch import nn
 
 import evaluate
 import train_synthetic
-from metrics import (
-    evaluate_images,
-    latent_mmd,
-    negative_elbo,
-    objective_terms,
-    posterior_fd,
-    reconstruction_mse,
-)
+from metrics import evaluate_images, latent_mmd, negative_elbo, objective_terms, posterior_fd, reconstruction_mse
 from models import VAE, build_vae
 from objectives import INFER, LEARN
 from studies.gradient_snr import squared_norms, unbiased_moments
@@ -57,14 +50,11 @@ def closed_forms(linear):
     r2, V, M = r.square().sum(-1), torch.trace(W @ S @ W.T), -S.inverse() + torch.eye(DZ) + W.T @ W / GAMMA
     return {
         "reconstruction": D / 2 * math.log(2 * math.pi * GAMMA) + (r2 + V) / (2 * GAMMA),
-        "kl": (std.square().sum() + mean.square().sum(-1) - DZ - 2 * std.log().sum()) / 2,
-        "half_a2": (r2 + V) / (2 * GAMMA**2),
-        "half_abar2": r2 / (2 * GAMMA**2),
-        "a_dot_b": (torch.trace(W @ A) / GAMMA).expand(5),
+        "kl": (std.square().sum() + mean.square().sum(-1) - DZ - 2 * std.log().sum()) / 2, "half_a2": (r2 + V) / (2 * GAMMA**2),
+        "half_abar2": r2 / (2 * GAMMA**2), "a_dot_b": (torch.trace(W @ A) / GAMMA).expand(5),
         "half_b2": (torch.trace(A.T @ S.inverse() @ A) / 2).expand(5),
         "half_c2": (torch.trace(M @ S @ M.T) + (mean - r @ W / GAMMA).square().sum(-1)) / 2,
-        "laplacian": torch.full((5,), -D / GAMMA, dtype=torch.float64),
-    }
+        "laplacian": torch.full((5,), -D / GAMMA, dtype=torch.float64)}
 
 
 def test_every_term_equals_its_closed_form(linear):

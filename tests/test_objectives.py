@@ -70,13 +70,9 @@ def closed_forms(linear):
     posterior = (torch.trace(M @ S @ M.T) + (mean - r @ W / gamma).square().sum(-1)) / 2
     fd = (r2 + V) / (2 * gamma**2) - D / gamma
     return {
-        "elbo": D / 2 * math.log(2 * math.pi * gamma) + (r2 + V) / (2 * gamma) + kl,
-        "fd": fd,
-        "swersky": (r2 / 2 + V) / gamma**2 - D / gamma,
-        "bao": r2 / (2 * gamma**2) + torch.trace(W @ A) / gamma - D / gamma,
-        "fae": posterior + b2 / 2 + fd,
-        "posterior": posterior,
-    }
+        "elbo": D / 2 * math.log(2 * math.pi * gamma) + (r2 + V) / (2 * gamma) + kl, "fd": fd,
+        "swersky": (r2 / 2 + V) / gamma**2 - D / gamma, "bao": r2 / (2 * gamma**2) + torch.trace(W @ A) / gamma - D / gamma,
+        "fae": posterior + b2 / 2 + fd, "posterior": posterior}
 
 
 @pytest.mark.parametrize("name", ["elbo", "fd", "swersky", "bao", "fae"])

@@ -37,42 +37,23 @@ def write_run(folder, script, flags, label, part="metrics", **arrays):
 def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, seeds=3, data="ring", epochs=3):
     rng = np.random.default_rng(seed)
     flags = {
-        "data": data,
-        "learn": learn,
-        "infer": infer,
-        "estimator": "plugin",
-        "samples": 5,
-        "inner_steps": K,
-        "bilevel_steps": 0,
-        "seed": seed,
-        "seeds": seeds,
-        "epochs": epochs,
-        "steps_per_epoch": 100,
-        "hidden": 30,
-    }
+        "data": data, "learn": learn, "infer": infer, "estimator": "plugin", "samples": 5, "inner_steps": K, "bilevel_steps": 0,
+        "seed": seed, "seeds": seeds, "epochs": epochs, "steps_per_epoch": 100, "hidden": 30}
     T, arrays = 4, {}
     arrays |= {"epoch": np.arange(T), "posterior_sd": rng.uniform(0.1, 0.5, (T, seeds, 2)).astype(np.float32)}
     arrays |= {
-        key: rng.uniform(0.2, 1, (T, seeds)) for key in ("log_gamma", "negative_elbo", "excess_curve", "nll_curve", "learn_loss")
-    }
+        key: rng.uniform(0.2, 1, (T, seeds)) for key in ("log_gamma", "negative_elbo", "excess_curve", "nll_curve", "learn_loss")}
     if finished:
         nll = rng.uniform(1, 2, seeds)
         nll[0] = np.nan
         grid = rng.normal(size=(2, 9, 9)).astype(np.float16)
         arrays |= {
-            "nll": nll,
-            "nll_excess": nll - 0.5,
-            "second_moment": rng.uniform(0.5, 2, (seeds, 2)),
-            "fisher_divergence": rng.uniform(1, 2, seeds),
-            "sm_loss": rng.uniform(1, 2, seeds),
+            "nll": nll, "nll_excess": nll - 0.5, "second_moment": rng.uniform(0.5, 2, (seeds, 2)),
+            "fisher_divergence": rng.uniform(1, 2, seeds), "sm_loss": rng.uniform(1, 2, seeds),
             "diverged_at": np.array([7] + [-1] * (seeds - 1)),
             "model_samples": rng.normal(size=(seeds, 50, 2)).astype(np.float32),
-            "test_data": np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32),
-            "density_grid": grid,
-            "density_grid_of": np.array([1, 2]),
-            "density_extent": np.array([-2.0, 2, -2, 2]),
-            "status": np.array("ok"),
-        }
+            "test_data": np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32), "density_grid": grid,
+            "density_grid_of": np.array([1, 2]), "density_extent": np.array([-2.0, 2, -2, 2]), "status": np.array("ok")}
     return write_run(folder, "train_synthetic", flags, f"{infer.upper()}-{'B' if learn == 'bao' else 'F'}", **arrays)
 
 
@@ -82,42 +63,19 @@ def image_run(folder, learn="fd", infer="kld", seed=0, finished=True, scale=1.0,
     flags |= more
     T = 5
     names = (
-        "negative_elbo",
-        "reconstruction",
-        "kl",
-        "reconstruction_mse",
-        "latent_mmd",
-        "posterior_fd",
-        "log_gamma",
-        "active_units",
-        "infer_loss",
-        "learn_loss",
-        "infer_grad_norm",
-        "learn_grad_norm",
-    )
+        "negative_elbo", "reconstruction", "kl", "reconstruction_mse", "latent_mmd", "posterior_fd", "log_gamma", "active_units",
+        "infer_loss", "learn_loss", "infer_grad_norm", "learn_grad_norm")
     arrays = {"epoch": np.arange(T)} | {name: scale * rng.uniform(1, 2, T) for name in names}
     arrays |= {
-        "fid": np.array([np.nan, 9.0, np.nan, 8, 7]),
-        "posterior_sd": rng.uniform(0.1, 1, (T, 6)),
-        "second_moment": rng.uniform(0.5, 1, (T, 6)),
-        "aggregate_histogram": np.full((T, 80), 1 / 80),
-    }
+        "fid": np.array([np.nan, 9.0, np.nan, 8, 7]), "posterior_sd": rng.uniform(0.1, 1, (T, 6)),
+        "second_moment": rng.uniform(0.5, 1, (T, 6)), "aggregate_histogram": np.full((T, 80), 1 / 80)}
     if finished:
         pictures = {name: rng.integers(0, 255, (64, 1, 8, 8), np.uint8) for name in ("samples", "inputs", "reconstructions")}
         arrays |= pictures | {"interpolations": rng.integers(0, 255, (3, 8, 1, 8, 8), np.uint8), "status": np.array("ok")}
     run = write_run(folder, "train_images", flags, f"{infer.upper()}-F", **arrays)
     write_run(
-        folder,
-        "train_images",
-        flags,
-        f"{infer.upper()}-F",
-        "eval",
-        status="ok",
-        iw_samples=np.array([1, 10]),
-        negative_iw_bound=rng.normal(size=2),
-        noise_levels=np.array([0, 0.1]),
-        denoising_mse=rng.uniform(0.01, 0.02, 2),
-    )
+        folder, "train_images", flags, f"{infer.upper()}-F", "eval", status="ok", iw_samples=np.array([1, 10]),
+        negative_iw_bound=rng.normal(size=2), noise_levels=np.array([0, 0.1]), denoising_mse=rng.uniform(0.01, 0.02, 2))
     return run
 
 
@@ -127,9 +85,7 @@ def runs(tmp_path_factory):
     return {
         "2d": [synthetic_run(root / "b5"), synthetic_run(root / "b1", K=1), synthetic_run(root / "f5", "fd", "fd", seed=0)],
         "images": [image_run(root / "i0"), image_run(root / "i1", seed=1), image_run(root / "fd", infer="fd", scale=1e30)],
-        "half": [synthetic_run(root / "half", finished=False)],
-        "half image": [image_run(root / "half_image", finished=False)],
-    }
+        "half": [synthetic_run(root / "half", finished=False)], "half image": [image_run(root / "half_image", finished=False)]}
 
 
 def draw(figure, *argv):
@@ -147,19 +103,8 @@ def test_bilevel_draws_runs_of_one_length(tmp_path):
 FIGURES_OF = {
     "2d": ("synthetic", "study", "bilevel", "training_curves", "synthetic_samples", "density"),
     "images": (
-        "training_curves",
-        "trajectories",
-        "fid_curves",
-        "final_values",
-        "rate_distortion",
-        "importance_bound",
-        "denoising",
-        "samples",
-        "reconstructions",
-        "interpolations",
-        "posterior_sd",
-        "aggregate_posterior",
-    ),
+        "training_curves", "trajectories", "fid_curves", "final_values", "rate_distortion", "importance_bound", "denoising",
+        "samples", "reconstructions", "interpolations", "posterior_sd", "aggregate_posterior"),
 }
 
 
@@ -175,17 +120,8 @@ def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
     if kind == "2d":
         assert sweep_table(runs[kind]) == sweep_table([packed])
         draw(
-            "synthetic",
-            packed,
-            runs["2d"][0].parent / "b5",
-            "--only",
-            "b1",
-            "f5",
-            "--without",
-            "f*",
-            "--save",
-            tmp_path / "c.png",
-        )
+            "synthetic", packed, runs["2d"][0].parent / "b5", "--only", "b1", "f5", "--without", "f*", "--save",
+            tmp_path / "c.png")
 
 
 def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path):

@@ -97,14 +97,10 @@ def plain_images(vae, steps, *, learn, infer, estimator, samples, inner_steps, n
 
 
 @pytest.mark.parametrize("changes", [
-    dict(samples=3, infer_samples=1, inner_steps=3, lr_half_life=0.5),
-    dict(learn="elbo", infer="fd", infer_samples=3),
-    dict(learn="bao", infer="fd-weighted", estimator="unbiased"),
-    dict(learn="bao", estimator="released"),
-    dict(learn="swersky", infer="fd-repar", estimator="unbiased", inner_steps=1),
-    dict(learn="fae", infer="fae", lr_half_life=2),
-    dict(learn="bao", latent="bernoulli"),
-    dict(learn="elbo", inner_steps=1, one_pass=True),
+    dict(samples=3, infer_samples=1, inner_steps=3, lr_half_life=0.5), dict(learn="elbo", infer="fd", infer_samples=3),
+    dict(learn="bao", infer="fd-weighted", estimator="unbiased"), dict(learn="bao", estimator="released"),
+    dict(learn="swersky", infer="fd-repar", estimator="unbiased", inner_steps=1), dict(learn="fae", infer="fae", lr_half_life=2),
+    dict(learn="bao", latent="bernoulli"), dict(learn="elbo", inner_steps=1, one_pass=True),
     dict(learn="swersky", inner_steps=1, estimator="unbiased", one_pass=True),
 ], ids=lambda changes: "-".join(map(str, changes.values())))
 def test_the_image_trainer_equals_a_plain_loop(changes):
@@ -286,8 +282,7 @@ def differences(loss_of, vae, h=1e-5):
     ["--learn", "swersky", "--infer", "fd-weighted", "--estimator", "released", "--inner-steps", 1],
     ["--learn", "fae", "--data", "spiral", "--inner-steps", 2],
     ["--learn", "bao", "--infer", "fd-weighted", "--bilevel-steps", 1, "--inner-steps", 1, "--lr-half-life", 0.5, "--samples", 2,
-     "--estimator", "unbiased"],
-], ids=lambda argv: "-".join(str(word) for word in argv if not str(word).startswith("--")))
+    "--estimator", "unbiased"]], ids=lambda argv: "-".join(str(word) for word in argv if not str(word).startswith("--")))
 def test_each_member_of_an_ensemble_equals_a_plain_loop(argv):
     args, made = ensemble(*argv)
     steps = 3 if args.bilevel_steps else 5
