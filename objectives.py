@@ -22,6 +22,7 @@ only where the parameters that they depend on require a gradient, so a frozen ne
 This file depends on torch alone and can be copied. To add an objective, write its function and an entry of LEARN or INFER.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -150,7 +151,12 @@ class Objective:
 
     def takes(self, keyword):
         """Whether the function declares this keyword."""
-        return keyword in inspect.signature(self.function).parameters
+        return keyword in keywords_of(self.function)
+
+
+@functools.cache  # a trainer asks at every update
+def keywords_of(function):
+    return frozenset(inspect.signature(function).parameters)
 
 
 def likelihood_gamma(loss, slope, gamma, D):

@@ -58,7 +58,7 @@ def main_of_runs(runs):
     for args in runs:  # every data set once, and on a GPU, where all runs are in this process, on the device
         if data_of(args) not in images:
             data = load(args)
-            images[data_of(args)] = data if device.type == "cpu" else data._replace(train=data.train.to(device))
+            images[data_of(args)] = data._replace(train=data.train.to(device), test=data.test.to(device))
     arguments = {args.out: (args, images[data_of(args)], device) for args in runs}
     if device.type == "cpu":
         in_processes(arguments, train_one, runs[0].jobs)

@@ -7,7 +7,7 @@
 set -u
 seconds=$1 data=$2 out=$(mkdir -p "$3" && cd "$3" && pwd)
 root=$(cd "$(dirname "$0")/.." && pwd)
-export PYTHONPATH=$root
+export PYTHONPATH=$root VSM_CACHE=${VSM_CACHE:-$out/cache}  # one feature network for all stages
 cd "$out" || exit 2
 began=$SECONDS failed=0
 
@@ -38,7 +38,7 @@ pack() {
 samplers="--sampler prior mixture"
 if [ -n "${REHEARSE:-}" ]; then
     digits="--data glyphs" fashion=$digits faces=$digits width=4 wide=8 seeds="0"
-    size="--limit 100 --test-limit 40 --dim-z 4 --samples 2 --batch 20 --epochs 1 --device cpu" short="" cpu="--device cpu"
+    size="--limit 100 --test-limit 40 --dim-z 4 --samples 2 --batch 20 --epochs 1 --device cpu --jobs 2" short="" cpu="--device cpu"
     steps="--sizes 1 2 --width 4 --samples 1 --inner-steps 1 --batch 4 --seconds 0.1"
     kinds="eager" arithmetic="float32" tests="tests/test_cuda.py -k capture"
 else

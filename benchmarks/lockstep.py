@@ -34,6 +34,7 @@ def parse_args(argv=None):
     flag("--networks", nargs="+", choices=("eager", "compiled"), default=["eager"], help="whether torch.compile compiles them")
     flag("--samples", type=positive, default=5, help="posterior samples, N")
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K")
+    flag("--one-pass", action="store_true", help="one forward pass for encoder and decoder; goes with --inner-steps 1")
     flag("--batch", type=positive, default=100, help="images per minibatch of 1 x 32 x 32 pixels")
     flag("--seconds", type=positive_float, default=5, help="time for each number in the table")
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
@@ -63,7 +64,8 @@ def run(args, images, precision, networks, seed):
     torch.manual_seed(seed)
     vae = build_vae(args.net, images.shape[1:], 100, args.width, bf16=precision == "bf16", init_sd=1.0).to(images.device)
     trainer = ImageTrainer(vae, images, learn=learn, infer=infer, estimator="plugin", samples=args.samples, noise=0.1,
-                           inner_steps=args.inner_steps, batch=args.batch, lr=1e-4, seed=seed)
+                           inner_steps=args.inner_steps, batch=args.batch, lr=1e-4, seed=seed,
+                           one_pass=args.one_pass)
     if networks == "compiled":
         vae.encoder.compile()
         vae.decoder.compile()

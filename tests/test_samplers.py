@@ -1,6 +1,8 @@
 """Laws of z fitted after training: what they draw, how they are kept, and the metrics of samples that stand beside FID."""
 
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,7 @@ from metrics import nearest_distances, precision_recall
 from small_runs import IMAGES, ROOT, SMALL
 from vsm import samplers
 from vsm.cli import UserError
-from vsm.fid import Reference, sampler_metrics
+from vsm.fid import Reference, fids, reference_of, sampler_metrics
 from vsm.loading import load_vae
 from vsm.runs import load_arrays
 from vsm.samplers import SAMPLERS, Gaussians, SecondVAE, load_sampler, posterior_samples
@@ -232,3 +234,17 @@ def test_density_has_mean_one_for_equal_laws_and_blocks_change_nothing():
     u, v = (torch.randn(1500, 3, generator=generator(seed)) for seed in (1, 2))
     measured, again = precision_recall(u, v), precision_recall(u, v, block=64)
     assert measured["density"] == pytest.approx(1, abs=0.05) and measured == again
+
+
+REAL = Path(os.environ.get("VSM_DATA", ROOT / ".." / "shared" / "data"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (REAL / "MNIST").exists(), reason=f"no MNIST in {REAL}; $VSM_DATA may name another folder")
+def test_the_published_model_has_the_fid_that_readme_and_results_give_for_each_sampler():
+    folder = ROOT / "results" / "models" / "mnist-mlp-elbo"
+    vae, data = load_vae(folder), load_images("mnist", REAL, 2000, 2000)
+    reference = reference_of(data.test, "mnist", REAL)
+    found = fids(vae, reference, 0.1, generator()) | sampler_metrics(
+        vae, {"mixture": load_sampler(folder, "mixture")}, reference, data.train, generator())
+    assert found["fid"] == pytest.approx(15.3, abs=1) and found["fid_mixture"] == pytest.approx(3.3, abs=0.5)
