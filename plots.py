@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.figure import benchmark
-from studies.figures import audit, bilevel, spectrum, sweep_2d
+from studies.figures import audit, bilevel, gamma, spectrum, sweep_2d
 from vsm.cli import UserError, command_line
 from vsm.figures import images, latents, pictures, recovery, synthetic, toys
 from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
@@ -21,7 +21,8 @@ FIGURES = {  # script that makes the runs: its figures, each a function figure(r
     "train_images": [
         images.training_curves, images.trajectories, images.fid_curves, images.final_values, images.rate_distortion,
         images.importance_bound, images.denoising, images.gradient_snr, pictures.samples, pictures.reconstructions,
-        pictures.interpolations, latents.posterior_sd, latents.posterior_mean, latents.aggregate_posterior],
+        pictures.interpolations, latents.posterior_sd, latents.posterior_mean, latents.aggregate_posterior,
+        gamma.fid_against_gamma],
     "train_synthetic": [
         synthetic.training_curves, sweep_2d.synthetic, sweep_2d.study, synthetic.synthetic_samples, synthetic.density,
         bilevel.bilevel],

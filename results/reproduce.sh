@@ -295,6 +295,33 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python -m studies.latent_scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
+wide="--data mnist --net conv --samples 5 --inner-steps 1 --batch 50 --lr 2e-3 --eval-every 1 --fid-every 1 --test-limit 2000"
+learners=("elbo --one-pass" "swersky --one-pass" "dsm --estimator unbiased --one-pass")  # bao has no --one-pass
+
+study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm: log gamma fixed at -3 (three seeds), -4 and -2, stationary, learnt; 24 runs of 6 to 15 min
+    local seed pair path
+    local brief="$wide --width 16 --lr-half-life 0.75 --epochs 3"  # 3600 updates
+    for path in "fixed --init-sd 0.2231" "fixed --init-sd 0.1353" "fixed --init-sd 0.3679" "stationary"; do
+        for pair in "${learners[@]}"; do python train_images.py $brief --data-root "$DATA" --gamma $path --learn $pair; done
+    done
+    for seed in 1 2; do for pair in "${learners[@]}"; do
+        python train_images.py $brief --data-root "$DATA" --gamma fixed --init-sd 0.2231 --learn $pair --seed $seed
+    done; done
+    for pair in "bao" "elbo" "swersky"; do  # two passes
+        python train_images.py $brief --data-root "$DATA" --gamma fixed --init-sd 0.2231 --learn $pair
+    done
+    for pair in "${learners[@]}"; do
+        python train_images.py $wide --data-root "$DATA" --width 16 --lr-half-life 1.5 --epochs 6 --learn $pair
+    done
+}
+
+study_width() {  # the same with log gamma fixed at -3, width 32 and 8: 6 runs of 4 to 25 min
+    local pair width
+    for width in 32 8; do for pair in "${learners[@]}"; do
+        python train_images.py $wide --data-root "$DATA" --width $width --lr-half-life 0.75 --epochs 3 --gamma fixed --init-sd 0.2231 --learn $pair
+    done; done
+}
+
 figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 15,000 updates (F with J = 5 also 45,000), three seeds: 13 runs of 2 to 40 min
     local budget="--data banana --hidden 100 --seeds 3 --samples 5 --infer-samples 1 --batch 100 --lr 1e-3 --lr-half-life 30 --epochs 150 --eval-every 10"
     budget="$budget --test-size 1000 --importance-samples 20000"
@@ -325,7 +352,7 @@ speed_gpu() {  # the performance table of a GPU: 30 s on an H200
 }
 
 parts="figure1 spectrum toys study2d study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 encoder_step figure3_batch200"
-parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu"
+parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma study_width"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;
     *) echo "usage: results/reproduce.sh ${parts// /|} [-n]" >&2; exit 2 ;;
