@@ -61,6 +61,8 @@ def main_of_runs(runs):
             images[data_of(args)] = data._replace(train=data.train.to(device), test=data.test.to(device))
     arguments = {args.out: (args, images[data_of(args)], device) for args in runs}
     if device.type == "cpu":
+        for note in dict.fromkeys(filter(None, (reach_note(args, images[data_of(args)]) for args in runs))):
+            print(note)
         in_processes(arguments, train_one, runs[0].jobs)
     else:
         in_lockstep(arguments, begin, device)
@@ -102,8 +104,8 @@ def begin(args, data, device, stop, bar):
     vae = vae_of(vars(args), data.train.shape[1:]).to(device)
     name = label(args.learn, args.infer, args.samples, args.estimator)
     announce(args, name, *describe(args, vae, data, device))
-    if args.gamma == "learned" and (reach := reach_of(args, len(data.train) // args.batch)) < DISTANCE:
-        print(f"log gamma moves by {reach:.2g} at most, the sum of Adam's steps, and so cannot arrive: docs/images.md, Gamma")
+    if note := reach_note(args, data):
+        print(note)
     if args.dry_run:
         return
     with Run(args.out, "train_images", vars(args), device, args.overwrite, args.tensorboard, label=name, data=data.recipe) as run:
@@ -160,6 +162,13 @@ def pictures(vae, test, noise, seed, n=64):
         start, end = (codes[rows % len(codes)][:, None] for rows in (torch.arange(8), torch.arange(8, 16)))
         images["interpolations"] = vae.decode(torch.lerp(start, end, torch.linspace(0, 1, 8, device=codes.device)[:, None]))
     return {name: quantise(image).cpu().numpy() for name, image in images.items()}
+
+
+def reach_note(args, data):
+    """The sentence that log gamma cannot arrive, where that is so; otherwise None."""
+    if args.gamma == "learned" and (reach := reach_of(args, len(data.train) // args.batch)) < DISTANCE:
+        return f"log gamma moves by {reach:.2g} at most, the sum of Adam's steps, and so cannot arrive: docs/images.md, Gamma"
+    return None
 
 
 def reach_of(args, steps_per_epoch):

@@ -38,6 +38,16 @@ study2d() {  # 2-D runs to convergence, ten seeds each: 35 runs of 3 to 6 min
     done
 }
 
+study2d_noise() {  # 2-D data with noise of standard deviation 0.1, 10,000 updates, ten seeds: 15 runs of 1 to 3 min
+    local data pair
+    for data in mixture banana ring spiral sparse; do
+        for pair in "elbo" "bao --estimator unbiased" "dsm --estimator unbiased"; do
+            python train_synthetic.py --data $data --noise 0.1 --learn $pair --samples 5 --infer-samples 1 --batch 100 --test-size 1000 \
+                --importance-samples 20000 --compile --lr 1e-3 --lr-half-life 20 --epochs 100 --eval-every 10
+        done
+    done
+}
+
 study2d_variants() {  # the same with other initial standard deviations of p(x|z), FD inference of S and B, N = 1, minibatches of 1000: 22 runs of 3 to 6 min
     local budget="--infer-samples 1 --lr 1e-3 --lr-half-life 60 --epochs 300 --eval-every 10 --test-size 1000 --importance-samples 20000 --compile"
     local data learn pair sd
@@ -351,7 +361,7 @@ speed_gpu() {  # the performance table of a GPU: 30 s on an H200
     python -m benchmarks.benchmark --net conv --pairs KLD-F --precision float32 tf32 bf16 --repeats 3
 }
 
-parts="figure1 spectrum toys study2d study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 encoder_step figure3_batch200"
+parts="figure1 spectrum toys study2d study2d_noise study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 encoder_step figure3_batch200"
 parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma study_width"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;
