@@ -38,12 +38,12 @@ study2d() {  # 2-D runs to convergence, ten seeds each: 35 runs of 3 to 6 min
     done
 }
 
-study2d_noise() {  # 2-D data with noise of standard deviation 0.1, 10,000 updates, ten seeds: 15 runs of 1 to 3 min
+study2d_noise() {  # 2-D data with noise of standard deviation 0.1, 6000 updates, ten seeds: 15 runs of 2 to 5 min
     local data pair
     for data in mixture banana ring spiral sparse; do
         for pair in "elbo" "bao --estimator unbiased" "dsm --estimator unbiased"; do
             python train_synthetic.py --data $data --noise 0.1 --learn $pair --samples 5 --infer-samples 1 --batch 100 --test-size 1000 \
-                --importance-samples 20000 --compile --lr 1e-3 --lr-half-life 20 --epochs 100 --eval-every 10
+                --importance-samples 20000 --compile --lr 1e-3 --lr-half-life 12 --epochs 60 --eval-every 10
         done
     done
 }
@@ -72,13 +72,16 @@ study2d_variants() {  # the same with other initial standard deviations of p(x|z
 mnist_budget="--net mlp --width 128 --dim-z 16 --infer-samples 1 --inner-steps 1 --batch 50 --lr 1e-3 --lr-half-life 2 --epochs 8"
 mnist_budget="$mnist_budget --eval-every 1 --fid-every 1 --test-limit 2000"
 
-study_mnist() {  # mnist, MLP of width 128, 9600 updates, five or three seeds: 49 runs of 2 to 8 min
+study_mnist() {  # mnist, MLP of width 128, 9600 updates, five or three seeds: 54 runs of 2 to 8 min
     local seed pair
     for seed in 0 1 2 3 4; do
         for pair in "elbo kld" "swersky kld" "bao kld" "fd kld" "bao kld --estimator unbiased" "bao kld --estimator released" "fd fd-weighted" "fd fd"; do
             set -- $pair
             python train_images.py --data mnist --data-root "$DATA" --learn $1 --infer $2 ${3:-} ${4:-} $mnist_budget --samples 5 --init-sd 0.1 --seed $seed
         done
+    done
+    for seed in 0 1 2 3 4; do
+        python train_images.py --data mnist --data-root "$DATA" --learn dsm --estimator unbiased $mnist_budget --samples 5 --init-sd 0.1 --seed $seed
     done
     for seed in 0 1 2; do for pair in "fd fd-repar" "swersky fd" "bao fd"; do
         set -- $pair
@@ -180,6 +183,14 @@ study_celeba_gpu() {  # ConvNets of width 32 on celeba from 1, 6000 updates in t
     done; done
     for pair in fd "bao --estimator unbiased"; do
         python train_images.py --data celeba --data-root "$DATA" $budget --learn $pair
+    done
+}
+
+study_celeba_quality() {  # ConvNets of width 32 on celeba with log gamma learnt from 1, N = 2, 900 updates: 5 runs of 10 to 20 min
+    local pair
+    for pair in "elbo --one-pass" "swersky --one-pass" "dsm --estimator unbiased --one-pass" "fd --one-pass" "bao"; do
+        python train_images.py --data celeba --data-root "$DATA" --width 32 --samples 2 --inner-steps 1 --batch 50 --lr 2e-3 --lr-half-life 1 \
+            --epochs 2 --eval-every 1 --test-limit 2000 --learn $pair
     done
 }
 
@@ -362,7 +373,7 @@ speed_gpu() {  # the performance table of a GPU: 30 s on an H200
 }
 
 parts="figure1 spectrum toys study2d study2d_noise study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 encoder_step figure3_batch200"
-parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma study_width"
+parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma study_width study_celeba_quality"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;
     *) echo "usage: results/reproduce.sh ${parts// /|} [-n]" >&2; exit 2 ;;
