@@ -186,6 +186,12 @@ study_celeba_gpu() {  # ConvNets of width 32 on celeba from 1, 6000 updates in t
     done
 }
 
+models() {  # the trained ConvNets of results/models (the MLP there is of study_mnist): 2 runs of 10 to 15 min
+    local brief="--width 16 --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --lr-half-life 1.5 --epochs 6 --eval-every 2 --test-limit 2000 --learn elbo"
+    python train_images.py --data mnist --data-root "$DATA" $brief --dim-z 32 --samples 1
+    python train_images.py --data celeba --data-root "$DATA" $brief --dim-z 64 --samples 1
+}
+
 study_celeba_quality() {  # ConvNets of width 32 on celeba with log gamma learnt from 1, N = 2, 900 updates: 5 runs of 10 to 20 min
     local pair
     for pair in "elbo --one-pass" "swersky --one-pass" "dsm --estimator unbiased --one-pass" "fd --one-pass" "bao"; do
@@ -373,7 +379,7 @@ speed_gpu() {  # the performance table of a GPU: 30 s on an H200
 }
 
 parts="figure1 spectrum toys study2d study2d_noise study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 encoder_step figure3_batch200"
-parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma study_width study_celeba_quality"
+parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma study_width study_celeba_quality models"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;
     *) echo "usage: results/reproduce.sh ${parts// /|} [-n]" >&2; exit 2 ;;
