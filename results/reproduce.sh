@@ -364,7 +364,7 @@ figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 
 
 audits() {  # the reports of docs/audit.md: 30 s each
     local objective
-    for objective in "elbo" "fd" "swersky" "swersky --estimator unbiased" "bao" "bao --estimator unbiased" "bao --estimator released" "fae"; do
+    for objective in "elbo" "fd" "swersky" "swersky --estimator unbiased" "bao" "bao --estimator unbiased" "bao --estimator released" "dsm" "dsm --estimator unbiased" "fae"; do
         python audit.py $objective --data-root "$DATA"
     done
 }
