@@ -47,10 +47,12 @@ MIXTURE = ("--family", "mixture", "--iterations", 150, "--lr", "1e-2", "--repeat
 
 
 def documented(heading, **sizes):
-    """{key: shape} of the table under a heading of docs/files.md."""
+    """{key: shape} of the table under a heading of docs/files.md; a shape stands behind the keys that share it."""
     page = (Path(__file__).parent.parent / "docs" / "files.md").read_text().split(f"#### {heading}\n")[1].split("\n#")[0]
-    rows = re.findall(r"^\| `(\w+)` \| \[(.*?)\]", page, re.MULTILINE)
-    return {key: tuple(sizes.get(axis, None) or int(axis) for axis in shape.split(", ") if axis) for key, shape in rows}
+    cells = re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE)
+    shapes = {key: shape for cell in cells for keys, shape in re.findall(r"((?:`\w+`(?:, )?)+) \[(.*?)\]", cell)
+              for key in re.findall(r"\w+", keys)}
+    return {key: tuple(sizes.get(axis, None) or int(axis) for axis in shape.split(", ") if axis) for key, shape in shapes.items()}
 
 
 def test_a_run_leaves_its_documented_arrays_and_figures(tmp_path, capsys):
