@@ -8,12 +8,11 @@ The training scripts call the same functions when a run ends, so a figure can be
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 from pathlib import Path
 
 from benchmarks.figure import benchmark
 from studies.figures import audit, bilevel, gamma, spectrum, sweep_2d
-from vsm.cli import UserError, command_line
+from vsm.cli import Parser, UserError, command_line
 from vsm.figures import images, latents, pictures, recovery, synthetic, toys
 from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
 
@@ -37,11 +36,10 @@ NAMES = tuple(dict.fromkeys(figure.__name__ for figures in FIGURES.values() for 
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("figure", choices=NAMES, metavar="FIGURE", help=" | ".join(NAMES))
     add_run_flags(parser)
-    parser.add_argument("--save", default=None,
-                        help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder)")
+    parser.add_argument("--save", help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder)")
     args = parser.parse_args(argv)
     if args.save and Path(args.save).suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--save {args.save} must end in .png, .pdf or .svg")
@@ -49,7 +47,8 @@ def parse_args(argv=None):
 
 
 def main(args):
-    save = Path(args.save or default_save(args))
+    first, name = Path(args.runs[0]), f"{args.figure}.png"
+    save = Path(args.save or (first.with_name(f"{first.stem}_{name}") if first.suffix == ".npz" else first / name))
     draw_figure(args.figure, chosen_runs(args), save)
     print(save)
 
@@ -66,12 +65,6 @@ def draw_figure(name, runs, save):
     except KeyError as error:
         raise UserError(f"{name} cannot be drawn: one of these runs has no {error}; "
                         "has it ended, and is it of this kind?") from error
-
-
-def default_save(args):
-    """FIGURE.png in the first run's folder, or PACK_FIGURE.png beside a pack."""
-    first = Path(args.runs[0])
-    return first.with_name(f"{first.stem}_{args.figure}.png") if first.suffix == ".npz" else first / f"{args.figure}.png"
 
 
 if __name__ == "__main__":

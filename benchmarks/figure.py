@@ -4,14 +4,13 @@ from itertools import cycle
 
 import numpy as np
 
-from vsm.figures.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, label_ticks, new_figure, save_figure
+from vsm.figures.axes import label_ticks
+from vsm.figures.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, new_figure, save_figure
 from vsm.stored_runs import open_runs
 
-MODES = {
-    "reference": {"color": "0.6", "label": "reference step, float32"},
-    "eager": {"color": BLUE, "label": "eager"},
-    "captured": {"color": ORANGE, "label": "captured"},
-}
+MODES = {"reference": {"color": "0.6", "label": "reference step, float32"}, "eager": {"color": BLUE, "label": "eager"},
+         "captured": {"color": ORANGE, "label": "captured"}}
+UNITS = {"ensemble": "members", "toy": "runs", "importance": "samples"}  # of the sizes in the other parts
 
 
 def benchmark(runs, save):
@@ -24,7 +23,7 @@ def benchmark(runs, save):
     eager = select(images, mode="eager")
     panels = sorted(set(zip(eager["image"], eager["net"], eager["precision"])))
     of_batches = np.unique(batches["precision"][batches["mode"] == "eager"])
-    others = [rows for part in ("sweep", "ensemble", "toy", "importance") if len((rows := select(arrays, part=part))["size"])]
+    others = [rows for part in UNITS if len((rows := select(arrays, part=part))["size"])]
     figure, axes = new_figure(len(panels) + len(of_batches) + len(others), 1, size=(7.2, 2.6))
     for ax, (image, net, precision) in zip(axes[:, 0], panels):
         rate_bars(ax, beside_reference(select(images, image=image, net=net), precision))
@@ -39,13 +38,14 @@ def benchmark(runs, save):
                title=f"{batches['pair'][0]}, {batches['net'][0]}, {precision}")
         ax.set_xticks(sizes := np.unique(batches["size"]), sizes)
         ax.minorticks_off()
-    styles = styles_of(others)
+    names = sorted({str(mode) for rows in others for mode in rows["mode"]} - MODES.keys())  # a mode has one colour in every panel
+    colors = cycle([GREEN, RED, PURPLE, SKY, "black"])
+    styles = MODES | {name: {"color": color, "label": name} for name, color in zip(names, colors)}
     for ax, rows in zip(axes[len(axes) - len(others) :, 0], others):
         for mode in np.unique(rows["mode"]):
             line = select(rows, mode=mode)
             ax.plot(line["size"], 1e3 * np.median(line["seconds"], 1), marker=".", **styles[mode])
-        unit = {"sweep": "runs at once", "ensemble": "members", "toy": "runs", "importance": "samples"}[rows["part"][0]]
-        ax.set(xlabel=unit, ylabel="ms", xscale="log", yscale="log", title=rows["part"][0])
+        ax.set(xlabel=UNITS[rows["part"][0]], ylabel="ms", xscale="log", yscale="log", title=rows["part"][0])
         ax.set_xticks(sizes := np.unique(rows["size"]), sizes)
         ax.minorticks_off()
         label_ticks(ax)
@@ -53,13 +53,6 @@ def benchmark(runs, save):
     if axes[0, 0].get_legend() is None:
         axes[0, 0].legend(loc="upper right", ncols=4)
     save_figure(figure, save)
-
-
-def styles_of(tables):
-    """{mode: style} over the modes of all tables, so that a mode has one colour in every panel."""
-    names = sorted({str(mode) for rows in tables for mode in rows["mode"]} - MODES.keys())
-    colors = [GREEN, RED, PURPLE, SKY, "black"]
-    return MODES | {name: {"color": color, "label": name} for name, color in zip(names, cycle(colors))}
 
 
 def rate_bars(ax, rows):

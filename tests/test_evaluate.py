@@ -20,7 +20,8 @@ from training import EVALUATION, seed_of
 from vsm import features
 from vsm.cli import UserError
 from vsm.fid import fids, mmd_nulls, reference_set
-from vsm.figures import style
+from vsm.figures.axes import label_ticks
+from vsm.figures.style import new_figure
 from vsm.flags import image_defaults
 from vsm.image_table import budget_notes
 from vsm.loading import load_vae, vae_of
@@ -176,11 +177,11 @@ def test_a_figure_that_cannot_be_drawn_says_why(runs, tmp_path, fails):
 
 
 def test_every_logarithmic_axis_has_numbers(tmp_path):
-    figure, axes = style.new_figure(1, 3)
+    figure, axes = new_figure(1, 3)
     for ax, top in zip(axes.flat, (800, 8, 7e6)):
         ax.plot([1, 2], [0.3 * top, 0.8 * top])
         ax.set_yscale("log")
-        style.label_ticks(ax)
+        label_ticks(ax)
         figure.canvas.draw()
         low, high = ax.get_ylim()
         assert sum(bool(label.get_text()) and low <= label.get_position()[1] <= high for label in ax.get_yticklabels()) >= 2

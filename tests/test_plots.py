@@ -15,7 +15,8 @@ from studies import packs, tables
 from studies.packs import pack
 from studies.sweep_2d import sweep_points, sweep_table
 from vsm.cli import UserError
-from vsm.figures.images import grouped, robust_limits
+from vsm.figures.axes import robust_limits
+from vsm.figures.groups import grouped
 from vsm.figures.run import draw_run
 from vsm.figures.style import color_of
 from vsm.names import letter_of

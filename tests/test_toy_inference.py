@@ -15,6 +15,7 @@ from vsm import loop
 from vsm.cli import Stopped, UserError, command_line
 from vsm.figures import toys as figures
 from vsm.runs import Run, load_arrays
+from vsm.stored_runs import StoredRun
 from vsm.toys import descent as descents
 from vsm.toys.descent import Descent
 from vsm.toys.mixtures import Mixtures
@@ -102,9 +103,15 @@ def ends_of_four_starts():
     return arrays
 
 
-def test_basins_colour_every_start_by_its_end():
-    figure = figures.draw_basins(ends_of_four_starts())
-    panel = figure.axes[0]
+def draw_basins(arrays):
+    figures.toy_basins([StoredRun("starts", lambda: arrays["config"], lambda part: arrays, ["metrics"])], None)
+
+
+def test_basins_colour_every_start_by_its_end(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, save: drawn.append(figure))
+    draw_basins(ends_of_four_starts())
+    panel = drawn[0].axes[0]
     assert panel.images[0].get_array().T.flatten().tolist() == [0, 1, 2, 3]  # right, left, caught, diverged
     assert panel.get_title("left") == "1 of 4 caught, 1 diverged" and panel.get_title().strip() == figures.OBJECTIVE_TITLES["fd"]
 
@@ -119,7 +126,7 @@ def test_arrays_of_another_form_are_refused_in_one_sentence(change, complaint):
     arrays = ends_of_four_starts()
     change(arrays)
     with pytest.raises(UserError, match=re.escape(complaint)):
-        figures.draw_basins(arrays)
+        draw_basins(arrays)
 
 
 # ------------------------------------------------------------------------------------------------- stopping and going on

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from vsm.figures.style import color_of, new_figure, round_ticks, save_figure
+from vsm.figures.axes import round_ticks
+from vsm.figures.style import color_of, new_figure, save_figure
 from vsm.stored_runs import open_runs
 
 

@@ -4,7 +4,8 @@ import numpy as np
 
 from studies.convergence import COLLAPSED
 from vsm.cli import UserError
-from vsm.figures.style import color_of, legend_below, line_key, new_figure, round_ticks, save_figure
+from vsm.figures.axes import round_ticks
+from vsm.figures.style import color_of, handles_of, legend_below, line_key, new_figure, save_figure
 from vsm.linear import KAPPA_KNOWN, bilevel_end
 from vsm.names import pair_name, pair_order
 from vsm.stored_runs import open_runs
@@ -26,16 +27,16 @@ def bilevel(runs, save):
     if not all({"second_moment", "nll_excess"} <= arrays.keys() for arrays in loaded):
         raise UserError("bilevel needs the NLL above the true law's and E z^2, which runs of older versions do not have, "
                         "nor runs on a law without a density")
-    fewest = min(arrays["config"]["flags"]["inner_steps"] for arrays in loaded)
-    lengths = [arrays["config"]["flags"]["epochs"] for arrays in loaded]
+    ordered = sorted(((arrays["config"]["flags"], arrays) for arrays in loaded), key=lambda run: pair_order(run[0]))
+    fewest, lengths = min(flags["inner_steps"] for flags, _ in ordered), [flags["epochs"] for flags, _ in ordered]
     length, objectives = max(sorted(set(lengths)), key=lengths.count), {}
-    for arrays in sorted(loaded, key=lambda arrays: pair_order(arrays["config"]["flags"])):
-        if (arrays["config"]["flags"]["inner_steps"], arrays["config"]["flags"]["epochs"]) == (fewest, length):
-            objectives.setdefault(pair_name(arrays["config"]), []).append(arrays)
-    drawn = {arrays["config"]["flags"]["bilevel_steps"] for group in objectives.values() for arrays in group}
+    for flags, arrays in ordered:
+        if (flags["inner_steps"], flags["epochs"]) == (fewest, length):
+            objectives.setdefault(pair_name(arrays["config"]), []).append((flags["bilevel_steps"], arrays))
+    drawn = {J for group in objectives.values() for J, _ in group}
     figure, axes = new_figure(1, 3, size=(3.0, 2.6))
     for name, group in objectives.items():
-        group.sort(key=lambda arrays: arrays["config"]["flags"]["bilevel_steps"])
+        steps, group = zip(*sorted(group, key=lambda run: run[0]))
         flags = group[0]["config"]["flags"]
         style = {"color": color_of(flags), "linestyle": "--" if flags["estimator"] == "unbiased" else "-"}
         if flags["learn"] in KAPPA_KNOWN and flags["infer"] == "kld" and flags["estimator"] != "released":
@@ -43,11 +44,9 @@ def bilevel(runs, save):
             axes[0, 0].plot((0, *STEPS), ends, **style)
         in_use = [arrays["second_moment"][arrays["posterior_sd"][-1] <= COLLAPSED] for arrays in group]
         for ax, values in zip(axes[0, 1:], (in_use, [arrays["nll_excess"] for arrays in group])):
-            steps = [arrays["config"]["flags"]["bilevel_steps"] for arrays in group]
             for J, members in zip(steps, values):
                 ax.plot(np.full(len(members), J), members, "o", ms=2.5, alpha=0.5, mew=0, color=style["color"])
-            means = [mean_and_error(members)[0] for members in values]
-            ax.plot(steps, means, marker="_", ms=9, label=name, **style)
+            ax.plot(steps, [mean_and_error(members)[0] for members in values], marker="_", ms=9, label=name, **style)
     for ax, title in zip(axes[0], ("linear VAE, theory: $\\kappa$", "$E z^2$ of latents in use", "NLL above the truth (nats)")):
         ax.set_xscale("symlog", linthresh=1)
         ax.set_yscale("log")
@@ -57,7 +56,6 @@ def bilevel(runs, save):
         ax.set(xlabel="kept encoder steps, $J$", title=title, xlim=(-0.3, 1.3 * max(STEPS if ax is axes[0, 0] else (1, *drawn))))
     for ax in axes[0, 1:]:
         ax.set_xticks(sorted(drawn))
-    handles, labels = axes[0, 1].get_legend_handles_labels()
-    dot = line_key(color="0.3", marker="o", ms=2.5, ls="")
-    legend_below(figure, [*handles, dot], [*(f"{label}, mean" for label in labels), "a latent, or a seed"], columns=6)
+    handles = {f"{label}, mean": handle for label, handle in handles_of(axes[0, 1]).items()}
+    legend_below(figure, handles | {"a latent, or a seed": line_key(color="0.3", marker="o", ms=2.5, ls="")}, columns=6)
     save_figure(figure, save)

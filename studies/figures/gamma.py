@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from vsm.figures.style import legend, line_key, line_style, new_figure, round_ticks, save_figure
+from vsm.figures.axes import round_ticks
+from vsm.figures.style import handles_of, legend_below, line_key, line_style, new_figure, save_figure
 from vsm.names import pair_order
 from vsm.stored_runs import open_runs
 
@@ -27,7 +28,7 @@ def fid_against_gamma(runs, save):
         row[0].set_ylabel(f"FID ({features_of(points)})")
     marks = {f"gamma {path}": line_key(marker=marker, color="0.4", linestyle="-" if path == "fixed" else "")
              for path, marker in MARKERS.items() if any(path == other for _, other in points)}
-    legend(figure, axes, **marks)
+    legend_below(figure, handles_of(axes) | marks)
     save_figure(figure, save)
 
 

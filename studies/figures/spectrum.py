@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from vsm.figures.style import letter_color, line_key, new_figure, round_ticks, save_figure, whole_ticks
+from vsm.figures.axes import round_ticks, whole_ticks
+from vsm.figures.style import letter_color, line_key, new_figure, save_figure
 from vsm.linear import kappa, second_moment
 from vsm.stored_runs import open_runs
 
 LETTERS = {"elbo": "ELBO", "fd": "F", "swersky": "S", "bao": "B", "dsm": "DSM"}
+MARKERS = {"elbo": "s", "fd": "o", "swersky": "v", "bao": "D", "dsm": "P"}
 TEN = 10  # means are over so many of the largest directions
 ACTIVE = 1.05  # a latent is active if its direction has more than this times gamma of variance
 
@@ -28,8 +30,8 @@ def spectrum(runs, save):
 def marker_style(objective, estimator):
     """Colour and marker of an objective; filled for plug-in, open for unbiased."""
     color = letter_color(LETTERS[objective])
-    marker = {"elbo": "s", "fd": "o", "swersky": "v", "bao": "D", "dsm": "P"}[objective]
-    return {"color": color, "marker": marker, "ms": 5, "mfc": "white" if estimator == "unbiased" else color, "linestyle": "none"}
+    filling = "white" if estimator == "unbiased" else color
+    return {"color": color, "marker": MARKERS[objective], "ms": 5, "mfc": filling, "linestyle": "none"}
 
 
 def models_of(arrays):
@@ -65,8 +67,8 @@ def draw_ratios(ax, arrays):
     noise = arrays.get("noise", np.zeros(len(arrays["kappa"])))  # runs without noisy data may not have it
     v = arrays["eigenvalues"] + noise[:, None] ** 2  # [M, D]
     ratio = (arrays["learnt"] / v[:, :arrays["learnt"].shape[1]])[:, :TEN].mean(1)
-    for objective, estimator in dict.fromkeys((row[1], row[2]) for row in models_of(arrays)):
-        rows = [m for m, *model in models_of(arrays) if (model[0], model[1]) == (objective, estimator)]
+    for objective, estimator in dict.fromkeys(row[1:3] for row in models_of(arrays)):
+        rows = [row[0] for row in models_of(arrays) if row[1:3] == (objective, estimator)]
         style = marker_style(objective, estimator)
         N = np.geomspace(arrays["samples"][rows].min(), samples[-1], 50)
         ax.plot(N, [1 / kappa(objective, estimator, n) for n in N], color=style["color"], lw=1,

@@ -5,24 +5,12 @@ import math
 import numpy as np
 
 from studies.sweep_2d import name_order, sweep_points
-from vsm.figures.style import (
-    RED,
-    area_key,
-    color_of,
-    dash_of,
-    legend,
-    legend_below,
-    line_key,
-    line_style,
-    new_figure,
-    save_figure,
-)
+from vsm.figures.style import RED, area_key, dot_style, handles_of, legend_below, line_key, line_style, new_figure, save_figure
 from vsm.figures.synthetic import marker_of
 from vsm.linear import KAPPA_KNOWN, kappa
 from vsm.names import letter_of
 from vsm.tables import mean_and_error
 
-METRICS = ("nll", "divergence")
 THEORY = {"color": "black", "lw": 1.5, "linestyle": (0, (1, 1))}
 
 
@@ -34,10 +22,8 @@ def synthetic(runs, save):
     of the data's law, as is the score-matching loss where a run has no Fisher divergence. Axes are linear near 0.
     """
     points = sweep_points(runs)
-    if len({point["K"] for point in points}) > 1:
-        sweep_figure(points, save)
-    else:
-        strip_figure(points, save)
+    draw = sweep_figure if len({point["K"] for point in points}) > 1 else strip_figure
+    save_figure(draw(points), save)
 
 
 def study(runs, save):
@@ -49,9 +35,9 @@ def study(runs, save):
     points = sweep_points(runs)
     panels = panels_of(points)
     rows = 2 if all("variance_ratio" in point["members"] for point in points) else 1
-    figure, axes = new_figure(rows, len(panels), size=(max(2.2, 0.22 * largest_panel(panels) + 0.8), 5.2 / rows), sharex="col")
+    width = max(2.2, 0.22 * max(map(len, panels.values())) + 0.8)
+    figure, axes = new_figure(rows, len(panels), size=(width, 5.2 / rows), sharex="col")
     for column, (title, panel) in zip(axes.T, panels.items()):
-        column[0].set_title(title)
         draw_strip(column[0], panel, "nll")
         for ax in column[1:]:
             draw_variance(ax, panel)
@@ -75,31 +61,22 @@ def panels_of(points):
     return panels
 
 
-def largest_panel(panels):
-    """The number of points in the panel with the most."""
-    return max(map(len, panels.values()))
-
-
-# --------------------------------------------------------------------------------------------------------- one K: strips
-
-
-def strip_figure(points, save):
+def strip_figure(points):
     """A column of two panels, NLL and divergence, per data set; a y title is not repeated."""
     panels = panels_of(points)
-    figure, axes = new_figure(2, len(panels), size=(max(1.9, 0.2 * largest_panel(panels) + 0.7), 2.5), sharex="col")
-    before = [None, None]
+    width = max(1.9, 0.2 * max(map(len, panels.values())) + 0.7)
+    figure, axes = new_figure(2, len(panels), size=(width, 2.5), sharex="col")
+    before = {}
     for column, (title, panel) in zip(axes.T, panels.items()):
         column[0].set_title(title)
-        for ax, metric in zip(column, METRICS):
+        for ax, metric in zip(column, ("nll", "divergence")):
             draw_strip(ax, panel, metric)
-        column[0].tick_params(axis="x", labelbottom=False)
-        titles = [axis_title(panel[0], metric) for metric in METRICS]
-        for ax, ylabel, last in zip(column, titles, before):
-            if ylabel != last:
+            if (ylabel := axis_title(panel[0], metric)) != before.get(metric):
                 ax.set_ylabel(ylabel)
-        before = titles
+            before[metric] = ylabel
+        column[0].tick_params(axis="x", labelbottom=False)
     explain_strips(figure, points)
-    save_figure(figure, save)
+    return figure
 
 
 def draw_strip(ax, points, metric):
@@ -127,9 +104,9 @@ def draw_variance(ax, points):
 
 def draw_members(ax, x, members, flags):
     """Draw the values of one column: the members, and their mean with two standard errors to either side."""
-    color = color_of(flags)
-    ax.plot(x + np.linspace(-0.25, 0.25, len(members)), np.sort(members), "o", ms=2.5, alpha=0.7, mew=0.6, color=color,
-            mfc="white" if dash_of(flags) != "-" else None)
+    style = dot_style(flags)
+    color, at = style["color"], x + np.linspace(-0.25, 0.25, len(members))
+    ax.plot(at, np.sort(members), marker="o", ms=2.5, alpha=0.7, mew=0.6, **style)
     mean, error, _ = mean_and_error(members)
     if np.isfinite(mean):
         left, right, error = x - 0.35, x + 0.35, np.nan_to_num(error)  # no box around a single member
@@ -152,13 +129,10 @@ def explain_strips(figure, points, theory=False):
         keys["number of seeds that diverged"] = line_key(color=RED, marker="$7$", ms=5, ls="")
     if theory:
         keys[r"theory: $1 / \kappa$"] = line_key(**THEORY)
-    legend_below(figure, list(keys.values()), list(keys), columns=6)
+    legend_below(figure, keys, columns=6)
 
 
-# ------------------------------------------------------------------------------------------------------ several K: lines
-
-
-def sweep_figure(points, save):
+def sweep_figure(points):
     """NLL against K: a row per data set and J, a column for ELBO and F and for each other objective."""
     rows, inner = sorted({(point["data"], point["J"]) for point in points}), sorted({point["K"] for point in points})
     columns = {}
@@ -175,8 +149,8 @@ def sweep_figure(points, save):
         row[0].set_ylabel(axis_title(points[0], "nll"))
     for ax in axes[-1]:
         ax.set_xlabel("encoder updates per decoder update, K")
-    legend(figure, axes, columns=4)
-    save_figure(figure, save)
+    legend_below(figure, handles_of(axes), columns=4)
+    return figure
 
 
 def draw_sweep(ax, points, origin, inner):
@@ -191,18 +165,14 @@ def draw_sweep(ax, points, origin, inner):
     ax.set_xticks(range(len(inner)), inner)
 
 
-# ------------------------------------------------------------------------------------------------------------- y axes
-
-
 def values_above_origin(points, metric, means=False):
     """The value drawn as zero, the width of the linear part around it, and each point's members (or means) less that value.
 
     The origin is the value of the data's law, or the lowest mean where that is unknown.
     """
     finite = [point[metric][0] for point in points if np.isfinite(point[metric][0])] or [0.0]
-    origin = points[0]["truth"][metric]
-    if not np.isfinite(origin):
-        origin = min(finite)
+    truth = points[0]["truth"][metric]
+    origin = truth if np.isfinite(truth) else min(finite)
     width = max(1e-3, 0.3 * (np.median(finite) - origin))
     values = [np.atleast_1d(point[metric][0] if means else point["members"][metric]) - origin for point in points]
     return origin, width, values
@@ -242,7 +212,7 @@ def axis_title(point, metric):
     """The title of a y axis, with what was subtracted."""
     known = np.isfinite(point["truth"][metric])
     if metric == "nll":
-        return f"NLL above the {'data law' if known else 'lowest mean'}'s\n(nats)".replace("mean's", "mean")
+        return "NLL above the " + ("data law's" if known else "lowest mean") + "\n(nats)"
     if point["divergence_name"] == "Fisher divergence":
         return "Fisher divergence"
-    return f"score-matching loss\nabove the {'law' if known else 'lowest mean'}'s".replace("mean's", "mean")
+    return "score-matching loss\nabove the " + ("law's" if known else "lowest mean")

@@ -1,24 +1,10 @@
 """Figures of image runs: curves against epochs, final values, rate against distortion, and what evaluate.py measured."""
 
-import itertools
-
 import numpy as np
 
-from vsm.figures.style import (
-    area_key,
-    fate_of,
-    label_ticks,
-    legend,
-    letter_color,
-    line_style,
-    linear_around_zero,
-    new_figure,
-    save_figure,
-    seeds_of,
-    whole_ticks,
-    wrapped,
-)
-from vsm.names import group_by_seed, pair_order, settings_of, short_name
+from vsm.figures.axes import label_ticks, limit_robustly, note_beyond, robust_limits, set_scale, whole_ticks
+from vsm.figures.groups import band_key, fate_of, grouped, markers_of, named_groups, seeds_of
+from vsm.figures.style import dot_style, handles_of, legend_below, letter_color, line_style, new_figure, new_panels, save_figure
 from vsm.stored_runs import open_runs
 from vsm.tables import mean_and_error
 
@@ -40,40 +26,7 @@ CURVES = {  # metric: axis title, scale
     "learn_grad_norm": ("decoder's gradient norm", "log"),
 }
 LINEAR = {"latent_mmd": 100, "infer_loss": 100, "learn_loss": 100}  # a symlog axis is linear up to this value
-MARKERS = {"plugin": ".v^D", "unbiased": "xP*+", "released": "sph8"}  # of an estimator's lines, one after another
 FEW_GAP = 6  # `gap` of robust_limits where there are few values
-
-
-def grouped(runs, part="metrics", split=()):
-    """{data set and network: [(name, arrays of the runs that differ only in their seed)]}, in the order of LEARN and INFER.
-
-    With `split`, names of flags, runs that differ in these flags are apart too, and the values are in the title's second line.
-    """
-    opened = open_runs(runs)
-    loaded, panels = [run.arrays(part) for run in opened], {}
-    for i, settings in enumerate(settings_of([arrays["config"] for arrays in loaded], split)):
-        title = "\n".join(filter(None, (title_of(loaded[i]["config"]["flags"]), settings)))
-        panels.setdefault(title, []).append(i)
-
-    def groups_of(mine):
-        found = group_by_seed([opened[i].name for i in mine], [loaded[i]["config"] for i in mine])
-        groups = [(name, [loaded[mine[i]] for i in members]) for name, members in found]
-        return sorted(groups, key=lambda group: pair_order(group[1][0]["config"]["flags"]))
-
-    return {title: groups_of(mine) for title, mine in panels.items()}
-
-
-def title_of(flags):
-    return f"{short_name(flags['data'])}, {flags['net']}"
-
-
-def named_groups(panels):
-    """[(name, members)] over all panels; where there are several panels, a name begins with its panel's title."""
-    return [(f"{title}, {name}" if len(panels) > 1 else name, members)
-            for title, groups in panels.items() for name, members in groups]
-
-
-# ------------------------------------------------------------------------------------------------- curves against epochs
 
 
 def training_curves(runs, save):
@@ -84,12 +37,10 @@ def training_curves(runs, save):
     groups = named_groups(grouped(runs))
     names = [name for name in CURVES if any(measured(groups, name))]
     columns = min((4, 5), key=lambda columns: (-len(names) % columns, columns))  # the fewest empty panels
-    figure, axes = new_figure(-(-len(names) // columns), columns, size=(2.9, 2.3))
+    figure, axes = new_panels(len(names), columns, size=(2.9, 2.3))
     for ax, name in zip(axes.flat, names):
         draw_curves(ax, groups, name, markers_of([groups]))
-    for ax in axes.flat[len(names):]:
-        ax.set_axis_off()
-    legend(figure, axes, **band_key([groups]))
+    legend_below(figure, handles_of(axes) | band_key([groups]))
     save_figure(figure, save)
 
 
@@ -98,15 +49,12 @@ def trajectories(runs, save):
 
     Axes show the last three quarters of training. Lines that end far beyond most are named in the panel.
     """
-    names = ("negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
     panels = grouped(runs)
-    figure, axes = new_figure(len(panels), 4, size=(2.9, 2.3))
-    for row, (title, groups) in zip(axes, panels.items()):
-        for ax, name in zip(row, names):
-            draw_curves(ax, groups, name, markers_of(panels.values()))
-            ax.set_visible(ax.has_data())  # Bernoulli latents have no posterior FD
-        row[0].set_ylabel(title, fontweight="bold")
-    legend(figure, axes, **band_key(panels.values()))
+    names = ("negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
+    figure, axes = rows_of_metrics(panels, names, draw_curves, size=(2.9, 2.3))
+    for ax in axes.flat:
+        ax.set_visible(ax.has_data())  # Bernoulli latents have no posterior FD
+    legend_below(figure, handles_of(axes) | band_key(panels.values()))
     save_figure(figure, save)
 
 
@@ -120,53 +68,34 @@ def fid_curves(runs, save):
     panels = grouped(runs, split=("norm", "init_sd", "gamma", "epochs"))
     if not any(measured(groups, "fid") for groups in panels.values()):
         raise KeyError("fid")
-    names = ("fid", "fid_aggregate", "active_second_moment")
-    figure, axes = new_figure(len(panels), len(names), size=(3.4, 2.8))
+    figure, axes = rows_of_metrics(panels, ("fid", "fid_aggregate", "active_second_moment"), draw_curves, size=(3.4, 2.8))
+    for ax in axes[:, -1]:
+        ax.axhline(1, color="0.8", lw=4, zorder=0, label="the prior's $E z^2$")
+        ax.set_ylim(min(0.95, ax.get_ylim()[0]))
+    legend_below(figure, handles_of(axes) | band_key(panels.values()))
+    save_figure(figure, save)
+
+
+def rows_of_metrics(panels, names, draw, size):
+    """A figure and its axes: a row per data set and network, a column per metric, drawn by draw(ax, groups, name, markers)."""
+    figure, axes = new_figure(len(panels), len(names), size)
+    markers = markers_of(panels.values())
     for row, (title, groups) in zip(axes, panels.items()):
         for ax, name in zip(row, names):
-            draw_curves(ax, groups, name, markers_of(panels.values()))
-        row[-1].axhline(1, color="0.8", lw=4, zorder=0, label="the prior's $E z^2$")
-        row[-1].set_ylim(min(0.95, row[-1].get_ylim()[0]))
+            draw(ax, groups, name, markers)
         row[0].set_ylabel(title, fontweight="bold")
-    legend(figure, axes, **band_key(panels.values()))
-    save_figure(figure, save)
+    return figure, axes
 
 
 def measured(groups, key):
     """The groups, with `epoch` and `key` only at the epochs where `key` was measured; runs without any are left out."""
-
     def known(arrays):
         keep = np.isfinite(arrays[key])
-        return {**arrays, "epoch": arrays["epoch"][keep], key: arrays[key][keep]}
+        return arrays | {"epoch": arrays["epoch"][keep], key: arrays[key][keep]}
 
-    found = [(name, [known(arrays) for arrays in members if has_curve(arrays, key)]) for name, members in groups]
+    found = [(name, [known(arrays) for arrays in members if key in arrays]) for name, members in groups]
+    found = [(name, [arrays for arrays in members if len(arrays[key])]) for name, members in found]
     return [(name, members) for name, members in found if members]
-
-
-def has_curve(arrays, name):
-    return name in arrays and bool(np.isfinite(arrays[name]).any())
-
-
-def markers_of(panels):
-    """{name: marker} of the groups in all panels: by estimator, and by order among the names of one pair and estimator."""
-    markers, twins = {}, {}
-    for name, members in itertools.chain(*panels):
-        estimator = members[0]["config"]["flags"].get("estimator", "plugin")
-        same = twins.setdefault((members[0]["config"]["label"], estimator), [])
-        if name not in same:
-            markers[name] = MARKERS[estimator][len(same) % 4]
-            same.append(name)
-    return markers
-
-
-def band_key(panels):
-    """{what bands are, and how many seeds they are of: handle} for a legend; empty where no group has several seeds."""
-    counts = sorted({len(members) for _, members in itertools.chain(*panels)})
-    if counts[-1] == 1:
-        return {}
-    several = [count for count in counts if count > 1]
-    seeds = f"{several[0]} to {several[-1]}" if len(several) > 1 else several[0]
-    return {f"± one standard error{', where' if counts[0] == 1 else ','} {seeds} seeds": area_key("0.85")}
 
 
 def draw_curves(ax, groups, name, markers):
@@ -185,63 +114,7 @@ def draw_curves(ax, groups, name, markers):
     else:
         late = {label: values[-max(3, 3 * len(values) // 4):] for label, values in lines.items()}
         limit_robustly(ax, late, scale, LINEAR.get(name, 1))
-    if scale == "symlog":
-        linear_around_zero(ax, LINEAR[name])
-    elif scale == "log" and ax.get_ylim()[0] > 0:
-        ax.set_yscale("log")
-    label_ticks(ax)
-
-
-def limit_robustly(ax, late, scale, linear=1, gap=3):
-    """Set robust limits of y around {name: values}; the panel lists the names of those that end outside."""
-    low, high = robust_limits(late, scale, linear, gap)
-    if len(late) < 3:  # none is far from most others
-        ends = [ends[-1] for ends in late.values() if len(ends) and np.isfinite(ends[-1])]
-        low, high = min(low, *ends, low), max(high, *ends, high)
-    ax.set_ylim(low, high)
-    note_beyond(ax, [name for name, ends in late.items() if len(ends) and np.isfinite(ends[-1]) and not low <= ends[-1] <= high])
-
-
-def robust_limits(late, scale, linear=1, gap=3):
-    """Limits of an axis around {name: values} that leave out values far from most others.
-
-    Distances are from the median, on the axis' scale. A value is far if it is beyond 7 median absolute deviations (on a
-    logarithmic scale also beyond a factor of 3), and `gap` times as far as the farthest value that is kept.
-    """
-
-    def forward(y):
-        return np.log10(np.maximum(y, 1e-300)) if scale == "log" else np.arcsinh(y / linear) if scale == "symlog" else y
-
-    def back(y):
-        return 10.0**y if scale == "log" else np.sinh(y) * linear if scale == "symlog" else y
-
-    pool = [values[np.isfinite(values)] for values in late.values()]
-    values = forward(np.concatenate(pool)) if pool else np.empty(0)
-    if not len(values):
-        return back(np.array([0.0, 1.0]))
-    distance = np.abs(values - (middle := np.median(values)))
-    floor = {"linear": 1e-3 * abs(middle) + 1e-12, "log": 0.5, "symlog": 1.1}[scale]
-    reach = max(7 * np.median(distance), floor)
-    for next_distance in np.sort(distance):
-        if next_distance > reach:
-            if next_distance > gap * distance[distance <= reach].max():
-                break
-            reach = next_distance
-    near = values[distance <= reach]
-    margin = 0.08 * np.ptp(near) or 0.5
-    return back(np.array([near.min() - margin, near.max() + 2 * margin]))  # room for a note
-
-
-def note_beyond(ax, names):
-    """Write the names that the limits leave outside into the panel's upper right corner; of long names the labels alone."""
-    def note(names):
-        text = "beyond: " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        return wrapped(text, ax.figure.get_figwidth() / ax.get_gridspec().ncols - 0.6, 6.5)
-
-    if names:
-        text = note(names) if note(names).count("\n") < 3 else note(list(dict.fromkeys(name.split(",")[0] for name in names)))
-        ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=6.5, color="0.35", zorder=9,
-                bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1})
+    set_scale(ax, scale, LINEAR.get(name, 1))
 
 
 def draw_lines(ax, groups, x, y, markers, start=0):
@@ -265,9 +138,6 @@ def draw_lines(ax, groups, x, y, markers, start=0):
     return lines
 
 
-# ------------------------------------------------------------------------------------------------------- final values
-
-
 FINAL = ("negative_elbo", "reconstruction_mse", "kl", "latent_mmd", "posterior_fd", "fid")
 
 
@@ -277,35 +147,26 @@ def final_values(runs, save):
     Values far beyond most runs are left outside and named in the panel.
     """
     panels = grouped(runs)
-    runs_of_panels = [arrays for groups in panels.values() for _, members in groups for arrays in members]
-    names = [name for name in FINAL if any(has_curve(arrays, name) for arrays in runs_of_panels)]
+    names = [name for name in FINAL if any(measured(groups, name) for groups in panels.values())]
     longest = max(len(name) for groups in panels.values() for name, _ in groups)
     width = max(2.2, 0.2 * max(map(len, panels.values())) + 0.6)
-    figure, axes = new_figure(len(panels), len(names), size=(width, 2 + 0.08 * longest))
-    for row, (title, groups) in zip(axes, panels.items()):
-        for ax, metric in zip(row, names):
-            draw_final_values(ax, groups, metric)
-        row[0].set_ylabel(title, fontweight="bold")
+    figure, _ = rows_of_metrics(panels, names, draw_final_values, size=(width, 2 + 0.08 * longest))
     save_figure(figure, save)
 
 
-def draw_final_values(ax, groups, metric):
+def draw_final_values(ax, groups, metric, _):
     """Draw the last value of one metric: a column per group with a dot per seed and a bar at the mean."""
     title, scale = CURVES[metric]
     finals = {name: np.array([last_finite(arrays[metric]) for arrays in members if metric in arrays]) for name, members in groups}
     for k, (name, members) in enumerate(groups):
-        style = line_style(members[0]["config"]["flags"])
+        style = dot_style(members[0]["config"]["flags"])
         seeds = len(finals[name])
         x = k + np.linspace(-0.15, 0.15, seeds) if seeds > 1 else [k] * seeds
-        ax.plot(x, finals[name], "o", ms=4, color=style["color"], mfc="white" if style["linestyle"] != "-" else None)
+        ax.plot(x, finals[name], marker="o", ms=4, **style)
         if np.isfinite(finals[name]).any():
             ax.hlines(np.nanmean(finals[name]), k - 0.3, k + 0.3, color=style["color"], lw=1.5)
     limit_robustly(ax, finals, scale, LINEAR.get(metric, 1), FEW_GAP)
-    if scale == "symlog":
-        linear_around_zero(ax, LINEAR[metric])
-    elif scale == "log":
-        ax.set_yscale("log")
-    label_ticks(ax)
+    set_scale(ax, scale, LINEAR.get(metric, 1))
     ax.set(title=title.split(",")[0] + (" (nats)" if metric == "reconstruction" else ""), xlim=(-0.6, len(groups) - 0.4))
     ax.set_xticks(range(len(groups)), list(finals), rotation=90, fontsize=8)
 
@@ -325,10 +186,13 @@ def rate_distortion(runs, save):
     figure, axes = new_figure(1, len(panels), size=(4.4, 3.4))
     for ax, (title, groups) in zip(axes.flat, panels.items()):
         draw_rates(ax, groups, markers_of(panels.values()))
-        elbo_contours(ax)
+        rate, distortion = (np.linspace(*limits, 50) for limits in (ax.get_xlim(), ax.get_ylim()))
+        lines = ax.contour(rate, distortion, rate + distortion[:, None], levels=6, colors="0.75", linewidths=0.7,
+                           linestyles="dotted", zorder=0)
+        ax.clabel(lines, fmt="%g", fontsize=6.5)
         ax.set(xlabel="rate: KL(q || prior) (nats)", title=title)
     axes[0, 0].set_ylabel("distortion: $-E_q\\log p(x|z)$ (nats)")
-    named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    named = handles_of(axes)
     figure.set_figwidth(figure.get_figwidth() + 0.09 * max(map(len, named)) + 0.4)
     figure.legend(named.values(), named.keys(), loc="outside right center")
     save_figure(figure, save)
@@ -338,15 +202,13 @@ def draw_rates(ax, groups, markers):
     """Draw the ways and ends of all seeds; markers distinguish groups of the same colour and line."""
     ends = {}
     for name, members in groups:
-        style = line_style(members[0]["config"]["flags"])
-        dot = {"marker": markers[name].replace(".", "o"), "ms": 6, "color": style["color"], "linestyle": ""}
-        if style["linestyle"] != "-":
-            dot["mfc"] = "white"
+        flags = members[0]["config"]["flags"]
         ways = [np.array([arrays["kl"], arrays["reconstruction"]]) for arrays in members]  # [2, T] each
         for way in ways:
-            ax.plot(*way[:, way.shape[1] // 2:], lw=0.8, alpha=0.35, **style)
+            ax.plot(*way[:, way.shape[1] // 2:], lw=0.8, alpha=0.35, **line_style(flags))
         ends[name] = np.array([way[:, -1] for way in ways])
-        ax.plot(*ends[name].T, label=f"{name}, {seeds_of(members)}", **dot)
+        marker = markers[name].replace(".", "o")
+        ax.plot(*ends[name].T, marker=marker, ms=6, label=f"{name}, {seeds_of(members)}", **dot_style(flags))
     (left, right), (bottom, top) = (robust_limits({name: xy[:, i] for name, xy in ends.items()}, "linear", gap=FEW_GAP)
                                     for i in range(2))
     ax.set(xlim=(left, right), ylim=(bottom, top + 0.1 * (top - bottom)))  # room for the note
@@ -354,21 +216,11 @@ def draw_rates(ax, groups, markers):
     note_beyond(ax, [name for name, xy in ends.items() if not ((low <= xy) & (xy <= high)).all()])
 
 
-def elbo_contours(ax):
-    """Draw dotted lines of equal negative ELBO (rate + distortion), with their values, inside the limits of the axes."""
-    x, y = (np.linspace(*limits, 50) for limits in (ax.get_xlim(), ax.get_ylim()))
-    lines = ax.contour(x, y, x + y[:, None], levels=6, colors="0.75", linewidths=0.7, linestyles="dotted", zorder=0)
-    ax.clabel(lines, fmt="%g", fontsize=6.5)
-
-
-# ------------------------------------------------------------------------------------------- what evaluate.py measured
-
-
 def importance_bound(runs, save):
     """The importance-weighted bound on the negative log-likelihood against its number of samples from q(z|x)."""
-    figure, axes = curves(runs, "iw_samples", "negative_iw_bound", xlabel="samples $K$", ylabel="negative bound (nats)",
-                          xscale="log")
-    legend(figure, axes)
+    options = {"xlabel": "samples $K$", "ylabel": "negative bound (nats)", "xscale": "log"}
+    figure, axes = curves(runs, "iw_samples", "negative_iw_bound", **options)
+    legend_below(figure, handles_of(axes))
     save_figure(figure, save)
 
 
@@ -378,7 +230,7 @@ def denoising(runs, save):
     for ax in axes.flat:
         sd = np.linspace(1e-3, ax.get_xlim()[1], 200)
         ax.plot(sd, sd**2, ":", color="gray", label="noisy image itself", scaley=False)
-    legend(figure, axes)
+    legend_below(figure, handles_of(axes))
     save_figure(figure, save)
 
 
@@ -423,7 +275,7 @@ def gradient_snr(runs, save):
             ax.set_xticks(range(len(samples)), samples)
             label_ticks(ax)
         row[0].set_ylabel(f"at the model of\n{group}, {seeds_of(members)}")
-    legend(figure, axes)
+    legend_below(figure, handles_of(axes))
     save_figure(figure, save)
 
 
@@ -435,7 +287,7 @@ def draw_snr(ax, members, key, k, name, count):
     if len(members) > 1:
         error = np.stack([mean - values.min(0), values.max(0) - mean])
     else:
-        error = members[0][f"{key}_se"][k] if f"{key}_se" in members[0] else np.full_like(mean, np.nan)
+        error = members[0].get(f"{key}_se", np.full_like(members[0][key], np.nan))[k]
     x = np.arange(len(mean)) + 0.5 * ((k + 0.5) / count - 0.5)
     ax.errorbar(x, mean, error, marker=".", capsize=1.5, elinewidth=0.8, lw=1, color=letter_color(letter),
                 linestyle=ESTIMATOR_DASHES.get(estimator, "-"), label=name)

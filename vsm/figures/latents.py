@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from vsm.figures.images import grouped, named_groups
-from vsm.figures.style import color_of, legend, new_figure, save_figure, seeds_of
+from vsm.figures.groups import grouped, named_groups, seeds_of
+from vsm.figures.style import color_of, handles_of, legend_below, new_figure, new_panels, save_figure
 
 LARGEST_SD = 1.2
 
@@ -15,7 +15,6 @@ def posterior_sd(runs, save):
 
     Bins cover the range of all runs; values above 1.2 are counted in the last bin.
     """
-
     def clipped(arrays):
         return np.clip(arrays["posterior_sd"][-1], 0, LARGEST_SD)
 
@@ -35,7 +34,6 @@ def posterior_mean(runs, save):
 
     Filled: over images and latents. Line: over latents, each averaged over the images; a latent in use may also average to 1/2.
     """
-
     def draw_histograms(ax, arrays, **style):
         share, averaged = arrays["posterior_mean_histogram"][-1], arrays["posterior_mean"][-1]
         edges = np.linspace(0, 1, len(share) + 1)
@@ -44,7 +42,7 @@ def posterior_mean(runs, save):
         ax.stairs(averaged_share, edges, linestyle=":", label="each latent, mean over images", **style)
 
     figure, axes = histograms(runs, draw_histograms, "posterior mean", "share")
-    legend(figure, axes, columns=1)
+    legend_below(figure, handles_of(axes), columns=1)
     save_figure(figure, save)
 
 
@@ -56,28 +54,21 @@ def aggregate_posterior(runs, save):
     """
     groups = named_groups(grouped(runs))
     columns = min(len(groups), 3)
-    figure, axes = new_figure(-(-len(groups) // columns), 2 * columns, size=(2.2, 2.1))
-    panels = axes.reshape(-1, 2)
-    for (left, right), (name, members) in zip(panels, groups):
+    figure, axes = new_panels(2 * len(groups), 2 * columns, size=(2.2, 2.1))
+    for (left, right), (name, members) in zip(axes.reshape(-1, 2), groups):
         for arrays in members:
-            draw_aggregate(left, right, arrays, color=color_of(arrays["config"]["flags"]))
+            color, share = color_of(arrays["config"]["flags"]), arrays["aggregate_histogram"][-1]
+            moment = np.sort(arrays["second_moment"][-1])[::-1]
+            edges = np.linspace(-4, 4, len(share) + 1)
+            left.stairs(share / np.diff(edges), edges, fill=True, alpha=0.4, color=color)
+            right.plot(np.arange(1, len(moment) + 1), moment, ".-", ms=4, lw=0.8, color=color)
         z = np.linspace(-4, 4, 200)
         left.plot(z, np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi), "k--", lw=1)
         left.set(xlabel="$z$, active latents", ylabel="density", xlim=(-4, 4))
         left.set_title(f"{name}, {seeds_of(members)}", loc="left")
         right.axhline(1, color="black", linestyle="--", lw=1)
         right.set(xlabel="latent, sorted", ylabel="$E\\,z^2$", ylim=(0, None))
-    for ax in panels[len(groups):].flat:
-        ax.set_axis_off()
     save_figure(figure, save)
-
-
-def draw_aggregate(left, right, arrays, color):
-    """Draw the two panels of one run."""
-    share, moment = arrays["aggregate_histogram"][-1], arrays["second_moment"][-1]
-    edges = np.linspace(-4, 4, len(share) + 1)
-    left.stairs(share / np.diff(edges), edges, fill=True, alpha=0.4, color=color)
-    right.plot(np.arange(1, len(moment) + 1), np.sort(moment)[::-1], ".-", ms=4, lw=0.8, color=color)
 
 
 def histograms(runs, draw, xlabel, ylabel, columns=4):

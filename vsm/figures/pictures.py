@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vsm.figures.images import grouped
-from vsm.figures.style import new_figure, save_figure, seeds_of, wrapped
+from vsm.figures.groups import grouped, seeds_of
+from vsm.figures.style import new_figure, save_figure, wrapped
 
 
 def samples(runs, save):
@@ -13,7 +13,6 @@ def samples(runs, save):
 
 def reconstructions(runs, save):
     """Noisy test inputs above their reconstructions, one grid per run."""
-
     def pairs(arrays):
         rows = [tile(arrays[name][i:i + 8], 8) for i in range(0, 32, 8) for name in ("inputs", "reconstructions")]
         return np.concatenate(rows)
@@ -23,7 +22,6 @@ def reconstructions(runs, save):
 
 def interpolations(runs, save):
     """Decoded points on the line between the codes of two test images, a row per pair of images, one grid per run."""
-
     def rows(arrays):
         pictures = arrays["interpolations"]  # [rows, steps, C, H, W]
         return tile(pictures.reshape(-1, *pictures.shape[2:]), pictures.shape[1])

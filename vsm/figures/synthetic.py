@@ -4,20 +4,8 @@ import numpy as np
 import torch
 
 from vsm.distributions_2d import DISTRIBUTIONS, Distribution2D, distribution
-from vsm.figures.images import limit_robustly
-from vsm.figures.style import (
-    RED,
-    area_key,
-    color_of,
-    label_ticks,
-    legend_below,
-    line_key,
-    line_style,
-    linear_around_zero,
-    new_figure,
-    save_figure,
-    whole_ticks,
-)
+from vsm.figures.axes import limit_robustly, set_scale, whole_ticks
+from vsm.figures.style import RED, area_key, color_of, legend_below, line_key, line_style, new_panels, save_figure
 from vsm.names import letter_of, pair_name, pair_order
 from vsm.stored_runs import of_member, open_runs, shown_member
 
@@ -28,10 +16,7 @@ def marker_of(name):
     return next(marker for part, marker in MARKERS.items() if part in name)
 
 
-# ------------------------------------------------------------------------------------------------- curves against updates
-
-
-HISTORY = {  # metric: axis title, the scale's linear part (None: a linear axis)
+HISTORY = {  # metric: axis title, scale
     "excess_curve": ("NLL above the data law's (nats)", "symlog"),
     "nll_curve": ("NLL (nats)", "linear"),
     "negative_elbo": ("negative ELBO (nats)", "linear"),
@@ -41,8 +26,6 @@ HISTORY = {  # metric: axis title, the scale's linear part (None: a linear axis)
     "infer_loss": ("encoder's training loss", "symlog"),
     "learn_loss": ("decoder's training loss", "symlog"),
 }
-
-
 FEW = ("excess_curve", "nll_curve", "negative_elbo", "log_gamma", "posterior_sd")  # drawn where there are several data sets
 
 
@@ -59,19 +42,14 @@ def training_curves(runs, save):
     if "excess_curve" in names:
         names.remove("nll_curve")
     panels = [(data, name) for data in sorted(datas) for name in names]
-    columns = min(4, len(names))
-    figure, axes = new_figure(-(-len(panels) // columns), columns, size=(2.9, 2.3))
+    figure, axes = new_panels(len(panels), min(4, len(names)), size=(2.9, 2.3))
     for ax, (data, name) in zip(axes.flat, panels):
         draw_history(ax, datas[data], name)
         if len(datas) > 1 and name == names[0]:
             ax.set_ylabel(data, fontweight="bold")
-    for ax in axes.flat[len(panels):]:
-        ax.set_axis_off()
-    handles = {}
-    for arrays in loaded:
-        name = curve_name(arrays)
-        handles[name] = line_key(lw=1.8, marker=marker_of(name), ms=4, **line_style(arrays["config"]["flags"]))
-    legend_below(figure, list(handles.values()), list(handles), columns=4)
+    styles = {curve_name(arrays): line_style(arrays["config"]["flags"]) for arrays in loaded}
+    handles = {name: line_key(lw=1.8, marker=marker_of(name), ms=4, **style) for name, style in styles.items()}
+    legend_below(figure, handles, columns=4)
     save_figure(figure, save)
 
 
@@ -102,16 +80,9 @@ def draw_history(ax, loaded, name):
         ax.set_ylim(0, 1.05 * max([1, *largest]))
     else:
         limit_robustly(ax, {name: np.concatenate(parts) for name, parts in late.items()}, scale, 1)
-    if scale == "symlog":
-        linear_around_zero(ax, 0.1 if name == "excess_curve" else 10)
-    elif scale == "log":
-        ax.set_yscale("log")
+    set_scale(ax, scale, 0.1 if name == "excess_curve" else 10)
     ax.set(title=title, xlabel="decoder updates", xlim=(0, None))
     whole_ticks(ax.xaxis, 4)
-    label_ticks(ax)
-
-
-# --------------------------------------------------------------------------------------------------- samples and densities
 
 
 def synthetic_samples(runs, save):
@@ -126,7 +97,7 @@ def synthetic_samples(runs, save):
         frame_data(ax, arrays)
     colors = {"test data": "0.75"} | {f"samples, {letter_of(arrays['config']['flags'])}": color_of(arrays["config"]["flags"])
                                       for arrays in loaded}
-    legend_below(figure, [line_key(color=color, marker="o", ms=4, ls="") for color in colors.values()], list(colors))
+    legend_below(figure, {name: line_key(color=color, marker="o", ms=4, ls="") for name, color in colors.items()})
     save_figure(figure, save)
 
 
@@ -144,8 +115,7 @@ def density(runs, save):
         flags = arrays["config"]["flags"]
         if member is not None:
             log_density = of_member(arrays, "density_grid", member).astype(float)
-            left, right, bottom, top = arrays["density_extent"]
-            x, y = np.linspace(left, right, len(log_density)), np.linspace(bottom, top, len(log_density))
+            x, y = (np.linspace(*ends, len(log_density)) for ends in np.reshape(arrays["density_extent"], (2, 2)))
             levels = log_density.max() - DEPTHS
             ax.contourf(x, y, log_density.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 4)
             truth = law_density(flags["data"], flags.get("noise", 0), x, y)
@@ -153,8 +123,10 @@ def density(runs, save):
                 ax.contour(x, y, truth.T, truth.max() - DEPTHS[[0, 4]], colors=RED, linewidths=0.7, linestyles="solid")
         ax.scatter(*arrays["test_data"][:500].T, s=1.5, color=color_of(flags), alpha=0.5, lw=0)
         frame_data(ax, arrays)
-    legend_below(figure, [area_key("0.6"), line_key(color=RED, lw=0.7), line_key(color="0.3", marker="o", ms=2, ls="")],
-                 ["log density of the model, 8 nats deep", "the data's law, 8 and 2 nats below its peak", "test data"], columns=2)
+    handles = {"log density of the model, 8 nats deep": area_key("0.6"),
+               "the data's law, 8 and 2 nats below its peak": line_key(color=RED, lw=0.7),
+               "test data": line_key(color="0.3", marker="o", ms=2, ls="")}
+    legend_below(figure, handles, columns=2)
     save_figure(figure, save)
 
 
@@ -173,11 +145,8 @@ def panels_of_runs(runs):
                     key=lambda arrays: (arrays["config"]["flags"]["data"], pair_order(arrays["config"]["flags"])))
     datas = [arrays["config"]["flags"]["data"] for arrays in loaded]
     counts = {datas.count(data) for data in datas}
-    columns = min(5, *counts, len(loaded)) if len(counts) == 1 else min(len(loaded), 5)
-    figure, axes = new_figure(-(-len(loaded) // columns), columns, size=(2.3, 2.4))
-    for ax in axes.flat[len(loaded):]:
-        ax.set_axis_off()
-    return figure, axes, loaded
+    columns = min(5, *(counts if len(counts) == 1 else [len(loaded)]))
+    return *new_panels(len(loaded), columns, size=(2.3, 2.4)), loaded
 
 
 def frame_data(ax, arrays):

@@ -1,4 +1,4 @@
-"""Figures of the toy posteriors (Figures 2 and 5, appendix A.5). The functions draw_* make a matplotlib Figure from arrays."""
+"""Figures of the toy posteriors (Figures 2 and 5, appendix A.5)."""
 
 from colorsys import hsv_to_rgb
 from itertools import product
@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 
 from vsm.cli import UserError
-from vsm.figures.style import BLUE, ORANGE, RED, area_key, legend_below, line_key, new_figure, save_figure
+from vsm.figures.style import BLUE, ORANGE, RED, area_key, handles_of, legend_below, line_key, new_figure, save_figure
 from vsm.forms import mismatch
 from vsm.stored_runs import open_runs
 
@@ -16,25 +16,6 @@ OPTIMISER_TITLES = {"sgd": "SGD", "adam": "Adam"}
 SIDES, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), ORANGE, "0.6"  # ends where z1 + z2 > 0, < 0; in low density; diverged
 LOW_DENSITY = "caught: 99 % of the mass is denser"
 POSTERIOR = "exact posterior, down to 8 nats"  # in grey
-
-
-def toy_trajectories(runs, save):
-    save_figure(draw_trajectories(open_runs(runs)[0].arrays()), save)
-
-
-def toy_basins(runs, save):
-    save_figure(draw_basins(open_runs(runs)[0].arrays()), save)
-
-
-def toy_mixtures(runs, save):
-    save_figure(draw_mixtures(open_runs(runs)[0].arrays()), save)
-
-
-def toy_gradients(runs, save):
-    save_figure(draw_gradients(open_runs(runs)[0].arrays()), save)
-
-
-# -------------------------------------------------------------------------------------------------- the form of the arrays
 
 
 def typed_flags(arrays, **types):
@@ -57,31 +38,28 @@ def check_axes(arrays, axes, **sizes):
             raise UserError(f"the array {name} of this run has shape {shape}, which does not fit its axes {', '.join(letters)}")
 
 
-def descent_flags(arrays, **axes):
-    """Flags of a run from every start, its axes checked: L likelihoods, I objectives, P optimisers, K starts."""
+def arrays_from_every_start(runs, **axes):
+    """Arrays and flags of a run from every start, its axes checked: L likelihoods, I objectives, P optimisers, K starts."""
+    arrays = open_runs(runs)[0].arrays()
     flags = typed_flags(arrays, likelihoods=list, grid=int, extent=float)
     flags = {"objectives": ["fd-repar", "fd", "kld"], **flags}
     axes = {"location": "2LIPK", "caught": "LIPK", "diverged": "LIPK", "log_posterior": "LGG", "axis": "G", **axes}
     check_axes(arrays, axes, L=len(flags["likelihoods"]), I=len(flags["objectives"]), P=len(OPTIMISER_TITLES),
                K=flags["grid"] ** 2)
-    return flags
+    return arrays, flags
 
 
-# --------------------------------------------------------------------------------------------- Figure 2: from every start
-
-
-def posterior_panels(flags, size=(2.2, 2.25)):
+def posterior_panels(flags):
     """A figure with a row per likelihood and optimiser and a column per objective, and its axes {(l, i, p): ax}."""
-    objectives = [OBJECTIVE_TITLES.get(name, name) for name in flags["objectives"]]
     rows = list(product(enumerate(flags["likelihoods"]), enumerate(OPTIMISER_TITLES.values())))
-    figure, axes = new_figure(len(rows), len(objectives), size=size, sharex=True, sharey=True)
+    figure, axes = new_figure(len(rows), len(flags["objectives"]), size=(2.2, 2.25), sharex=True, sharey=True)
     panels = {}
     for row, ((l, likelihood), (p, optimiser)) in zip(axes, rows):
         row[0].set_ylabel(f"{likelihood}, {optimiser}\n$z_2$")
         for i, ax in enumerate(row):
             panels[l, i, p] = ax
-    for ax, title in zip(axes[0], objectives):
-        ax.set_title(f"{title}\n", fontsize=10)  # the second line is for note_counts
+    for ax, name in zip(axes[0], flags["objectives"]):
+        ax.set_title(f"{OBJECTIVE_TITLES.get(name, name)}\n", fontsize=10)  # the second line is for note_counts
     for ax in axes[-1]:
         ax.set_xlabel("$z_1$")
     return figure, panels
@@ -100,12 +78,12 @@ def note_counts(ax, caught, diverged):
     ax.set_title(counts, loc="left", fontsize=7.5)
 
 
-def draw_trajectories(arrays):
+def toy_trajectories(runs, save):
     """Figure 2: the way of q's location from every start over the exact posterior, coloured by the direction of the start.
 
     At most 10 by 10 starts are drawn, every m-th of a denser grid; the counts are of all starts.
     """
-    flags = descent_flags(arrays, starts="2K", trajectory="F22LIPK")
+    arrays, flags = arrays_from_every_start(runs, starts="2K", trajectory="F22LIPK")
     extent, side = 1.12 * flags["extent"], flags["grid"]
     every = -(-side // 10)
     some = slice((side - 1) % every // 2, None, every)
@@ -126,20 +104,20 @@ def draw_trajectories(arrays):
         ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
         note_counts(ax, arrays["caught"][l, i, p], arrays["diverged"][l, i, p])
     start = "a start and the way from it" if every == 1 else f"a start and its way (every {every}th)"
-    legend = [(line_key(color=colors[0], marker="o", ms=3, lw=0.8), start),
-              (line_key(color="black", marker="o", ms=3, ls=""), "where $q$'s mean ends"),
-              (line_key(color=CAUGHT, marker="X", ms=6, mec="black", mew=0.5, ls=""), LOW_DENSITY),
-              (line_key(color=CAUGHT, marker="o", ms=5, mfc="none", mew=1.4, ls=""), "the start of a caught one"),
-              (area_key("0.75"), POSTERIOR)]
-    legend_below(figure, *zip(*legend), columns=2)
-    return figure
+    handles = {start: line_key(color=colors[0], marker="o", ms=3, lw=0.8),
+               "where $q$'s mean ends": line_key(color="black", marker="o", ms=3, ls=""),
+               LOW_DENSITY: line_key(color=CAUGHT, marker="X", ms=6, mec="black", mew=0.5, ls=""),
+               "the start of a caught one": line_key(color=CAUGHT, marker="o", ms=5, mfc="none", mew=1.4, ls=""),
+               POSTERIOR: area_key("0.75")}
+    legend_below(figure, handles, columns=2)
+    save_figure(figure, save)
 
 
-def draw_basins(arrays):
+def toy_basins(runs, save):
     """One cell per start, coloured by where q's location ends, and contours of the exact posterior."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patheffects import withStroke
-    flags = descent_flags(arrays)
+    arrays, flags = arrays_from_every_start(runs)
     side, extent = flags["grid"], flags["extent"]
     half = extent / max(side - 1, 1)  # half the width of a cell
     cmap = ListedColormap([*SIDES, CAUGHT, LOST])
@@ -156,17 +134,15 @@ def draw_basins(arrays):
         ax.set(xlim=(-extent - half, extent + half), ylim=(-extent - half, extent + half))
         note_counts(ax, caught, diverged)
     names = "ends where $z_1 + z_2 > 0$", "ends where $z_1 + z_2 < 0$", LOW_DENSITY, "diverged"
-    contour = line_key(color="white", lw=1), "exact posterior at 1, 3, 6 nats"
-    legend_below(figure, *zip(*zip([area_key(color) for color in cmap.colors], names), contour), columns=2)
+    handles = dict(zip(names, map(area_key, cmap.colors)))
+    legend_below(figure, handles | {"exact posterior at 1, 3, 6 nats": line_key(color="white", lw=1)}, columns=2)
     figure.legends[0].get_lines()[0].set_path_effects([withStroke(linewidth=3, foreground="0.4")])
-    return figure
+    save_figure(figure, save)
 
 
-# ------------------------------------------------------------------------------------- Figure 5 and A.5.1
-
-
-def draw_mixtures(arrays):
+def toy_mixtures(runs, save):
     """Figure 5: every fitted mixture over the exact posterior, one or more rows per likelihood."""
+    arrays = open_runs(runs)[0].arrays()
     flags = typed_flags(arrays, likelihoods=list)
     likelihoods, repeats = flags["likelihoods"], arrays["kl"].shape[1] if arrays["kl"].ndim == 2 else 0
     check_axes(arrays, {"kl": "LR", "right_mass": "LR", "log_q": "LRGG", "mean": "2LRC", "weight": "LRC", "exact_right_mass": "L",
@@ -192,17 +168,17 @@ def draw_mixtures(arrays):
         axes[l * rows, 0].set_ylabel(f"{likelihood}\nexact: right {100 * arrays['exact_right_mass'][l]:.0f} %\n$z_2$")
     for ax in axes[-1]:
         ax.set_xlabel("$z_1$")
-    legend = [(line_key(color=BLUE, lw=1), "mixture, 0.4, 2 and 4.5 nats below its mode"),
-              (line_key(color=RED, marker="o", alpha=0.6, mew=0, ls=""), "means of its components, area: weight"),
-              (area_key("0.75"), POSTERIOR),
-              (line_key(ls=""), "KL: of the mixture from the posterior, nats"),
-              (line_key(ls=""), "right: mass where $z_1 + z_2 > 0$")]
-    legend_below(figure, *zip(*legend), columns=2)
-    return figure
+    handles = {"mixture, 0.4, 2 and 4.5 nats below its mode": line_key(color=BLUE, lw=1),
+               "means of its components, area: weight": line_key(color=RED, marker="o", alpha=0.6, mew=0, ls=""),
+               POSTERIOR: area_key("0.75"), "KL: of the mixture from the posterior, nats": line_key(ls=""),
+               "right: mass where $z_1 + z_2 > 0$": line_key(ls="")}
+    legend_below(figure, handles, columns=2)
+    save_figure(figure, save)
 
 
-def draw_gradients(arrays):
+def toy_gradients(runs, save):
     """A.5.1: descent between two Gaussians by KLD, FD and FD with z held fixed; right: gradients over those of KLD."""
+    arrays = open_runs(runs)[0].arrays()
     target_sd = typed_flags(arrays, target_sd=float)["target_sd"]
     check_axes(arrays, {"mean": "M", "sd": "S", "gradient": "32MS"})
     mean, sd, gradient = arrays["mean"], arrays["sd"], arrays["gradient"]
@@ -225,7 +201,6 @@ def draw_gradients(arrays):
     right.axvline(target_sd, color="0.8", lw=1, zorder=0)
     right.set_xscale("log", base=2)
     right.set(xlabel="sd of $q$ (grey: that of $p$)", title="gradient / KLD's gradient", yscale="log")
-    handles, labels = right.get_legend_handles_labels()
     star = line_key(color="gold", marker="*", mec="black", ms=10, ls="")
-    legend_below(figure, [star, *handles], [f"$p = N(0, {target_sd:g}^2)$", *labels])
-    return figure
+    legend_below(figure, {f"$p = N(0, {target_sd:g}^2)$": star} | handles_of(right))
+    save_figure(figure, save)
