@@ -21,6 +21,7 @@ from studies.figures import audit as figures
 from vsm.cli import Parser, command_line, count, positive
 from vsm.device import pick_device
 from vsm.runs import Run, write_atomic
+from vsm.tables import markdown_table
 
 
 def parse_args(argv=None):
@@ -54,13 +55,13 @@ def main(args):
         findings, arrays = [], {}
         if LEARN[args.objective].joint:
             print(f"{args.objective} trains encoder and decoder by one loss; the audit is of the decoder's part, q held fixed")
-        if not args.no_training:
-            add_result(auditing.check_spectrum(args.objective, options, args.data, args.data_root), findings, arrays)
-        for check in auditing.CHECKS:
-            add_result(check(args.objective, options, args.seed), findings, arrays)
-        if not args.no_training:
-            add_result(auditing.check_short_run(args), findings, arrays)
-        write_atomic(run.path / "audit.md", auditing.report_page(args.objective, args.estimator, findings).encode())
+        for found, measured in results(args, options):
+            for finding in found:
+                print(f"{finding.verdict:5}  {finding.title}: {finding.text}", flush=True)
+            findings, arrays = findings + found, arrays | measured
+        page = f"# Audit of `{args.objective}`, estimator {args.estimator}\n\n"
+        page += markdown_table(["check", "verdict", "finding"], findings) + "\n"
+        write_atomic(run.path / "audit.md", page.encode())
         run.save_metrics(**{name: np.asarray(value) for name, value in arrays.items()}, status="ok",
                          verdict=np.array([finding.verdict for finding in findings]),
                          finding=np.array([finding.text for finding in findings]))
@@ -69,13 +70,14 @@ def main(args):
         raise SystemExit(f"{args.objective}: {len(wrong)} of {len(findings)} findings are wrong; see {args.out}/audit.md")
 
 
-def add_result(result, findings, arrays):
-    """Print the findings of one check, and add them and its arrays to those of the others."""
-    new_findings, new_arrays = result
-    for finding in new_findings:
-        print(f"{finding.verdict:5}  {finding.title}: {finding.text}", flush=True)
-    findings += new_findings
-    arrays |= new_arrays
+def results(args, options):
+    """Yields the findings and the arrays of one check after another."""
+    if not args.no_training:
+        yield auditing.check_spectrum(args.objective, options, args.data, args.data_root)
+    for check in auditing.CHECKS:
+        yield check(args.objective, options, args.seed)
+    if not args.no_training:
+        yield auditing.check_short_run(args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import vsm.quiet  # noqa: F401  # isort: skip
 import math
 import os
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,51 +49,44 @@ RUN_STEPS = {"1x32": 600_000, "3x64": 1_627_000}  # 1000 epochs of MNIST or Fash
 TABLE1_RUNS = {"1x32": 2, "3x64": 1}  # data sets of this shape
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
-
-
-def build_model(args, device, image, net, precision="float32"):
-    channels, side = map(int, image.split("x"))
-    torch.manual_seed(0)
-    return build_vae(net, (channels, side, side), args.dim_z, args.width, bf16=precision == "bf16").to(device)
-
-
-def training_options(args, pair, batch):
-    """The options that ReferenceStep and ImageTrainer share."""
-    learn, infer = pairs()[pair]
-    return {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1,
-            "batch": batch, "lr": 1e-4}
+def timed_rows(names, makers, calls, args, device):
+    """Yields a row for each (mode, precision) of `makers`, see time_in_turns; `names` says what is timed."""
+    for (mode, precision), (times, memory) in time_in_turns(makers, calls, args.repeats, device).items():
+        yield {**names, "mode": mode, "precision": precision, "seconds": times, "peak_memory": memory}
 
 
 def training_rows(args, device, part, image, net, pair, batch):
     """Yields the rows of one pair, one for each mode and precision."""
     channels, side = map(int, image.split("x"))
+    learn, infer = pairs()[pair]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (args.inner_steps * batch, channels, side, side), dtype=torch.uint8, generator=generator)
-    resident_images, options = images.to(device), training_options(args, pair, batch)
-    vae = partial(build_model, args, device, image, net)
+    resident_images = images.to(device)
+    options = {"learn": learn, "infer": infer, "samples": args.samples, "inner_steps": args.inner_steps, "noise": 0.1,
+               "batch": batch, "lr": 1e-4}
+
+    def vae(precision="float32"):
+        torch.manual_seed(0)
+        return build_vae(net, images.shape[1:], args.dim_z, args.width, bf16=precision == "bf16").to(device)
 
     def trainer(precision, graph):
         return ImageTrainer(vae(precision), resident_images, estimator="plugin", seed=0, graph=graph, **options)
 
+    names = {"part": part, "image": image, "net": net, "pair": pair, "size": batch}
     cycles = 20 if device.type == "cuda" else 1
     for precision in args.precision:  # one at a time, so that the CUDA graphs of one are freed before the next makes its own
         makers = {}
-        if precision == args.precision[0] and has_reference(*pairs()[pair]):
+        if precision == args.precision[0] and has_reference(learn, infer):
             makers["reference", "float32"] = lambda: ReferenceStep(vae(), images, device, **options)
         makers["eager", precision] = partial(trainer, precision, graph=False)
         if device.type == "cuda":
             makers["captured", precision] = partial(trainer, precision, graph=True)
-        for (mode, arithmetic), (times, memory) in time_in_turns(makers, cycles * args.inner_steps, args.repeats, device).items():
-            yield {"part": part, "image": image, "net": net, "pair": pair, "size": batch, "mode": mode, "precision": arithmetic,
-                   "seconds": times, "peak_memory": memory}
+        yield from timed_rows(names, makers, cycles * args.inner_steps, args, device)
 
 
 def images_part(args, device):
-    for image in args.image:
-        for net in args.net:
-            for pair in args.pairs:
-                yield from training_rows(args, device, "images", image, net, pair, args.batch)
+    for image, net, pair in product(args.image, args.net, args.pairs):
+        yield from training_rows(args, device, "images", image, net, pair, args.batch)
 
 
 def batch_part(args, device):
@@ -115,8 +109,7 @@ def ensemble_part(args, device):
         makers = {("loop", "float32"): one_after_another, ("together", "float32"): partial(trainer, 0, members)}
         if device.type == "cpu" and cpp_compiler():
             makers["compiled", "float32"] = partial(trainer, 0, members, "--compile")
-        for (mode, precision), (times, memory) in time_in_turns(makers, 20, args.repeats, device).items():
-            yield small_row("ensemble", "KLD-F", members, mode, times, memory, precision)
+        yield from timed_rows(small_model("ensemble", "KLD-F", members), makers, 20, args, device)
 
 
 def toy_part(args, device):
@@ -132,7 +125,8 @@ def toy_part(args, device):
         times["together"].append(runs / descent.rate)
         times["loop"].append(runs / compare_with_loop(toy, toy.iterations, device)[0])
     for mode, values in times.items():
-        yield small_row("toy", "all", runs, mode, np.array(values), math.nan, "float64")
+        measured = {"mode": mode, "precision": "float64", "seconds": np.array(values), "peak_memory": math.nan}
+        yield small_model("toy", "all", runs) | measured
 
 
 def importance_part(args, device):
@@ -142,19 +136,15 @@ def importance_part(args, device):
     for samples in args.importance_samples:
         evaluation = SimpleNamespace(run_step=partial(iw_log_likelihood, vae, x, samples))
         makers = {("streamed", "float32"): lambda evaluation=evaluation: evaluation}
-        for (mode, precision), (times, memory) in time_in_turns(makers, 1, args.repeats, device).items():
-            yield small_row("importance", "KLD-F", samples, mode, times, memory, precision)
+        yield from timed_rows(small_model("importance", "KLD-F", samples), makers, 1, args, device)
 
 
-def small_row(part, pair, size, mode, times, memory, precision):
-    return {"part": part, "image": "2", "net": "mlp", "pair": pair, "size": size, "mode": mode, "precision": precision,
-            "seconds": times, "peak_memory": memory}
+def small_model(part, pair, size):
+    """The names of what is timed of 2-D and toy models."""
+    return {"part": part, "image": "2", "net": "mlp", "pair": pair, "size": size}
 
 
 PARTS = {"images": images_part, "batch": batch_part, "ensemble": ensemble_part, "toy": toy_part, "importance": importance_part}
-
-
-# --------------------------------------------------------------------------------------------------------------- report
 
 
 def print_report(rows, hours):
@@ -169,19 +159,13 @@ def print_report(rows, hours):
 
 def table_row(row, rows):
     """The cells of one row: its names, its time, and its speed against that of the row that it is compared with."""
-    rival = ("reference", "float32") if row["part"] in ("images", "batch") else ("loop", row["precision"])
-    step, speed = np.median(row["seconds"]), seconds_of_mode(rows, row, *rival) / row["seconds"]
+    mode, precision = ("reference", "float32") if row["part"] in ("images", "batch") else ("loop", row["precision"])
+    rival = {key: row[key] for key in ("part", "image", "net", "pair", "size")} | {"mode": mode, "precision": precision}
+    seconds = next((other["seconds"] for other in rows if rival.items() <= other.items()), math.nan)
+    step, speed = np.median(row["seconds"]), seconds / row["seconds"]
     return [row["part"], f"{row['net']} {row['image']}", row["pair"], row["size"], row["mode"], row["precision"],
             f"{1e3 * step:.4g}", f"{row['size'] / step:.4g}", median_and_range(speed),
             number_text(row["peak_memory"] / 2**20, ".0f")]
-
-
-def seconds_of_mode(rows, row, mode, precision):
-    """The seconds of the row that equals `row` but for its mode and precision; NaN where none was measured."""
-    same = ("part", "image", "net", "pair", "size")
-    found = [other["seconds"] for other in rows if other["mode"] == mode and other["precision"] == precision
-             and all(other[key] == row[key] for key in same)]
-    return found[0] if found else math.nan
 
 
 def median_and_range(values, form=".2f"):
@@ -221,8 +205,8 @@ def parse_args(argv=None):
     flag("--members", nargs="+", type=positive, default=[1, 3, 10, 30], help="ensemble sizes of --part ensemble")
     flag("--importance-samples", nargs="+", type=positive, default=[1000, 3000, 10_000, 30_000],
          help="numbers of samples of --part importance")
-    flag("--quick", action="store_true",
-         help="other defaults: a tiny model, three pairs and two turns; it shows that the script runs, not how fast")
+    flag("--quick", action="store_true", help="other defaults: a tiny model, three pairs and two turns; "
+         "it shows that the script runs, not how fast")
     flag = parser.add_argument_group("model").add_argument
     flag("--net", nargs="+", choices=("conv", "resnet"), default=["conv", "resnet"],
          help="networks; --part batch takes the first")

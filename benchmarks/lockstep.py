@@ -7,7 +7,6 @@ until it has been measured.
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from benchmarks.benchmark import pairs
 from models import NETS, build_vae
 from training import ImageTrainer
-from vsm.cli import Formatter, command_line, positive, positive_float
+from vsm.cli import Parser, command_line, positive, positive_float
 from vsm.device import pick_device, set_precision, synchronise
 from vsm.many_runs import stream_of
 from vsm.runs import write_atomic
@@ -24,7 +23,7 @@ from vsm.tables import markdown_table
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__)
     flag = parser.add_argument
     flag("--sizes", nargs="+", type=positive, default=[1, 2, 4, 8], help="numbers of runs at once")
     flag("--pair", choices=pairs(), default="KLD-F", help="pair of objectives")
@@ -64,8 +63,7 @@ def run(args, images, precision, networks, seed):
     torch.manual_seed(seed)
     vae = build_vae(args.net, images.shape[1:], 100, args.width, bf16=precision == "bf16", init_sd=1.0).to(images.device)
     trainer = ImageTrainer(vae, images, learn=learn, infer=infer, estimator="plugin", samples=args.samples, noise=0.1,
-                           inner_steps=args.inner_steps, batch=args.batch, lr=1e-4, seed=seed,
-                           one_pass=args.one_pass)
+                           inner_steps=args.inner_steps, batch=args.batch, lr=1e-4, seed=seed, one_pass=args.one_pass)
     if networks == "compiled":
         vae.encoder.compile()
         vae.decoder.compile()

@@ -1,5 +1,7 @@
 """The training step written down directly, by log densities and autograd: the benchmark's rival and the tests' oracle."""
 
+import itertools
+
 import torch
 from torch.autograd import grad
 from torch.distributions import Normal, kl_divergence
@@ -76,12 +78,12 @@ class ReferenceStep:
         self.samples, self.inner_steps, self.noise, self.step = samples, inner_steps, noise, 0
         self.phi = torch.optim.Adam(vae.encoder.parameters(), lr)
         self.theta = torch.optim.Adam([*vae.decoder.parameters(), vae.log_gamma], lr)
-        self.loader = DataLoader(TensorDataset(images), batch, shuffle=True, drop_last=True)
-        self.batches = iter(())
+        loader = DataLoader(TensorDataset(images), batch, shuffle=True, drop_last=True)
+        self.batches = itertools.chain.from_iterable(itertools.repeat(loader))  # one pass over the images after another
 
     def run_step(self):
         self.step += 1
-        x = self.minibatch().to(self.device).float() / 255
+        x = next(self.batches)[0].to(self.device).float() / 255
         e = torch.randn_like(x)
         x, t = x + self.noise * e, -e / self.noise
         if self.learn == "fae":
@@ -90,13 +92,6 @@ class ReferenceStep:
         self.descend(x, t, INFERENCE[self.infer], self.infer in ("kld", "fd-repar"), self.phi)
         if self.step % self.inner_steps == 0:
             self.descend(x, t, self.learn, False, self.theta)
-
-    def minibatch(self):
-        images = next(self.batches, None)
-        if images is None:
-            self.batches = iter(self.loader)
-            images = next(self.batches)
-        return images[0]
 
     def descend(self, x, t, objective, reparametrised, *optimisers):
         noise = torch.randn(self.samples, len(x), self.vae.dim_z, device=self.device)

@@ -10,7 +10,6 @@ Gaussians that is fitted to the latents. Running it again goes on where it was s
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch
 import train_images
 from data import data_name, load_images
 from metrics import iw_log_likelihood, quantise
-from vsm.cli import Formatter, command_line, positive
+from vsm.cli import Parser, command_line, positive
 from vsm.figures.pictures import tile
 from vsm.figures.style import new_figure, save_figure
 from vsm.loading import load_vae
@@ -28,13 +27,13 @@ ROWS = ("new pictures, with noise", "their reconstructions", "samples, z from th
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument("data", type=data_name, help="folder:PATH, or another name that train_images.py --data takes")
-    parser.add_argument("--updates", type=positive, default=7200, help="updates; fewer than 5000 are too few for a good model")
-    parser.add_argument("--width", type=positive, default=16, help="base channels of the ConvNets")
-    parser.add_argument("--components", type=positive, default=10,
-                        help="Gaussians in the mixture, at most the number of pictures")
-    parser.add_argument("--out", default="runs/own", help="the run's folder")
+    parser = Parser(description=__doc__)
+    flag = parser.add_argument
+    flag("data", type=data_name, help="folder:PATH, or another name that train_images.py --data takes")
+    flag("--updates", type=positive, default=7200, help="updates; fewer than 5000 are too few for a good model")
+    flag("--width", type=positive, default=16, help="base channels of the ConvNets")
+    flag("--components", type=positive, default=10, help="Gaussians in the mixture, at most the number of pictures")
+    flag("--out", default="runs/own", help="the run's folder")
     return parser.parse_args(argv)
 
 
@@ -58,16 +57,12 @@ def main(args):
                 vae.decode(sampler.sample(8, generator))]
         log_p = iw_log_likelihood(vae, x, 100, "posterior", generator)
     print(f"log p(x) of the new pictures, at least: {log_p.mean():.0f} nats on average")
-    draw(rows, Path(args.out) / "own_pictures.png")
-
-
-def draw(rows, save):
     figure, axes = new_figure(4, 1, size=(6, 1))
     for ax, title, images in zip(axes.flat, ROWS, rows):
         ax.imshow(tile(quantise(images).numpy(), 8), vmin=0, vmax=255, cmap="gray", interpolation="nearest")
         ax.set_title(title, fontsize=8)
         ax.set_axis_off()
-    save_figure(figure, save)
+    save_figure(figure, save := Path(args.out) / "own_pictures.png")
     print(save)
 
 

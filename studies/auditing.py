@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd import grad
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -18,10 +19,10 @@ import train_synthetic
 from metrics import objective_terms
 from models import VAE, mlp
 from objectives import LEARN, dot, likelihood_score
-from studies.spectrum import load_pixels, noise_of, train_one_model
+from studies.spectrum import load_pixels, noise_of, principal_components, train_one_model
 from training import joint_loss, theta_loss
 from vsm import evaluation_2d, linear
-from vsm.tables import markdown_table, mean_and_error, mean_and_error_text
+from vsm.tables import mean_and_error, mean_and_error_text
 
 SAMPLES, ALPHAS = (1, 2, 5, 20), (0.5, 1.0, 2.0)
 KAPPA_TOLERANCE = 0.02  # a kappa this close to 1, or a slope this close to 0, counts as exact
@@ -34,81 +35,67 @@ class Finding(NamedTuple):
     text: str
 
 
-def random_vae(seed, dim_x=3, dim_z=2, hidden=6):
-    """A small nonlinear VAE with smooth networks, in float64."""
+def judge(title, right, text, otherwise):
+    """The result of a check without arrays: a finding that is ok with the first text where it is `right`, or WRONG."""
+    return [Finding(title, "ok", text) if right else Finding(title, "WRONG", otherwise)], {}
+
+
+def random_case(seed, data=5):
+    """A small nonlinear VAE, random data x [B, D], their q, N = 3 samples z [N, B, Dz] of it, and a noise's score t, in float64.
+
+    The networks are smooth. x requires a gradient, and z is detached.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = nn.Sequential(nn.Linear(dim_x, hidden), nn.Tanh(), nn.Linear(hidden, 2 * dim_z))
-        decoder = nn.Sequential(nn.Linear(dim_z, hidden), nn.Tanh(), nn.Linear(hidden, dim_x))
-        return VAE(encoder, decoder, dim_z, init_sd=0.7).double()
-
-
-def random_batch(vae, seed, data=5, samples=3, dim_x=3):
-    """Random data x [B, D], their q, reparametrised samples z [N, B, Dz] of it, and a noise's score t; x requires a gradient."""
+        encoder = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4))
+        decoder = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 3))
+    vae = VAE(encoder, decoder, 2, init_sd=0.7).double()
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(data, dim_x, generator=generator, dtype=torch.float64).requires_grad_()
+    x = torch.randn(data, 3, generator=generator, dtype=torch.float64).requires_grad_()
     q = vae.encode(x)
-    z = vae.sample(q, vae.noise(q, samples, generator))
-    return x, q, z, torch.randn(data, dim_x, generator=generator, dtype=torch.float64)
+    z = vae.sample(q, vae.noise(q, 3, generator)).detach()
+    return vae, x, q, z, torch.randn(data, 3, generator=generator, dtype=torch.float64)
 
 
 def check_form(name, options, seed):
     """Whether the loss is one finite number per datum."""
-    vae = random_vae(seed)
-    x, q, z, t = random_batch(vae, seed)
-    loss = LEARN[name](vae, x, q, z.detach(), t=t, **options)
+    vae, x, q, z, t = random_case(seed)
+    loss = LEARN[name](vae, x, q, z, t=t, **options)
     finite = bool(loss.isfinite().all())
-    if finite and loss.shape == (len(x),):
-        return [Finding("form", "ok", "one finite number per datum, [B]")], {}
     text = f"the loss of {len(x)} data has shape {list(loss.shape)} and is {'finite' if finite else 'not finite'}"
-    return [Finding("form", "WRONG", text)], {}
+    return judge("form", finite and loss.shape == (len(x),), "one finite number per datum, [B]", text)
 
 
 def check_gradient(name, options, seed, step=1e-6):
     """Whether autograd's gradient by theta agrees with central differences of the loss, while q and z are held fixed."""
-    vae = random_vae(seed)
-    x, q, z, t = random_batch(vae, seed)
-    z = z.detach()
+    vae, x, q, z, t = random_case(seed)
     params = [*vae.decoder.parameters(), vae.log_gamma]
+    theta = parameters_to_vector(params).detach()
 
-    def loss():
+    def loss_at(theta):
+        vector_to_parameters(theta, params)
         return LEARN[name](vae, x, q, z, t=t, **options).mean()
 
-    exact = torch.cat([g.flatten() for g in grad(loss(), params)])
-    measured = []
-    for p in params:
-        flat = p.data.view(-1)
-        for i in range(len(flat)):
-            value = flat[i].item()
-            flat[i] = value + step
-            above = loss().item()
-            flat[i] = value - step
-            below = loss().item()
-            flat[i] = value
-            measured.append((above - below) / (2 * step))
+    exact = parameters_to_vector(grad(loss_at(theta), params))
+    steps = step * torch.eye(len(theta), dtype=theta.dtype)
+    measured = [(loss_at(theta + one).item() - loss_at(theta - one).item()) / (2 * step) for one in steps]
     error = (exact - torch.tensor(measured, dtype=torch.float64)).abs().max().item() / exact.abs().max().item()
-    if error < 1e-5:
-        text = f"autograd agrees with finite differences within {error:.0e} of the largest component"
-        return [Finding("gradient", "ok", text)], {}
-    text = (f"autograd differs from finite differences by {error:.1e} of the largest component; "
-            "something that depends on the decoder is detached, or is not differentiable")
-    return [Finding("gradient", "WRONG", text)], {}
+    return judge("gradient", error < 1e-5, f"autograd agrees with finite differences within {error:.0e} of the largest component",
+                 f"autograd differs from finite differences by {error:.1e} of the largest component; something that depends on "
+                 "the decoder is detached, or is not differentiable")
 
 
 def check_coupling(name, options, seed):
     """Whether a datum's loss depends on the other data of the minibatch."""
-    vae = random_vae(seed)
-    x, q, z, t = random_batch(vae, seed)
-    x2 = torch.cat([x[:1], x[1:] + 1]).detach().requires_grad_()
-    z2 = torch.cat([z[:, :1], z[:, 1:] + 1], 1).detach()
-    first = LEARN[name](vae, x, q, z.detach(), t=t, **options)[0]
-    again = LEARN[name](vae, x2, vae.encode(x2), z2, t=torch.cat([t[:1], t[1:] + 1]), **options)[0]
+    vae, x, q, z, t = random_case(seed)
+    others = (torch.arange(len(x)) > 0).double()[:, None]  # 0 for the first datum, 1 for the others
+    x2 = (x + others).detach().requires_grad_()
+    first = LEARN[name](vae, x, q, z, t=t, **options)[0]
+    again = LEARN[name](vae, x2, vae.encode(x2), z + others, t=t + others, **options)[0]
     change = (again - first).abs().item() / max(first.abs().item(), 1e-12)
-    if change < 1e-10:
-        return [Finding("coupling", "ok", "a datum's loss does not depend on the other data")], {}
-    text = (f"a datum's loss changes by {100 * change:.2g} % when the other data change: there is a mean over the minibatch "
-            "where the formula has one over posterior samples")
-    return [Finding("coupling", "WRONG", text)], {}
+    return judge("coupling", change < 1e-10, "a datum's loss does not depend on the other data",
+                 f"a datum's loss changes by {100 * change:.2g} % when the other data change: there is a mean over the minibatch "
+                 "where the formula has one over posterior samples")
 
 
 TERMS = {  # key of metrics.objective_terms: the term in print, with a, b, c and lap as in objectives.py
@@ -121,10 +108,8 @@ def check_composition(name, options, seed):
     names = TERMS | ({"a_dot_t": "E a.t"} if LEARN[name].takes("t") else {})
     rows, losses = [], []
     for i in range(6):
-        vae = random_vae(seed + i)
+        vae, x, q, z, t = random_case(seed + i, data=8)
         vae.log_gamma.data.fill_(0.3 * i - 1)
-        x, q, z, t = random_batch(vae, seed + i, data=8)
-        x, q, z = x.detach().requires_grad_(), q, z.detach()
         losses.append(LEARN[name](vae, x, vae.encode(x), z, t=t, **options).detach())
         terms = objective_terms(vae, x, vae.encode(x), z) | {"a_dot_t": dot(likelihood_score(vae, x, q, z)[0].mean(0), t)}
         rows.append(torch.stack([terms[term].detach() for term in names], -1))
@@ -187,11 +172,9 @@ def check_contraction(name, options, seed):
 
     docs/theory.md defines kappa. alpha is the variance of q over that of the exact posterior.
     """
-    measured = np.full((len(ALPHAS), len(SAMPLES)), np.nan)
-    for i, alpha in enumerate(ALPHAS):
-        for j, samples in enumerate(SAMPLES):
-            if not (samples == 1 and options.get("estimator") == "unbiased"):
-                measured[i, j] = linear.measured_kappa(name, samples, alpha, image=True, **options)
+    fewest = 2 if options.get("estimator") == "unbiased" else 1
+    measured = np.array([[linear.measured_kappa(name, samples, alpha, image=True, **options) if samples >= fewest else math.nan
+                          for samples in SAMPLES] for alpha in ALPHAS])
     limit, slope, residual = linear.split_kappa(name, 1.0, image=True, **options)
     arrays = {"alpha": ALPHAS, "samples": SAMPLES, "kappa": measured, "kappa_limit": limit, "kappa_slope": slope}
     table = "; ".join(f"alpha {alpha:g}: " + ", ".join("-" if math.isnan(value) else f"{value:.3f}" for value in row)
@@ -210,7 +193,10 @@ def check_contraction(name, options, seed):
 
 
 class CountFlops(TorchDispatchMode):
-    """Floating-point operations of the matrix products and convolutions that run inside, those of autograd.grad too."""
+    """Floating-point operations of the matrix products and convolutions that run inside, those of autograd.grad too.
+
+    PyTorch's FlopCounterMode hooks into modules, which fails where an objective differentiates by an input of theirs.
+    """
 
     def __init__(self):
         super().__init__()
@@ -223,10 +209,18 @@ class CountFlops(TorchDispatchMode):
         return out
 
 
-def flops_of(function):
+def flops_of(function, *args):
     with CountFlops() as count:
-        function()
+        function(*args)
     return count.flops
+
+
+def decoder_update(vae, name, options, x, noise, t):
+    """The gradient that one update of the decoder needs; for a joint objective, also that of the encoder."""
+    joint = LEARN[name].joint
+    vae.encoder.requires_grad_(joint)
+    loss = joint_loss(vae, x.clone(), name, noise) if joint else theta_loss(vae, x.clone(), name, noise, t=t, **options)
+    grad(loss.mean(), [p for p in vae.parameters() if p.requires_grad])
 
 
 def check_cost(name, options, seed, samples=5, data=50):
@@ -238,20 +232,9 @@ def check_cost(name, options, seed, samples=5, data=50):
     for encoder_width, decoder_width in ((64, 64), (128, 64), (64, 128)):
         vae = VAE(mlp([32, encoder_width, encoder_width, 16]), mlp([8, decoder_width, decoder_width, 32]), 8)
         x, t, noise = torch.randn(data, 32), torch.randn(data, 32), torch.randn(samples, data, 8)
-        joint = LEARN[name].joint
-        vae.encoder.requires_grad_(joint)
-        moving = [p for p in vae.parameters() if p.requires_grad]
-
-        def update(vae=vae, x=x, t=t, noise=noise, joint=joint, moving=moving):
-            if joint:
-                loss = joint_loss(vae, x.clone(), name, noise)
-            else:
-                loss = theta_loss(vae, x.clone(), name, noise, t=t, **options)
-            grad(loss.mean(), moving)
-
         with torch.no_grad():
-            passes.append([flops_of(lambda: vae.encode(x)), flops_of(lambda: vae.decode(noise))])  # noqa: B023
-        updates.append(flops_of(update))
+            passes.append([flops_of(vae.encode, x), flops_of(vae.decode, noise)])
+        updates.append(flops_of(decoder_update, vae, name, options, x, noise, t))
     encoder, decoder = np.linalg.lstsq(np.array(passes, float), np.array(updates, float), rcond=None)[0]
     arrays = {"cost_encoder_passes": encoder, "cost_decoder_passes": decoder}
     text = (f"a decoder update costs {encoder:.1f} forward passes of the minibatch through the encoder and {decoder:.1f} of its "
@@ -267,11 +250,9 @@ def check_spectrum(name, options, data, root, samples=5, shown=10):
     args = SimpleNamespace(data=data, data_root=root, limit=20_000, latents=16, gamma=0.25, lr=0.1, iterations=300, batch=200,
                            seed=0)
     pixels = load_pixels(args)
-    C = pixels.T.double() @ pixels.double() / len(pixels)
-    values, vectors = torch.linalg.eigh(C)
-    start = vectors[:, -args.latents:] * (values[-args.latents:] - args.gamma).clamp(min=0).sqrt()
+    C, values, start = principal_components(pixels, args)
     row = train_one_model(pixels, C, start, args, name, options.get("estimator", "plugin"), samples)
-    values = values.flip(0)[:args.latents].numpy() + noise_of(name) ** 2
+    values = values[:args.latents].numpy() + noise_of(name) ** 2
     arrays = {"spectrum_data": values, "spectrum_learnt": row["learnt"], "spectrum_second_moment": row["second_moment"]}
     if not np.isfinite(row["learnt"]).all():
         return [Finding("spectrum", "WRONG", f"the linear VAE of {data} diverges")], arrays
@@ -306,15 +287,6 @@ def check_short_run(args):
 
 
 def living_members_text(values):
-    """The mean of the finite values [members], its standard error where there are two or more, and how many members are alive.
-
-    A member that diverged has the value NaN.
-    """
+    """The mean of the finite values [members], its standard error if there are two, and how many members are alive, not NaN."""
     mean, error, _ = mean_and_error(values)
     return f"{mean_and_error_text(mean, error)} ({np.isfinite(values).sum()} of {len(values)} members alive)"
-
-
-def report_page(name, estimator, findings):
-    """The report as Markdown."""
-    return f"# Audit of `{name}`, estimator {estimator}\n\n" + markdown_table(
-        ["check", "verdict", "finding"], [[finding.title, finding.verdict, finding.text] for finding in findings]) + "\n"

@@ -48,14 +48,13 @@ def table_of_2d_runs(loaded):
 
     Differences from KLD-ELBO are between members of the same seed and model, with the same N where KLD-ELBO has it.
     """
-    lines = []
+    rows = []
     of_model, of_training = ("init_sd", "gamma", "hidden", "batch"), ("inner_steps", "bilevel_steps", "epochs")
     for data in dict.fromkeys(arrays["config"]["flags"]["data"] for arrays in loaded):
         mine = [arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data]
         configs = [arrays["config"] for arrays in mine]
         group = sorted(zip(mine, settings_of(configs, of_model + of_training), settings_of(configs, of_model)),
-                       key=lambda run: ([run[0]["config"]["flags"].get(key, 0)
-                                         for key in of_model + of_training],
+                       key=lambda run: ([run[0]["config"]["flags"].get(key, 0) for key in of_model + of_training],
                                         pair_order(run[0]["config"]["flags"]), row_name(*run[:2])))
         for arrays, settings, model in group:
             samples = arrays["config"]["flags"]["samples"]
@@ -66,19 +65,17 @@ def table_of_2d_runs(loaded):
             excess, curve = arrays.get("nll_excess", unknown), arrays.get("excess_curve", arrays["nll_curve"])
             quarter, sd = len(curve) - 1 - (len(curve) - 1) // 4, arrays["posterior_sd"][-1]
             unused, moment = (sd > COLLAPSED).sum(-1), arrays.get("second_moment", np.full_like(sd, math.nan))
-            lines.append([
-                data, row_name(arrays, settings), np.isfinite(arrays["nll"]).sum(), interval_text(excess),
-                number_text(mean_and_error(excess)[2], ".3f"),
-                "" if elbo is None or arrays is elbo else interval_text(arrays["nll"] - elbo["nll"]),
-                number_text(mean_and_error(curve[-1] - curve[quarter])[0], "+.3f"),
-                f"{(unused == 1).sum()}, {(unused == 2).sum()}", interval_text(arrays.get("variance_ratio", unknown)),
-                interval_text(moment[sd <= COLLAPSED], 2),
-                interval_text(arrays["negative_elbo"][-1] - arrays["nll"]),
-                number_text(mean_and_error(arrays.get("fisher_divergence", unknown))[0], ".3g")])
-    header = ["data", "pair", "n", "NLL above the truth", "median", "less KLD-ELBO's (paired)", "change in the last quarter",
-              "members with 1, 2 unused latents", "variance / data's", "E z^2, latents in use",
-              "KL from q to the posterior", "Fisher divergence"]
-    return markdown_table(header, lines, "llrrrrrrrrrr")
+            rows.append({
+                "data": data, "pair": row_name(arrays, settings), "n": np.isfinite(arrays["nll"]).sum(),
+                "NLL above the truth": interval_text(excess), "median": number_text(mean_and_error(excess)[2], ".3f"),
+                "less KLD-ELBO's (paired)": "" if elbo is None or arrays is elbo else interval_text(arrays["nll"] - elbo["nll"]),
+                "change in the last quarter": number_text(mean_and_error(curve[-1] - curve[quarter])[0], "+.3f"),
+                "members with 1, 2 unused latents": f"{(unused == 1).sum()}, {(unused == 2).sum()}",
+                "variance / data's": interval_text(arrays.get("variance_ratio", unknown)),
+                "E z^2, latents in use": interval_text(moment[sd <= COLLAPSED], 2),
+                "KL from q to the posterior": interval_text(arrays["negative_elbo"][-1] - arrays["nll"]),
+                "Fisher divergence": number_text(mean_and_error(arrays.get("fisher_divergence", unknown))[0], ".3g")})
+    return table_of(rows, names=2)
 
 
 def table_of_image_runs(loaded):
@@ -102,6 +99,7 @@ def table_of_image_runs(loaded):
         return final(arrays, "fid") / found.get(flags["samples"], next(iter(found.values()), math.nan))
 
     with_fid = any("fid" in arrays for arrays in loaded)
+    of_change, form, unit = ("fid", "+.0f", " %") if with_fid else ("negative_elbo", "+.1f", "")
     scale = {"training_moment": "E z^2, training images", "predicted_moment": "its end by equation (6)"}
     scale = scale if any("predicted_moment" in arrays for arrays in loaded) else {}
     rows = []
@@ -113,25 +111,29 @@ def table_of_image_runs(loaded):
         def over_seeds(key, digits, factor=1):
             return interval_text([factor * final(arrays, key) for arrays in members], digits)
 
+        ends = [(before_the_last_quarter(arrays, of_change), final(arrays, of_change)) for arrays in members]
+        change = interval([100 * (end / before - 1) if with_fid else end - before for before, end in ends])[0]
+        change = number_text(change, form) + (unit if np.isfinite(change) else "")
         row = {"pair": name, "n": f"{len(members)}{others}"}
         if with_fid:
-            change = interval([100 * (final(arrays, "fid") / before_the_last_quarter(arrays, "fid") - 1)
-                               for arrays in members])[0]
             row |= {"FID": over_seeds("fid", 2), "FID, aggregate posterior": over_seeds("fid_aggregate", 2),
                     "FID, reconstructions": over_seeds("fid_reconstruction", 2),
                     "FID / KLD-ELBO's": "" if runs[0]["config"]["label"] == "KLD-ELBO" else
                     interval_text([ratio(arrays, settings) for arrays in members], 2),
-                    "change in the last quarter": number_text(change, "+.0f") + (" %" if np.isfinite(change) else "")}
+                    "change in the last quarter": change}
         row |= {"E z^2": over_seeds("second_moment", 2), **{title: over_seeds(key, 2) for key, title in scale.items()},
                 "negative ELBO": over_seeds("negative_elbo", 1)}
         if not with_fid:
-            change = interval([final(arrays, "negative_elbo") - before_the_last_quarter(arrays, "negative_elbo")
-                               for arrays in members])[0]
-            row["its change in the last quarter"] = number_text(change, "+.1f")
+            row["its change in the last quarter"] = change
         row |= {"MSE x 100": over_seeds("reconstruction_mse", 2, 100), "latent MMD^2": over_seeds("latent_mmd", 1),
                 "posterior FD": over_seeds("posterior_fd", 0)}
         rows.append(row)
-    return markdown_table(list(rows[0]), [list(row.values()) for row in rows], "l" + "r" * (len(rows[0]) - 1))
+    return table_of(rows, names=1)
+
+
+def table_of(rows, names):
+    """The Markdown table of rows {title: cell}, whose first columns are names."""
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows], "l" * names + "r" * (len(rows[0]) - names))
 
 
 def final(arrays, key, at=-1):

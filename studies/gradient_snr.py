@@ -7,8 +7,9 @@ measured at its last checkpoint; its folder gets gradient_snr.npz (gradient_snr_
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
+import copy
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from data import load_images, moved_folder
 from evaluate import checked_config, of_each_run, run_status
 from objectives import LEARN, dot
 from training import EVALUATION, joint_loss, latent_noise, seed_of, theta_loss
-from vsm.cli import Formatter, UserError, command_line, positive
+from vsm.cli import Parser, UserError, command_line, positive
 from vsm.device import pick_device, set_precision
 from vsm.figures import images as figures
 from vsm.loading import flags_of, load_vae, place_of_images
@@ -55,27 +56,25 @@ def measure_gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda lin
     couples no data, or "train", as in training; the model is left as it was. tell: gets a line of text for each entry.
     """
     objectives = compared_objectives(vae.latent, flags["noise"])
-    names = [LEARN[learn].letter + (f" {estimator}" if LEARN[learn].takes("estimator") else "")
-             for learn, estimator in objectives]
-    keys = ("snr", "snr_se", "snr_log_gamma", "snr_log_gamma_se", "cosine_to_elbo", "gradient_norm")
-    result = {key: np.full((len(objectives), len(SAMPLES)), np.nan) for key in keys}
-    with differentiable_decoder(vae, mode):
-        for column, samples in enumerate(SAMPLES):
-            for row, (learn, estimator) in enumerate(objectives):
-                if estimator == "unbiased" and samples < 2:
-                    continue
-                generator = torch.Generator(images.device).manual_seed(seed_of(flags["seed"], EVALUATION, row, samples))
-                moments = gradient_moments(vae, images, flags, learn, estimator, samples, draws, generator)
-                if learn == "elbo":
-                    elbo = moments
-                snr = moments.signal / moments.variance
-                cosine = dot(moments.mean[:-1], elbo.mean[:-1]) / (moments.signal[0].sqrt() * elbo.signal[0].sqrt())
-                values = (snr[0], moments.snr_se[0], snr[1], moments.snr_se[1], 1 if learn == "elbo" else cosine,
-                          moments.signal[0].sqrt())
-                for key, value in zip(keys, values):
-                    result[key][row, column] = value
-                ratio = with_error(snr[0].item(), moments.snr_se[0].item(), ".3g", ".1g")
-                tell(f"{names[row]}, N = {samples}: the signal-to-noise ratio is {ratio}")
+    names = [LEARN[name].letter + (f" {estimator}" if LEARN[name].takes("estimator") else "") for name, estimator in objectives]
+    result = defaultdict(lambda: np.full((len(objectives), len(SAMPLES)), np.nan))
+    vae = differentiable_decoder(vae, mode)
+    for column, samples in enumerate(SAMPLES):
+        for row, (learn, estimator) in enumerate(objectives):
+            if estimator == "unbiased" and samples < 2:
+                continue
+            generator = torch.Generator(images.device).manual_seed(seed_of(flags["seed"], EVALUATION, row, samples))
+            moments = gradient_moments(vae, images, flags, learn, estimator, samples, draws, generator)
+            if learn == "elbo":
+                elbo = moments
+            snr, error, norm = moments.signal / moments.variance, moments.snr_se, moments.signal[0].sqrt()
+            cosine = 1 if learn == "elbo" else dot(moments.mean[:-1], elbo.mean[:-1]) / (norm * elbo.signal[0].sqrt())
+            values = {"snr": snr[0], "snr_se": error[0], "snr_log_gamma": snr[1], "snr_log_gamma_se": error[1],
+                      "cosine_to_elbo": cosine, "gradient_norm": norm}
+            for key, value in values.items():
+                result[key][row, column] = value
+            ratio = with_error(snr[0].item(), error[0].item(), ".3g", ".1g")
+            tell(f"{names[row]}, N = {samples}: the signal-to-noise ratio is {ratio}")
     return {"objectives": np.array(names), "samples": np.array(SAMPLES), **result}
 
 
@@ -88,33 +87,17 @@ def compared_objectives(latent, noise):
             if (latent == "gaussian" or not LEARN[pair[0]].joint) and (noise or not LEARN[pair[0]].takes("t"))]
 
 
-class differentiable_decoder:
-    """A context in which only theta requires gradients, and batch norm is in `mode`.
-
-    Afterwards the model is as it was, with batch norm's statistics.
-    """
-
-    def __init__(self, vae, mode):
-        self.vae, self.mode = vae, mode
-
-    def __enter__(self):
-        self.training, self.flags = self.vae.training, [p.requires_grad for p in self.vae.parameters()]
-        self.buffers = [buffer.clone() for buffer in self.vae.buffers()]
-        self.vae.train(self.mode == "train").requires_grad_(True)
-        self.vae.encoder.requires_grad_(False)
-
-    def __exit__(self, *_):
-        self.vae.train(self.training)
-        for p, flag in zip(self.vae.parameters(), self.flags):
-            p.requires_grad_(flag)
-        for buffer, value in zip(self.vae.buffers(), self.buffers):
-            buffer.copy_(value)
+def differentiable_decoder(vae, mode):
+    """A copy of the model in which only theta requires gradients, and batch norm is in `mode`."""
+    vae = copy.deepcopy(vae).train(mode == "train").requires_grad_(True)
+    vae.encoder.requires_grad_(False)
+    return vae
 
 
 def gradient_moments(vae, images, flags, learn, estimator, samples, draws, generator):
     """The Moments of the gradient over `draws` minibatches of the images, each with its own noise and posterior draws."""
     theta, blocks = [*vae.decoder.parameters(), vae.log_gamma], min(BLOCKS, draws)
-    total, squares = 0, 0
+    total = squares = 0
     left_out = [[0, 0, 0] for _ in range(blocks)]  # sum of g, of its squares, and the number of draws
     for draw in range(draws):
         g = minibatch_gradient(vae, theta, images, flags, learn, estimator, samples, generator)
@@ -124,11 +107,9 @@ def gradient_moments(vae, images, flags, learn, estimator, samples, draws, gener
     signal, variance = unbiased_moments(total, squares, draws)
     if draws < 3:  # the jackknife would leave one draw, which has no variance
         return Moments(total / draws, signal, variance, torch.full_like(signal, math.nan))
-    ratios = []
-    for part_total, part_squares, count in left_out:
-        part_signal, part_variance = unbiased_moments(total - part_total, squares - part_squares, draws - count)
-        ratios.append(part_signal / part_variance)
-    return Moments(total / draws, signal, variance, torch.stack(ratios).std(0, correction=0) * (blocks - 1) ** 0.5)
+    parts = (unbiased_moments(total - part_total, squares - part_squares, draws - n) for part_total, part_squares, n in left_out)
+    ratios = torch.stack([part_signal / part_variance for part_signal, part_variance in parts])
+    return Moments(total / draws, signal, variance, ratios.std(0, correction=0) * (blocks - 1) ** 0.5)
 
 
 def noisy_minibatch(images, flags, generator):
@@ -163,17 +144,14 @@ def squared_norms(g):
     return torch.stack([dot(g[:-1], g[:-1]), g[-1] ** 2])
 
 
-# -------------------------------------------------------------------------------------------------------- the command line
-
-
 def parser_of_runs(description):
     """The parser of a measurement of trained image models, to which it adds flags of its own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=Formatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train_images.py made")
-    parser.add_argument("--data-root", default=None, help="folder of the data sets (default: the one that each run had)")
-    parser.add_argument("--data", type=moved_folder, metavar="folder:PATH",
-                        help="where the pictures of runs on a folder are now")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
+    parser = Parser(description=description)
+    flag = parser.add_argument
+    flag("runs", nargs="+", metavar="RUN", help="folders that train_images.py made")
+    flag("--data-root", default=None, help="folder of the data sets (default: the one that each run had)")
+    flag("--data", type=moved_folder, metavar="folder:PATH", help="where the pictures of runs on a folder are now")
+    flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     return parser
 
 

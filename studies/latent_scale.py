@@ -9,7 +9,6 @@ measured at its last checkpoint; its folder gets latent_scale.npz.
 import vsm.quiet  # noqa: F401  # isort: skip
 import math
 
-import numpy as np
 import torch
 
 from studies.gradient_snr import differentiable_decoder, measure_models, noisy_minibatch, parser_of_runs
@@ -30,8 +29,8 @@ def measure_latent_scale(vae, images, flags):
     images: uint8 on the model's device. flags: those of the run. Batch norm is in training mode; the model is left as it was.
     """
     generator = torch.Generator(images.device).manual_seed(seed_of(flags["seed"], EVALUATION, 1))
-    with differentiable_decoder(vae, "train"):
-        rows = torch.tensor([slopes(vae, images, flags, generator) for _ in range(MINIBATCHES)], dtype=torch.float64)
+    vae = differentiable_decoder(vae, "train")
+    rows = torch.tensor([slopes(vae, images, flags, generator) for _ in range(MINIBATCHES)], dtype=torch.float64)
     names = ("second_moment", "reconstruction_slope", "variance_slope", "divergence_slope", "predicted_moment")
     predicted = predicted_moment(flags, vae.dim_z, rows[:, 2], rows[:, 3])
     columns = dict(zip(names, [*rows.T, predicted]))
@@ -51,9 +50,8 @@ def slopes(vae, images, flags, generator):
     probe = torch.randn(x.shape, generator=generator, device=x.device)  # Hutchinson: E probe' J probe = tr J
     jacobian = torch.autograd.grad((g.mean(0) * probe).sum(), x, create_graph=True)[0]
     divergence = (jacobian * probe).flatten(1).sum(-1).mean()
-    moment = (q.mean.square() + q.stddev.square()).mean()
-    return [moment.item(), *(torch.autograd.grad(value, t, retain_graph=True)[0].item()
-                             for value in (reconstruction, variance, divergence))]
+    slopes = [torch.autograd.grad(value, t, retain_graph=True)[0].item() for value in (reconstruction, variance, divergence)]
+    return [(q.mean.square() + q.stddev.square()).mean().item(), *slopes]
 
 
 def predicted_moment(flags, dim_z, variance_slope, divergence_slope):
@@ -62,15 +60,6 @@ def predicted_moment(flags, dim_z, variance_slope, divergence_slope):
     excess = {"elbo": 0, "fd": 0, "swersky": share * variance_slope, "bao": divergence_slope - share * variance_slope}
     known = flags["infer"] == "kld" and flags["learn"] in excess
     return 1 + (excess[flags["learn"]] if known else math.nan) * torch.ones_like(variance_slope) / dim_z
-
-
-def sentence_of(arrays):
-    """What the arrays of measure_latent_scale say, in a line."""
-    keys = ("second_moment", "predicted_moment", "predicted_moment_se")
-    moment, predicted, error = (np.asarray(arrays[key]).item() for key in keys)
-    if not math.isfinite(predicted):
-        return f"the mean E z^2 is {moment:.3g}; no end point is known for this pair of objectives"
-    return f"the mean E z^2 is {moment:.3g}; where training is stationary it equals {predicted:.3g} ± {error:.1g}"
 
 
 def parse_args(argv=None):
@@ -82,7 +71,10 @@ def main(args):
         if vae.latent != "gaussian":
             raise UserError("its latents are not Gaussian, so their scale is fixed")
         arrays = measure_latent_scale(vae, images, flags)
-        print(f"{run}: {sentence_of(arrays)}", flush=True)
+        moment, predicted, error = (arrays[key] for key in ("second_moment", "predicted_moment", "predicted_moment_se"))
+        end = f"where training is stationary it equals {predicted:.3g} ± {error:.1g}" if math.isfinite(predicted) else \
+            "no end point is known for this pair of objectives"
+        print(f"{run}: the mean E z^2 is {moment:.3g}; {end}", flush=True)
         return arrays
 
     measure_models(args, "latent_scale", {"minibatches": MINIBATCHES, "samples": SAMPLES}, measure)

@@ -4,14 +4,13 @@
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 import fnmatch
 import json
 from pathlib import Path
 
 import numpy as np
 
-from vsm.cli import Formatter, UserError, command_line
+from vsm.cli import Parser, UserError, command_line
 from vsm.runs import save_arrays
 from vsm.stored_runs import HEAVY, OF_MEMBERS, PARTS, add_run_flags, chosen_runs, open_runs, shown_member
 
@@ -45,9 +44,7 @@ def pack(paths, save, keep=(), keep_of="*", drop=()):
 def _record(run, keep, drop):
     """{block: array} for one run."""
     record = {"config.json": np.array(json.dumps(run.config))}
-    for part in PARTS:
-        if not run.has(part):
-            continue
+    for part in filter(run.has, PARTS):
         arrays = run.arrays(part)
         config = arrays.pop("config")
         if config != run.config:
@@ -64,7 +61,7 @@ def _record(run, keep, drop):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__)
     add_run_flags(parser)
     flag = parser.add_argument
     flag("--save", required=True, metavar="FILE.npz", help="the pack to write")

@@ -7,7 +7,6 @@ at the PCA solution, the maximum of the likelihood, so that a departure from its
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 import math
 
 import numpy as np
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from data import load_images
 from objectives import LEARN
 from studies.figures import spectrum as figures
-from vsm.cli import Formatter, UserError, command_line, count, positive, positive_float
+from vsm.cli import Parser, UserError, command_line, count, positive, positive_float
 from vsm.device import pick_device
 from vsm.linear import expected_slope, kappa, linear_vae, set_posterior
 from vsm.names import run_name
@@ -40,19 +39,15 @@ def learn_spectra(args, device):
     E z^2 under the aggregate posterior, by falling weight.
     """
     pixels = load_pixels(args).to(device)
-    gamma = args.gamma
-    C = (pixels.T.double() @ pixels.double()) / len(pixels)
+    C, values, start = principal_components(pixels, args)
     models = [(*objective, N) for objective in OBJECTIVES for N in SAMPLES if objective[1] != "unbiased" or N > 1]
-    bar = tqdm(models, desc="models", disable=None)
-    values, vectors = torch.linalg.eigh(C)
-    start = vectors[:, -args.latents:] * (values[-args.latents:] - gamma).clamp(min=0).sqrt()
-    rows = [train_one_model(pixels, C, start, args, *model) for model in bar]
+    rows = [train_one_model(pixels, C, start, args, *model) for model in tqdm(models, desc="models", disable=None)]
     keys = [(noise_of(model[0]), round(kappa(*model), 9)) for model in models]  # the expected update depends on them alone
     expected = {key: expected_eigenvalues(with_noise(C, model[0]), args, *model)
                 for key, model in dict(zip(keys, models)).items()}
     objective, estimator, samples = (np.array(column) for column in zip(*models))
-    return {"objective": objective, "estimator": estimator, "samples": samples, "gamma": gamma,
-            "kappa": np.array([kappa(*model) for model in models]), "eigenvalues": values.flip(0).cpu().numpy(),
+    return {"objective": objective, "estimator": estimator, "samples": samples, "gamma": args.gamma,
+            "kappa": np.array([kappa(*model) for model in models]), "eigenvalues": values.cpu().numpy(),
             "noise": np.array([noise for noise, _ in keys]), "expected": np.stack([expected[key] for key in keys]),
             **{key: np.stack([row[key] for row in rows]) for key in rows[0]}}
 
@@ -75,18 +70,30 @@ def load_pixels(args):
     return pixels - pixels.mean(0)
 
 
+def principal_components(pixels, args):
+    """The covariance C of the pixels [D, D], its eigenvalues, which fall [D], and W [D, K] at the maximum of the likelihood."""
+    C = (pixels.T.double() @ pixels.double()) / len(pixels)
+    values, vectors = torch.linalg.eigh(C)
+    W = vectors[:, -args.latents:] * (values[-args.latents:] - args.gamma).clamp(min=0).sqrt()
+    return C, values.flip(0), W
+
+
 def train_one_model(pixels, C, start, args, objective, estimator, N):
     """The rows `learnt` and `second_moment` [K] of one model; NaN where it diverges."""
-    gamma = args.gamma
     W = trained_weights(pixels, start, args, objective, estimator, N)
     if not W.isfinite().all():
-        return {"learnt": np.full(args.latents, math.nan), "second_moment": np.full(args.latents, math.nan)}
+        return dict.fromkeys(("learnt", "second_moment"), np.full(args.latents, math.nan))
     W = W[:, W.square().sum(0).argsort(descending=True)]
-    vae = linear_vae(W, gamma)
+    vae = linear_vae(W, args.gamma)
     set_posterior(vae)
     phi, s2 = vae.encoder.phi.data, (2 * vae.encoder.log_std.data).exp()
-    learnt = gamma + torch.linalg.svdvals(W).square()
-    return {"learnt": learnt.cpu().numpy(), "second_moment": ((phi @ with_noise(C, objective) * phi).sum(1) + s2).cpu().numpy()}
+    return {"learnt": model_variances(W, args.gamma),
+            "second_moment": ((phi @ with_noise(C, objective) * phi).sum(1) + s2).cpu().numpy()}
+
+
+def model_variances(W, gamma):
+    """The K largest eigenvalues of gamma I + W W', which fall."""
+    return (gamma + torch.linalg.svdvals(W).square()).cpu().numpy()
 
 
 def expected_eigenvalues(C, args, objective, estimator, N):
@@ -95,7 +102,7 @@ def expected_eigenvalues(C, args, objective, estimator, N):
     W = torch.randn(len(C), args.latents, generator=generator, dtype=torch.float64).to(C) / math.sqrt(len(C))
     for _ in range(EXPECTED_UPDATES):
         W = W - 0.5 * expected_slope(W, C, args.gamma, objective, estimator, N)
-    return args.gamma + torch.linalg.svdvals(W).square().cpu().numpy()
+    return model_variances(W, args.gamma)
 
 
 def trained_weights(pixels, start, args, objective, estimator, N):
@@ -112,7 +119,7 @@ def trained_weights(pixels, start, args, objective, estimator, N):
     optimiser = torch.optim.SGD(vae.decoder.parameters(), lr=args.lr * (gamma if objective == "elbo" else gamma**2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step / DECAY))
     generator = torch.Generator(device).manual_seed(args.seed)
-    average, averaged = torch.zeros_like(vae.decoder.weight), args.iterations - args.iterations // 2
+    average, first = torch.zeros_like(vae.decoder.weight), args.iterations // 2  # the first step that is in the average
     sd, t = noise_of(objective), None
     images = args.batch // (4 if sd else 2)
     for step in range(args.iterations):
@@ -131,8 +138,8 @@ def trained_weights(pixels, start, args, objective, estimator, N):
         schedule.step()
         if not vae.decoder.weight.isfinite().all():
             return torch.full_like(start, math.nan)
-        if step >= args.iterations // 2:
-            average += vae.decoder.weight.detach() / averaged
+        if step >= first:
+            average += vae.decoder.weight.detach() / (args.iterations - first)
     return average.double()
 
 
@@ -146,15 +153,14 @@ def report_spectrum(arrays):
         ratio = (learnt / np.maximum(v / k, gamma))[:10]
         print(f"{arrays['objective'][m]:9} {arrays['estimator'][m]:9} {arrays['samples'][m]:3} {k:7.3f} "
               f"{(v / learnt)[:10].mean():11.3f}{ratio.min():12.3f} to {ratio.max():.3f} "
-              f"{arrays['second_moment'][m, :10].mean():8.3f} "
-              f"{(learnt > 1.05 * gamma).sum():5} {(v > 1.05 * k * gamma).sum():3}")
+              f"{arrays['second_moment'][m, :10].mean():8.3f} {(learnt > 1.05 * gamma).sum():5} {(v > 1.05 * k * gamma).sum():3}")
     v = arrays["eigenvalues"][:K] + arrays["noise"][:, None] ** 2
     error = 100 * np.abs(arrays["expected"] / np.maximum(v / arrays["kappa"][:, None], gamma) - 1)
     print(f"expected updates, largest error: {error.max():.2g} % of all {K} directions, {error[:, :10].max():.2g} % of ten")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("data", metavar="DATA", help="mnist, fashion, celeba, glyphs or folder:PATH")
     flag = parser.add_argument_group("experiment").add_argument
     flag("--data-root", default="data", help="folder of the data sets")
@@ -173,8 +179,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.batch % 2:
         parser.error(f"--batch {args.batch} must be even: every image is in its minibatch twice")
-    defaults = vars(parser.parse_args([args.data]))
-    args.out = args.out or f"runs/spectrum/{run_name(args, ('data', 'seed'), defaults)}"
+    args.out = args.out or f"runs/spectrum/{run_name(args, ('data', 'seed'), vars(parser.parse_args([args.data])))}"
     return args
 
 

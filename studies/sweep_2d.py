@@ -49,7 +49,6 @@ def sweep_points(runs):
 
 def sweep_point(group):
     """The statistics of one point from the arrays of its runs."""
-
     def of_members(key):
         return np.concatenate([arrays[key] for arrays in group])
 
@@ -92,18 +91,13 @@ def sweep_table(runs):
     """The numbers behind the figure `synthetic`, two Markdown tables: a row per data set, J and objective, a column per K."""
     points = sweep_points(runs)
     inner = sorted({point["K"] for point in points})
-    legend = (
-        "Mean ± standard error / median over the members that did not diverge; d: members that diverged, c: members whose "
-        "posterior collapsed (sd above 0.9 at the end in both latents), h: half collapsed (in one of the two)."
-    )
-    sections = [legend]
+    sections = ["Mean ± standard error / median over the members that did not diverge; d: members that diverged, c: members "
+                "whose posterior collapsed (sd above 0.9 at the end in both latents), h: half collapsed (in one of the two)."]
     titles = {"nll": "NLL (nats)", "divergence": "Fisher divergence, or score-matching loss where the data's score is not known"}
     found = {(point["data"], point["J"], name_order(point), point["K"]): point for point in points}
     for metric, title in titles.items():
-        rows = [
-            [data, J, order[-1], *(sweep_cell(found.get((data, J, order, K)), metric) for K in inner)]
-            for data, J, order in sorted({key[:3] for key in found})
-        ]
+        rows = [[data, J, order[-1], *(sweep_cell(found.get((data, J, order, K)), metric) for K in inner)]
+                for data, J, order in sorted({key[:3] for key in found})]
         sections += [title, markdown_table(["data", "J", "objective", *(f"K = {K}" for K in inner)], rows)]
     return "\n\n".join(sections) + "\n"
 

@@ -5,18 +5,17 @@
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 from pathlib import Path
 
 from studies.convergence import study_table
 from studies.sweep_2d import sweep_table
-from vsm.cli import Formatter, command_line
+from vsm.cli import Parser, command_line
 from vsm.runs import write_atomic
 from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__)
     add_run_flags(parser)
     parser.add_argument("--save", required=True, metavar="FILE.md", help="the table to write")
     parser.add_argument("--sweep", action="store_true", help="a row for each objective and a column for each K")

@@ -114,7 +114,8 @@ def test_quick_sets_defaults_only_and_bf16_alone_is_drawn(tmp_path, short):
 
 def test_every_precision_is_drawn_beside_the_reference(tmp_path, monkeypatch):
     measured = [("reference", "float32"), ("eager", "bf16"), ("eager", "tf32")]
-    rows = [benchmark.small_row(part, "KLD-F", 10, mode, np.ones(2), 0, precision) | {"image": "1x32"}
+    rows = [benchmark.small_model(part, "KLD-F", 10) | {"image": "1x32", "mode": mode, "precision": precision,
+                                                        "seconds": np.ones(2)}
             for part in ("images", "batch") for mode, precision in measured]
     save_arrays(tmp_path / "metrics.npz", {"device": "cpu"}, **{name: np.array([row[name] for row in rows]) for name in rows[0]})
     drawn = []
