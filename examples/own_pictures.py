@@ -1,8 +1,8 @@
 """From a folder of your own pictures to a trained model, new pictures, reconstructions and log p(x).
 
-    python -m examples.own_pictures folder:my_pictures                # a laptop: about 20 minutes for 64 x 64 pixels
+    python -m examples.own_pictures folder:my_pictures                # one core: 20 minutes for 64 x 64 pixels
     python -m examples.own_pictures folder:my_pictures --width 64     # a GPU: minutes
-    python -m examples.own_pictures glyphs                            # drawn digits, without any files: ten minutes
+    python -m examples.own_pictures glyphs                            # drawn digits, without any files: six minutes
 
 It writes the run's folder under runs/own and a picture there, own_pictures.png, in four rows: pictures that the model has not
 seen, with the training noise; their reconstructions; samples with z from the prior; and samples with z from a mixture of

@@ -1,6 +1,8 @@
 """What README and the pages recommend runs: the example on a few pictures, and (slow) the script for a GPU at tiny sizes."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
+import train_images
 from examples import own_pictures
 from small_runs import ROOT, environment
 from vsm.stored_runs import open_runs
@@ -17,15 +21,31 @@ STAGES = {"mnist": 5, "mnist_fd": 3, "gamma_fixed": 12, "gamma_stationary": 4, "
           "resnet_fd": 3}
 
 
-def test_the_example_goes_from_a_folder_of_pictures_to_samples_and_log_p(tmp_path, capsys):
+def noise_pictures(folder, count):
     random = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
-    for i in range(30):
-        Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    folder.mkdir()
+    for i in range(count):
+        Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+
+
+def test_the_example_goes_from_a_folder_of_pictures_to_samples_and_log_p(tmp_path, capsys):
+    noise_pictures(tmp_path / "pictures", 30)
     own_pictures.main(own_pictures.parse_args([f"folder:{tmp_path / 'pictures'}", "--updates", "4", "--width", "2",
                                                "--components", "2", "--out", str(tmp_path / "run")]))
     assert "log p(x) of the new pictures, at least: " in capsys.readouterr().out
     assert Image.open(tmp_path / "run" / "own_pictures.png").width > 500
+
+
+def test_the_recipe_that_compares_objectives_gives_a_table_by_a_fitted_law(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "images.md").read_text()
+    train, measure = re.search(r"Compare two objectives.*?```bash\n(.*?)\n(.*?)\n```", page, re.S).groups()
+    monkeypatch.chdir(tmp_path)
+    noise_pictures(tmp_path / "my_pictures", 40)
+    train_images.main_of_runs(train_images.parse_runs(
+        [*shlex.split(train)[2:], "--width", "2", "--dim-z", "2", "--samples", "2", "--batch", "18", "--epochs", "1"]))
+    evaluate.main(evaluate.parse_args([*map(str, Path("runs/images").glob("*-fd-*seed0")), *shlex.split(measure)[3:], "--images", "2",
+                                       "--iw-samples", "2", "--components", "2"]))
+    assert "KLD-F" in (table := capsys.readouterr().out) and "| mixture |" in table
 
 
 @pytest.mark.slow

@@ -208,6 +208,25 @@ def test_runs_of_another_setting_have_a_panel_of_their_own(tmp_path):
     draw("samples", *runs, "--save", tmp_path / "samples.png")
 
 
+def gamma_run(folder, learn, gamma, init_sd, seed=0, width=16):
+    flags = {"data": "mnist", "net": "conv", "width": width, "norm": "batch", "learn": learn, "infer": "kld", "samples": 5,
+             "estimator": "plugin", "gamma": gamma, "init_sd": init_sd, "seed": seed}
+    fids = {"fid": 9.0 + seed, "fid_mixture": 1.0 + seed}
+    write_run(folder, "train_images", flags, f"KLD-{learn}", "eval", **fids)
+    return write_run(folder, "train_images", flags, f"KLD-{learn}", log_gamma=np.array([0, -3.0]), kl=np.array([1, 40.0]),
+                     fid_features="LeNet-5 on mnist 0a1b", status="ok")
+
+
+def test_fid_against_gamma_is_of_one_network(tmp_path, fails):
+    paths = (("fixed", 0.2, 0), ("fixed", 0.2, 1), ("fixed", 0.4, 0), ("stationary", 1.0, 0))
+    runs = [gamma_run(tmp_path / f"{learn}{i}", learn, *path) for learn in ("elbo", "swersky") for i, path in enumerate(paths)]
+    draw("fid_against_gamma", *runs, "--save", tmp_path / "all.png")
+    draw("fid_against_gamma", *runs[:2], "--save", tmp_path / "one.png")
+    assert not np.array_equal(imread(tmp_path / "all.png")[:400], imread(tmp_path / "one.png")[:400])
+    wider = gamma_run(tmp_path / "wider", "elbo", "fixed", 0.2, width=32)
+    assert "choose them by --only" in fails(plots, "fid_against_gamma", *runs, wider, "--save", tmp_path / "x.png")
+
+
 def test_one_seed_twice_is_refused(runs, tmp_path):
     twin = synthetic_run(tmp_path / "twin")
     with pytest.raises(UserError, match="the same experiment with the same seed"):

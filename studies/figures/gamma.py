@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vsm.figures.axes import round_ticks
+from vsm.cli import UserError
 from vsm.figures.style import handles_of, legend_below, line_key, line_style, new_figure, save_figure
 from vsm.names import pair_order
 from vsm.stored_runs import open_runs
@@ -15,7 +15,7 @@ def fid_against_gamma(runs, save):
     """FID with z from the prior and from a fitted mixture, against log gamma (above) and the rate KL(q || prior) (below).
 
     A line joins the runs of one objective at fixed gammas; other marks have gamma stationary or learnt. A point is the mean over
-    seeds, a bar goes from the smallest to the largest.
+    seeds, a bar goes from the smallest to the largest. Raises UserError for runs that differ in data or network.
     """
     points = points_of(open_runs(runs))
     figure, axes = new_figure(2, 2, size=(3.6, 2.7), sharey="col", sharex="row")
@@ -23,8 +23,8 @@ def fid_against_gamma(runs, save):
         for ax, (y, law) in zip(row, SAMPLERS.items()):
             for (label, path), members in points.items():
                 draw_path(ax, label, path, members, x, y)
-            ax.set(xlabel=title, title=law, yscale="log")
-            round_ticks(ax.yaxis)
+            ax.set(xlabel=title, title=law)
+            ax.set_ylim(bottom=0)
         row[0].set_ylabel(f"FID ({features_of(points)})")
     marks = {f"gamma {path}": line_key(marker=marker, color="0.4", linestyle="-" if path == "fixed" else "")
              for path, marker in MARKERS.items() if any(path == other for _, other in points)}
@@ -35,10 +35,12 @@ def fid_against_gamma(runs, save):
 def points_of(runs):
     """{(label, path of gamma): runs that have ended, each its last metrics with those of its evaluation}."""
     points = {}
+    if len({tuple(run.config["flags"][key] for key in ("data", "net", "width", "norm")) for run in runs}) > 1:
+        raise UserError("fid_against_gamma compares runs of one data set and network; choose them by --only")
     for run in sorted(runs, key=lambda run: pair_order(run.config["flags"])):
         curves, flags = run.finished(), run.config["flags"]
         last = {key: values[-1] for key, values in curves.items() if key in ("log_gamma", "kl")}
-        point = {**run.arrays("eval"), **last, "flags": flags}
+        point = {**run.arrays("eval"), **last, "fid_features": curves["fid_features"], "flags": flags}
         points.setdefault((run.config["label"], flags["gamma"]), []).append(point)
     return points
 
