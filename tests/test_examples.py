@@ -43,8 +43,9 @@ def test_the_recipe_that_compares_objectives_gives_a_table_by_a_fitted_law(tmp_p
     noise_pictures(tmp_path / "my_pictures", 40)
     train_images.main_of_runs(train_images.parse_runs(
         [*shlex.split(train)[2:], "--width", "2", "--dim-z", "2", "--samples", "2", "--batch", "18", "--epochs", "1"]))
-    evaluate.main(evaluate.parse_args([*map(str, Path("runs/images").glob("*-fd-*seed0")), *shlex.split(measure)[3:], "--images", "2",
-                                       "--iw-samples", "2", "--components", "2"]))
+    run, = Path("runs/images").glob("*-fd-*seed0")
+    flags = [*shlex.split(measure)[3:], "--images", "2", "--iw-samples", "2", "--components", "2"]
+    evaluate.main(evaluate.parse_args([str(run), *flags]))
     assert "KLD-F" in (table := capsys.readouterr().out) and "| mixture |" in table
 
 
