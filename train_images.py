@@ -48,13 +48,13 @@ def parse_runs(argv=None):
 
 
 def main_of_runs(runs):
-    """Train each of the runs: one as `main` does, several at once."""
-    if len(runs) == 1 or runs[0].dry_run:
-        for args in runs:
-            main(args)
-        return
+    """Train each of the runs, several at once."""
     device, images = pick_device(runs[0].device), {}
     set_precision(runs[0].precision, device)
+    if len(runs) == 1 or runs[0].dry_run:
+        for args in runs:
+            train_one(args, load(args), device)
+        return
     for args in runs:  # every data set once, and on a GPU, where all runs are in this process, on the device
         if data_of(args) not in images:
             data = load(args)
@@ -70,9 +70,7 @@ def main_of_runs(runs):
 
 def main(args):
     """Train one run."""
-    device = pick_device(args.device)
-    set_precision(args.precision, device)
-    train_one(args, load(args), device)
+    main_of_runs([args])
 
 
 def data_of(args):
@@ -115,10 +113,10 @@ def begin(args, data, device, stop, bar):
 
 
 def fit(run, args, vae, data, device, stop, bar):
-    trainer = ImageTrainer(vae, data.train.to(device), learn=args.learn, infer=args.infer, estimator=args.estimator,
-                      samples=args.samples, inner_steps=args.inner_steps, noise=args.noise, batch=args.batch, lr=args.lr,
-                      seed=args.seed, graph=not args.no_graph, infer_samples=args.infer_samples, lr_half_life=args.lr_half_life,
-                      one_pass=args.one_pass, gamma=args.gamma)
+    trainer = ImageTrainer(
+        vae, data.train.to(device), learn=args.learn, infer=args.infer, estimator=args.estimator, samples=args.samples,
+        infer_samples=args.infer_samples, inner_steps=args.inner_steps, one_pass=args.one_pass, noise=args.noise,
+        batch=args.batch, lr=args.lr, lr_half_life=args.lr_half_life, gamma=args.gamma, seed=args.seed, graph=not args.no_graph)
     test = data.test.to(device)
     reference = reference_of(test, args.data, args.data_root) if args.fid_every else None
 

@@ -47,9 +47,10 @@ def theta_loss(vae, x, learn, noise, **options):
 def shared_losses(vae, x, infer, learn, noise, **options):
     """The losses of phi and of theta, each [B], from one forward pass and the same samples z.
 
-    Where both are the same objective, they are one tensor, whose gradient serves both. Neither q nor z is a constant here: the
-    caller differentiates the first loss by phi alone and the second by theta alone.
+    Where both are the same objective, such as that of the Fisher autoencoder, they are one tensor, whose gradient serves both.
+    Neither q nor z is a constant here: the caller differentiates the first loss by phi alone and the second by theta alone.
     """
+    x.requires_grad_(LEARN[learn].needs_b)
     q = vae.encode(x)
     z = vae.sample(q, noise)
     decoded = Decoded(vae, z)
@@ -70,13 +71,6 @@ class Decoded:
 
     def __getattr__(self, name):
         return getattr(self.vae, name)
-
-
-def joint_loss(vae, x, learn, noise):
-    """The one loss of theta and phi per datum [B], for the Fisher autoencoder: z is reparametrised and all is differentiable."""
-    x.requires_grad_()
-    q = vae.encode(x)
-    return LEARN[learn](vae, x, q, vae.sample(q, noise))
 
 
 def latent_noise(vae, x, samples, generator):
@@ -106,14 +100,16 @@ class Resumable:
         mine = self.save()
         difference = mismatch(saved, {**mine, "generators": [torch.Tensor] * len(mine["generators"])})
         if difference or saved["step"] < 0:
-            raise UserError("the checkpoint is not of what these flags train "
-                            f"({difference or 'its step is negative'}) and is kept as it is; move it away or use --overwrite to "
-                            "start the run again")
+            raise UserError(f"the checkpoint is not of what these flags train ({difference or 'its step is negative'}) and is "
+                            "kept as it is; move it away or use --overwrite to start the run again")
         for name, tensor in self.state().items():
             tensor.copy_(saved["tensors"][name])
         self.step = saved["step"]
         for generator, state, seed in zip(self.generators, saved["generators"], self.seeds):
-            restore_generator(generator, state, seed_of(seed, NOISE, self.step))
+            if len(state) == len(generator.get_state()):
+                generator.set_state(state.cpu())
+            else:  # saved on another kind of device
+                generator.manual_seed(seed_of(seed, NOISE, self.step))
 
 
 class TrainingState(Resumable):
@@ -166,8 +162,11 @@ class TrainingState(Resumable):
     @torch.no_grad()
     def state(self):
         """Every tensor that a step changes, by name. Loading copies into them, so that captured graphs stay valid."""
-        mine = {"clock": self.clock, "sums": self.sums, "diverged_at": self.diverged_at}
-        return state_of(self.vae, *self.optimisers) | mine | self.tensors
+        state = {f"vae.{name}": tensor.detach() for name, tensor in self.vae.state_dict(keep_vars=True).items()}
+        for i, optimiser in enumerate(self.optimisers):
+            for j, moments in enumerate(optimiser.state.values()):
+                state |= {f"adam.{i}.{j}.{name}": tensor for name, tensor in moments.items()}
+        return state | {"clock": self.clock, "sums": self.sums, "diverged_at": self.diverged_at} | self.tensors
 
 
 class ParameterGroup:
@@ -226,12 +225,7 @@ class ImageTrainer(TrainingState):
         """
         x, noise = self.minibatch()
         t = -noise.flatten(1) / self.noise if LEARN[self.learn].takes("t") else None  # the score of the data's noise
-        if LEARN[self.learn].joint:
-            self.train_only(self.phi, self.theta)
-            z_noise = latent_noise(self.vae, x, self.samples, self.generator)
-            loss = joint_loss(self.vae, x, self.learn, z_noise)
-            self.step_by(loss, self.phi, self.theta)
-        elif self.one_pass:
+        if LEARN[self.learn].joint or self.one_pass:
             self.train_only(self.phi, self.theta)
             z_noise = latent_noise(self.vae, x, self.samples, self.generator)
             loss, other = shared_losses(self.vae, x, self.infer, self.learn, z_noise, estimator=self.estimator, t=t)
@@ -287,7 +281,6 @@ class ImageTrainer(TrainingState):
         self.cursor.copy_(torch.arange(self.batch))
 
     def progress(self, rate):
-        """The numbers beside the progress bar; `rate` is in updates a second."""
         losses = {name: f"{loss / count:.4g}" for name, (loss, _, count) in zip(("infer", "learn"), self.sums.tolist()) if count}
         return {**losses, "gamma": f"{self.vae.log_gamma.exp().item():.2e}", "images/s": f"{rate * self.batch:.0f}"}
 
@@ -329,20 +322,3 @@ def set_gradients(params, gradients):
     """
     for p, gradient in zip(params, gradients):
         p.grad = gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
-
-
-def state_of(vae, *optimisers):
-    """The tensors of a model and of its optimisers by name, not copied."""
-    state = {f"vae.{name}": tensor.detach() for name, tensor in vae.state_dict(keep_vars=True).items()}
-    for i, optimiser in enumerate(optimisers):
-        for j, moments in enumerate(optimiser.state.values()):
-            state |= {f"adam.{i}.{j}.{name}": tensor for name, tensor in moments.items()}
-    return state
-
-
-def restore_generator(generator, state, seed):
-    """Restore a generator. A state saved on another kind of device has another size; the generator then starts from `seed`."""
-    if len(state) == len(generator.get_state()):
-        generator.set_state(state.cpu())
-    else:
-        generator.manual_seed(seed)

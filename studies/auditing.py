@@ -20,7 +20,7 @@ from metrics import objective_terms
 from models import VAE, mlp
 from objectives import LEARN, dot, likelihood_score
 from studies.spectrum import load_pixels, noise_of, principal_components, train_one_model
-from training import joint_loss, theta_loss
+from training import shared_losses, theta_loss
 from vsm import evaluation_2d, linear
 from vsm.tables import mean_and_error, mean_and_error_text
 
@@ -219,7 +219,8 @@ def decoder_update(vae, name, options, x, noise, t):
     """The gradient that one update of the decoder needs; for a joint objective, also that of the encoder."""
     joint = LEARN[name].joint
     vae.encoder.requires_grad_(joint)
-    loss = joint_loss(vae, x.clone(), name, noise) if joint else theta_loss(vae, x.clone(), name, noise, t=t, **options)
+    x = x.clone()
+    loss = shared_losses(vae, x, name, name, noise)[0] if joint else theta_loss(vae, x, name, noise, t=t, **options)
     grad(loss.mean(), [p for p in vae.parameters() if p.requires_grad])
 
 

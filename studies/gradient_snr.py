@@ -19,7 +19,7 @@ import torch
 from data import load_images, moved_folder
 from evaluate import checked_config, of_each_run, run_status
 from objectives import LEARN, dot
-from training import EVALUATION, joint_loss, latent_noise, seed_of, theta_loss
+from training import EVALUATION, latent_noise, seed_of, shared_losses, theta_loss
 from vsm.cli import Parser, UserError, command_line, positive
 from vsm.device import pick_device, set_precision
 from vsm.figures import images as figures
@@ -125,7 +125,7 @@ def minibatch_gradient(vae, theta, images, flags, learn, estimator, samples, gen
     x, data_noise = noisy_minibatch(images, flags, generator)
     noise = latent_noise(vae, x, samples, generator)
     if LEARN[learn].joint:
-        loss = joint_loss(vae, x, learn, noise)
+        loss, _ = shared_losses(vae, x, learn, learn, noise)
     else:
         t = -data_noise.flatten(1) / flags["noise"] if LEARN[learn].takes("t") else None
         loss = theta_loss(vae, x, learn, noise, estimator=estimator, t=t)

@@ -14,7 +14,7 @@ from benchmarks.benchmark import pairs
 from benchmarks.reference_step import INFERENCE, ReferenceStep, reference_loss
 from models import build_vae
 from studies.auditing import flops_of
-from training import ImageTrainer, joint_loss, phi_loss, theta_loss
+from training import ImageTrainer, phi_loss, shared_losses, theta_loss
 from vsm.device import keep_freed_memory
 from vsm.runs import load_arrays, save_arrays
 
@@ -34,7 +34,7 @@ def test_the_reference_step_has_the_trainers_gradients(name, norm):
     moving = {"infer": phi, "learn": theta, "": phi + theta}[kind]
     ours = {"infer": lambda: phi_loss(vae, x, objective, noise),
             "learn": lambda: theta_loss(vae, x, objective, noise, t=t.flatten(1)),
-            "": lambda: joint_loss(vae, x, "fae", noise)}[kind]().mean()
+            "": lambda: shared_losses(vae, x, "fae", "fae", noise)[0]}[kind]().mean()
     if kind == "infer":
         objective = INFERENCE[objective]
     reference = reference_loss(vae, x, noise, objective, reparametrised=name in ("infer kld", "infer fd-repar", "fae"),
