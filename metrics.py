@@ -11,7 +11,7 @@ import torch
 
 from objectives import INFER, LEARN, dot, latent_score_gap, likelihood_score, posterior_score
 from vsm.device import evaluating
-from vsm.importance import importance, iw_log_likelihood, score_matching_loss  # noqa: F401 (public names of this module)
+from vsm.importance import importance, iw_log_likelihood  # noqa: F401 (public names of this module)
 
 
 def negative_elbo(vae, x, samples=5, generator=None):

@@ -7,18 +7,8 @@ from typing import NamedTuple
 import torch
 from torch.distributions import Bernoulli, Independent, Normal
 
+import metrics
 from data import load_images
-from metrics import (
-    feature_statistics,
-    frechet_distance,
-    frechet_distance_at_infinity,
-    kernel_distance,
-    latent_mmd,
-    mmd_null_sd,
-    nearest_distances,
-    precision_recall,
-    quantise,
-)
 from vsm.cache import cache_folder, digest
 from vsm.cli import UserError
 from vsm.device import evaluating
@@ -42,11 +32,11 @@ class Reference(NamedTuple):
     settings: dict
 
 
-def reference_of(images, name, root, inception_weights=None):
+def reference_of(images, name, root):
     """The reference of the test images of the data set `name`, without a floor. Raises UserError without its network."""
-    network = features_of(name, root, images.device, inception_weights)
+    network = features_of(name, root, images.device)
     features = network(images)
-    return Reference(images, network, features, feature_statistics(features), {}, network.description)
+    return Reference(images, network, features, metrics.feature_statistics(features), {}, network.description)
 
 
 @cache
@@ -72,7 +62,7 @@ def reference_set(name, root, test_limit, inception_weights, device):
     features = torch.from_numpy(arrays["features"])
     floor = {key: value for key, value in arrays.items() if key.endswith("_floor")}
     settings["features"] = network.description
-    return Reference(test, network, features, feature_statistics(features), floor, settings)
+    return Reference(test, network, features, metrics.feature_statistics(features), floor, settings)
 
 
 def distances(features1, features2):
@@ -81,10 +71,11 @@ def distances(features1, features2):
     FID is that of n samples and of infinitely many. KID is the mean and sd over subsets, and that over all pairs, not multiplied
     by 1000.
     """
-    fid = frechet_distance(*feature_statistics(features1), *feature_statistics(features2))
-    kid, sd = kernel_distance(features1, features2)
-    return {"fid": fid, "fid_infinite": frechet_distance_at_infinity(features1, features2), "kid": kid, "kid_subset_sd": sd,
-            "kid_full": latent_mmd(features1, features2, scaled=True), **precision_recall(features2, features1)}
+    fid = metrics.frechet_distance(*metrics.feature_statistics(features1), *metrics.feature_statistics(features2))
+    kid, sd = metrics.kernel_distance(features1, features2)
+    return {"fid": fid, "fid_infinite": metrics.frechet_distance_at_infinity(features1, features2), "kid": kid,
+            "kid_subset_sd": sd, "kid_full": metrics.latent_mmd(features1, features2, scaled=True),
+            **metrics.precision_recall(features2, features1)}
 
 
 def sampler_metrics(vae, samplers, reference, train, generator, shown=64):
@@ -94,13 +85,13 @@ def sampler_metrics(vae, samplers, reference, train, generator, shown=64):
     test images. samples: the first `shown` images of each sampler but the prior. The prior's `distances` are those of `fids`.
     """
     def to_nearest(images):
-        return nearest_distances(images[:NEIGHBOURS], train).median()
+        return metrics.nearest_distances(images[:NEIGHBOURS], train).median()
 
     result, of_test = {}, to_nearest(reference.images)
     for name, sampler in samplers.items():
         with evaluating(vae):
             zs = sampler.sample(len(reference.images), generator).split(500)
-            images = torch.cat([quantise(vae.decode(z)) for z in zs])
+            images = torch.cat([metrics.quantise(vae.decode(z)) for z in zs])
         measured = {"nearest": to_nearest(images) / of_test}
         if name != "prior":
             measured |= {"samples": images[:shown]}
@@ -117,15 +108,12 @@ def ending_of(sampler):
 def mmd_nulls(vae, n, generator):
     """The sd of the latent MMD of n latents of the prior against n others, for the paper's kernel and for the scaled one."""
     z1, z2 = (vae.sample(vae.prior, vae.noise(vae.prior, min(n, 2000), generator), relaxed=False) for _ in range(2))
-    return {"latent_mmd_null_sd": mmd_null_sd(z1, z2, n).cpu(),
-            "latent_mmd_scaled_null_sd": mmd_null_sd(z1, z2, n, scaled=True).cpu()}
+    return {"latent_mmd_null_sd": metrics.mmd_null_sd(z1, z2, n).cpu(),
+            "latent_mmd_scaled_null_sd": metrics.mmd_null_sd(z1, z2, n, scaled=True).cpu()}
 
 
 def aggregate_posterior(vae, mean, second_moment):
-    """The factorised law with the mean and second moment [Dz] of the aggregate posterior E q(z|x).
-
-    It is Gaussian, or Bernoulli for Bernoulli latents.
-    """
+    """The factorised law, Gaussian or Bernoulli, with the mean and second moment [Dz] of the aggregate posterior E q(z|x)."""
     if vae.latent == "bernoulli":
         return Independent(Bernoulli(probs=mean, validate_args=False), 1, validate_args=False)
     return Independent(Normal(mean, (second_moment - mean**2).clamp_min(0).sqrt(), validate_args=False), 1, validate_args=False)
@@ -142,10 +130,10 @@ def fids(vae, reference, noise, generator, kid=False, block=500):
     posterior is far from the prior, has a low fid_reconstruction and a fid far above fid_aggregate.
     """
     def features(z):
-        return reference.network(torch.cat([quantise(vae.decode(part)) for part in z.split(block)]))
+        return reference.network(torch.cat([metrics.quantise(vae.decode(part)) for part in z.split(block)]))
 
     def fid(features):
-        return frechet_distance(*feature_statistics(features), *reference.statistics)
+        return metrics.frechet_distance(*metrics.feature_statistics(features), *reference.statistics)
 
     def sample_latents(q, n):
         return vae.sample(q, vae.noise(q, n, generator), relaxed=False)

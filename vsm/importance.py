@@ -22,20 +22,16 @@ class Importance(NamedTuple):
 
     @property
     def score_matching_loss(self):
+        """1/2 ||grad log p(x)||^2 + laplacian log p(x) (Hyvarinen 2005).
+
+        Its mean over the data is the Fisher divergence from the data to the model, less a constant of the data.
+        """
         return 1 / 2 * dot(self.score, self.score) + self.laplacian
 
 
 def iw_log_likelihood(vae, x, samples, proposal="prior", generator=None, chunk=200):
     """log p(x) = log E_r[p(x|z) p(z) / r(z)] with r the prior or q(z|x), [B] or [S, B], nats; on average a lower bound."""
     return importance(vae, x, samples, proposal, generator, chunk).log_likelihood
-
-
-def score_matching_loss(vae, x, samples, proposal="prior", generator=None, chunk=200):
-    """1/2 ||grad log p(x)||^2 + laplacian log p(x) (Hyvarinen 2005), [B] or [S, B].
-
-    Its mean over the data is the Fisher divergence from the data to the model, less a constant of the data.
-    """
-    return importance(vae, x, samples, proposal, generator, chunk).score_matching_loss
 
 
 def importance(vae, x, samples, proposal="prior", generator=None, chunk=200):
