@@ -124,9 +124,6 @@ def require_images(name, images, labels, part):
         raise UserError(f"the {part} labels of {name} are {labels.dtype} {list(labels.shape)}, not int64 [{len(images)}]")
 
 
-# ------------------------------------------------------------------------------------------------------------- idx files
-
-
 def load_idx(name, dataset, root):
     """A data set in MNIST's format from root/dataset/raw, downloaded by torchvision's class `dataset` where files are missing."""
     folder = root / dataset / "raw"
@@ -194,9 +191,6 @@ def download(dataset, folder):
         socket.setdefaulttimeout(usual_timeout)
 
 
-# ------------------------------------------------------------------------------------------------- CelebA and any pictures
-
-
 def load_celeba(root):
     """CelebA with its official training and test sets, from one of the places that the module's docstring names."""
     places = [root / top / name for top in ("celeba", "") for name in ("img_align_celeba", "img_align_celeba.zip")]
@@ -234,9 +228,6 @@ def converted(pictures, name, train, test, size, split):
               "crop": f"short side to {size}, centre {size}x{size}", "filter": "bilinear, antialiased (Pillow)"}
     images, content = pictures.squares(train + test, size, recipe)
     return ImageData(images[:len(train)], images[len(train):], None, None, {**recipe, "digest": content})
-
-
-# --------------------------------------------------------------------------------------------------------------- glyphs
 
 
 def load_glyphs():

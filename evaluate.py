@@ -14,7 +14,6 @@ named and skipped; the exit code is 2 if no run could be evaluated. docs/metrics
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
 import contextlib
 import hashlib
 import os
@@ -28,7 +27,7 @@ import torch
 import metrics
 from data import load_images, moved_folder
 from training import EVALUATION, seed_of
-from vsm.cli import Formatter, UserError, command_line, positive, sentence
+from vsm.cli import Parser, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
 from vsm.fid import ending_of, fids, mmd_nulls, reference_set, sampler_metrics
 from vsm.figures import images, latents, pictures
@@ -45,7 +44,7 @@ NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train_images.py made, or packs of them")
     flag = parser.add_argument_group("experiment").add_argument
     flag("--images", type=positive, default=500, help="test images for the importance-weighted bound and denoising")
@@ -54,12 +53,11 @@ def parse_args(argv=None):
          help="laws of z to sample images from, beside the prior (docs/images.md)")
     flag("--components", type=positive, default=COMPONENTS, help="Gaussians of the sampler mixture")
     flag = parser.add_argument_group("model").add_argument
-    flag("--inception-weights", default=None, metavar="FILE",
-         help="file of Inception's weights, for colour images (default: the one that torch-fidelity has fetched, or else the "
-              "features are those of EfficientNet-Lite0)")
+    flag("--inception-weights", metavar="FILE", help="file of Inception's weights, for colour images (default: the one that "
+         "torch-fidelity has fetched, or else the features are those of EfficientNet-Lite0)")
     flag = parser.add_argument_group("output").add_argument
-    flag("--data-root", default=None, help="folder of the data sets (default: the one that each run had)")
-    flag("--data", type=moved_folder, default=None, metavar="folder:PATH", help="where the pictures of runs on a folder are now")
+    flag("--data-root", help="folder of the data sets (default: the one that each run had)")
+    flag("--data", type=moved_folder, metavar="folder:PATH", help="where the pictures of runs on a folder are now")
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     flag("--out", default="runs/evaluation", help="folder for the table and the figures")
     flag("--overwrite", action="store_true", help="evaluate runs again that have been evaluated")
@@ -103,9 +101,6 @@ def skipping(run):
         if os.environ.get("VSM_TRACEBACK"):
             traceback.print_exc()
         print(f"skipped {run}: {sentence(error)}", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------------------------ one run
 
 
 def measured_run(run, args, device):
@@ -241,9 +236,6 @@ def data_metrics(vae, images, noise, samples, generator, block=100):
             errors.append(torch.stack([metrics.reconstruction_mse(vae, clean + level * e, clean) for level in NOISE_LEVELS]))
     return {"iw_samples": np.array(counts), "negative_iw_bound": -torch.cat(bounds, 1).mean(1).cpu(),
             "noise_levels": np.array(NOISE_LEVELS), "denoising_mse": torch.cat(errors, 1).mean(1).cpu()}
-
-
-# --------------------------------------------------------------------------------------------------------- the figures
 
 
 def draw_figures(measured, out):

@@ -6,13 +6,11 @@
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
-import argparse
-
 import numpy as np
 from tqdm import tqdm
 
 from vsm import recovery
-from vsm.cli import Formatter, command_line, count, positive, positive_float
+from vsm.cli import Parser, command_line, count, positive, positive_float
 from vsm.device import pick_device
 from vsm.figures import recovery as figures
 from vsm.names import run_name
@@ -62,7 +60,7 @@ DEFAULTS_OF_STOCHASTIC = {"iterations": 4000, "lr": 0.2, "batch": 500, "samples"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=f"{__doc__}\n{recovery.__doc__}", formatter_class=Formatter)
+    parser = Parser(description=f"{__doc__}\n{recovery.__doc__}")
     flag = parser.add_argument_group("experiment").add_argument
     flag("--alphas", type=positive_float, nargs="+", default=[0.5, 1.0, 2.0],
          help="variances of q over that of the exact posterior")
@@ -80,7 +78,7 @@ def parse_args(argv=None):
     flag("--seed", type=count, help="seed of the data and the posterior samples (default: 0)")
     flag = parser.add_argument_group("output").add_argument
     flag("--device", default="cpu", help="auto | cpu | cuda | cuda:1 ... (the models are so small that a CPU is as fast)")
-    flag("--out", default=None, help="the run's folder (default: runs/param_recovery/ and the flags that matter)")
+    flag("--out", help="the run's folder (default: runs/param_recovery/ and the flags that matter)")
     flag("--overwrite", action="store_true", help="redo a run that is there")
     flag("--dry-run", action="store_true", help="say what would run, compute nothing, write nothing")
     args = parser.parse_args(argv)

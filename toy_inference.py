@@ -34,9 +34,6 @@ from vsm.toys.posteriors import LIKELIHOODS, Grid
 OBJECTIVES = ["fd-repar", "fd", "kld"]  # those of the published figures
 
 
-# ------------------------------------------ the experiments, functions from the flags to the arrays of metrics.npz
-
-
 def fit_from_every_start(args, device, run):
     """Figure 2 and A.5.3: one Gaussian or Laplace q from every start, by every objective and optimiser."""
     descent = Descent(args, device)
@@ -70,6 +67,7 @@ def to_numpy(arrays):
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 
 
+# The experiments are functions from the flags to the arrays of metrics.npz.
 EXPERIMENTS = {"gaussian": fit_from_every_start, "laplace": fit_from_every_start, "mixture": fit_mixtures,
                "gradients": gradients_between_gaussians}
 FIGURES = {"gaussian": [toys.toy_trajectories, toys.toy_basins], "laplace": [toys.toy_trajectories],
@@ -102,8 +100,6 @@ def describe(args):
             f"{args.grid**2} starts, so {runs:,} runs of {steps}")
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
-
 FIT, START = ("gaussian", "laplace", "mixture"), ("gaussian", "laplace")
 EXPERIMENTS_OF_FLAGS = {  # flags that only some experiments read, and these experiments
     **dict.fromkeys(("grid", "extent", "frames", "objectives"), START), **dict.fromkeys(("components", "repeats"), ("mixture",)),
@@ -133,13 +129,13 @@ def make_parser():
     flag("--components", type=positive, default=10, help="Gaussians in a mixture")
     flag("--repeats", type=positive, default=10, help="number of mixtures, each from its own first means")
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--lr", type=positive_float, default=None, help="step size (default: 1e-4; mixture 1e-3)")
-    flag("--samples", type=positive, default=None, help="samples of q per step, N (default: 1; mixture 10)")
-    flag("--iterations", type=positive, default=None, help="steps (default: 1000000; laplace 300000, mixture 5000)")
+    flag("--lr", type=positive_float, help="step size (default: 1e-4; mixture 1e-3)")
+    flag("--samples", type=positive, help="samples of q per step, N (default: 1; mixture 10)")
+    flag("--iterations", type=positive, help="steps (default: 1000000; laplace 300000, mixture 5000)")
     flag = parser.add_argument_group("output").add_argument
     flag("--frames", type=positive, default=200, help="points to keep of every trajectory, evenly spaced in log iterations")
     flag("--device", default="cpu", help="auto | cpu | cuda | cuda:1 ... (a GPU pays for thousands of starts only)")
-    flag("--out", default=None, help="the run's folder (default: runs/toy/ and the flags that matter)")
+    flag("--out", help="the run's folder (default: runs/toy/ and the flags that matter)")
     flag("--overwrite", action="store_true", help="redo a run that is there")
     flag("--dry-run", action="store_true", help="say what would run, compute nothing, write nothing")
     return parser

@@ -62,9 +62,6 @@ def load_or_make(path, make):
     return arrays
 
 
-# -------------------------------------------------------------------------------------------------------------- LeNet-5
-
-
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al. 1998) with ReLU and max pooling: 32x32 images, whose 2 pixels of padding it crops, to 84 features."""
 
@@ -135,9 +132,6 @@ def train_lenet5(images, labels, name, epochs=6, batch=100, lr=2e-3, seed=0):
     return network
 
 
-# ------------------------------------------------------------------------------------------------------------- Inception
-
-
 class Inception(nn.Module):
     """torch-fidelity's port of TensorFlow's 2015 Inception: resizing as TensorFlow 1 did, grey as RGB, 2048 features."""
 
@@ -167,9 +161,6 @@ def inception(weights):
         raise UserError(f"{weights} does not hold Inception's weights ({type(error).__name__}); they are the file "
                         f"weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0") from error
     return Inception(network), {"name": "Inception (torch-fidelity)", "accuracy": None}
-
-
-# ---------------------------------------------------------------------------------------------------- EfficientNet-Lite0
 
 
 class EfficientNetLite0(nn.Module):

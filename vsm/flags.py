@@ -22,19 +22,17 @@ def groups_of(parser):
 def add_pair(flag, samples, datum):
     """The pair of objectives and its numbers of posterior samples per `datum`."""
     flag("--learn", choices=LEARN, default="fd", help="objective of the decoder")
-    flag("--infer", choices=INFER, default=None, help="objective of the encoder (default: kld; fae with --learn fae)")
+    flag("--infer", choices=INFER, help="objective of the encoder (default: kld; fae with --learn fae)")
     flag("--estimator", choices=ESTIMATORS, default="plugin", help="how squared expectations under q are estimated")
     flag("--samples", type=positive, default=samples, help=f"posterior samples per {datum}, N")
-    flag("--infer-samples", type=positive, default=None, metavar="M",
-         help=f"posterior samples per {datum} in the encoder's loss (default: N)")
+    flag("--infer-samples", type=positive, metavar="M", help=f"posterior samples per {datum} in the encoder's loss (default: N)")
 
 
 def add_output(flag, folder, writes, dry_run=""):
     """Where a run computes and what it leaves; `writes` is what TensorBoard gets."""
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
-    flag("--out", type=os.path.expanduser, default=None,
-         help=f"the run's folder (default: a name made of the flags, under {folder})")
+    flag("--out", type=os.path.expanduser, help=f"the run's folder (default: a name made of the flags, under {folder})")
     flag("--overwrite", action="store_true", help="replace a run that exists in the folder")
     flag("--tensorboard", action="store_true", help=f"also write {writes} for TensorBoard into the run's folder")
     flag("--dry-run", action="store_true", help=f"print what would run, then stop{dry_run}")
@@ -53,8 +51,7 @@ def image_parser(description=None):
     flag("--seed", type=seed_number, default=0, help="seed of weights, data order and noise")
     flag = of_model
     flag("--net", choices=NETS, default="conv", help="mlp, conv (DCGAN) or resnet (ResNet18)")
-    flag("--width", type=positive, default=None,
-         help="base channels of conv and resnet (default: 64), hidden units of mlp (default: 400)")
+    flag("--width", type=positive, help="base channels of conv and resnet (default: 64), hidden units of mlp (default: 400)")
     flag("--norm", choices=NORMS, default="batch", help="normalisation in conv and resnet; batch couples the data of a minibatch")
     flag("--dim-z", type=positive, default=100, help="latent dimensions")
     flag("--latent", choices=("gaussian", "bernoulli"), default="gaussian",
@@ -70,7 +67,7 @@ def image_parser(description=None):
          "encoder's step; goes with --infer kld, --inner-steps 1 and a --learn that does not differentiate the encoder by x")
     flag("--batch", type=positive, default=100, help="images per minibatch")
     flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for encoder and decoder")
-    flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS",
+    flag("--lr-half-life", type=positive_float, metavar="EPOCHS",
          help="the step size halves every EPOCHS epochs (default: it is constant)")
     flag("--epochs", type=positive, default=1000, help="passes over the training images")
     flag("--precision", choices=("float32", "tf32", "bf16"), default="float32",
@@ -143,9 +140,8 @@ def synthetic_parser(description=None):
          "becomes biased. All pairs are allowed, for comparison")
     flag("--batch", type=positive, default=1000, help="fresh data per decoder update")
     flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for the decoder")
-    flag("--inner-lr", type=positive_float, default=None,
-         help="SGD's step size, for the encoder (default: 1e-2 for kld, 1e-3 for the others)")
-    flag("--lr-half-life", type=positive_float, default=None, metavar="EPOCHS",
+    flag("--inner-lr", type=positive_float, help="SGD's step size, for the encoder (default: 1e-2 for kld, 1e-3 for the others)")
+    flag("--lr-half-life", type=positive_float, metavar="EPOCHS",
          help="both step sizes halve every EPOCHS epochs (default: they are constant)")
     flag("--steps-per-epoch", type=positive, default=100, help="decoder updates per epoch")
     flag("--epochs", type=positive, default=100, help="epochs (1000 in Figure 6)")

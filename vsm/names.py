@@ -18,8 +18,6 @@ NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph"
 BUDGET = "epochs"  # the flag in which a run may differ from the one that it continues
 LONGEST_NAME = 200  # characters of a run's name; file systems allow 255
 
-# ---------------------------------------------------------------------------------------------------------------- folders
-
 
 def run_name(args, axes, defaults):
     """The name of a run's folder: the values of the flags `axes`, then every other flag that differs from its default.
@@ -57,9 +55,6 @@ def short_name(data_flag):
     path = data_flag.removeprefix("folder:")
     last = re.sub(r"[^\w.]+", "_", Path(path).name)[:40].strip("._")
     return "-".join(["folder", *filter(None, [last]), hashlib.sha256(os.fsencode(path)).hexdigest()[:6]])
-
-
-# ------------------------------------------------------------------------------------------------------ tables and figures
 
 
 def letter_of(flags):

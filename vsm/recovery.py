@@ -27,9 +27,6 @@ from vsm.linear import kappa
 GRID, CELLS, ZOOMS = 2001, 3, 12  # points over w; local minima that are refined; refinements of each, by a factor 10
 
 
-# ---------------------------------------------------------------------------------------------------------- closed forms
-
-
 def joint_kld(w, phi, alpha, gamma, w_star):
     """KL(q(x, z) || p_w(x, z)), nats: KL between the marginals of x plus E_x KL(q(z|x) || p_w(z|x)). Arrays broadcast."""
     v, t = gamma + w_star**2, gamma + w**2
@@ -108,9 +105,6 @@ def recover(rule, alpha, gamma, w_star):
     t = v / kappa(objective, estimator, N, alpha) if how == "held" else FOLLOWING[objective](v, alpha)
     w = np.sqrt(np.maximum(t - gamma, 0))  # collapse where t < gamma: the loss then rises with w from 0
     return w, w / (gamma + w**2)
-
-
-# ------------------------------------------------------------------------------------------------------- stochastic mode
 
 
 class Scale(nn.Module):
