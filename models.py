@@ -5,6 +5,7 @@ Shapes: B data, Dz = dim z, N posterior samples; an ensemble of S small models p
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -117,11 +118,7 @@ class StackedMLP(nn.Module):
         return h.unflatten(2, (-1, B)).permute(2, 0, 3, 1).reshape(*lead, S, B, h.shape[1])
 
 
-NORMS = {
-    "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
-    "none": nn.Identity,
-}
+NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels), "none": nn.Identity}
 
 
 def mlp(sizes):
@@ -203,19 +200,11 @@ def mlp_pair(image_shape, dim_z, dim_out, width, norm):
     return encoder, nn.Sequential(*decoder)
 
 
-def conv_pair(image_shape, dim_z, dim_out, width, norm):
-    square_of_32_or_64(image_shape)
-    return conv_encoder(image_shape, dim_out, width, norm), conv_decoder(image_shape, dim_z, width, norm)
-
-
-def resnet_pair(image_shape, dim_z, dim_out, width, norm):
-    square_of_32_or_64(image_shape)
-    return resnet_encoder(image_shape, dim_out, width, norm), resnet_decoder(image_shape, dim_z, width, norm)
-
-
-def square_of_32_or_64(image_shape):
+def convolutional_pair(encoder, decoder, image_shape, dim_z, dim_out, width, norm):
+    """One of the two pairs of functions above, for square images of 32 or 64 pixels."""
     if len(image_shape) != 3 or image_shape[1] != image_shape[2] or image_shape[1] not in (32, 64):
         raise ValueError(f"this network takes square images of 32 or 64 pixels, not {image_shape}")
+    return encoder(image_shape, dim_out, width, norm), decoder(image_shape, dim_z, width, norm)
 
 
 class Network(NamedTuple):
@@ -230,7 +219,9 @@ class Network(NamedTuple):
     has_norm: bool = True  # whether the network has normalisation layers, so that --norm has an effect
 
 
-NETS = {"mlp": Network(mlp_pair, 400, has_norm=False), "conv": Network(conv_pair, 64), "resnet": Network(resnet_pair, 64)}
+NETS = {"mlp": Network(mlp_pair, 400, has_norm=False),
+        "conv": Network(partial(convolutional_pair, conv_encoder, conv_decoder), 64),
+        "resnet": Network(partial(convolutional_pair, resnet_encoder, resnet_decoder), 64)}
 
 
 def build_vae(net, image_shape, dim_z, width=None, norm="batch", latent="gaussian", **options):

@@ -96,5 +96,4 @@ def refuse_to_compile(device):
 
 
 def cpp_compiler():
-    """Whether there is a C++ compiler."""
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))

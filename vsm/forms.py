@@ -17,10 +17,9 @@ def mismatch(value, like, name=""):
     if isinstance(like, dict):
         if not isinstance(value, dict):
             return f"{at} is {describe(value)}, not a dict"
-        for key in like:
+        for key in (*like, *value):
             if key not in value:
                 return f"{at} lacks {key!r}"
-        for key in value:
             if key not in like:
                 return f"{at} has {key!r}, which is unknown"
         pairs = ((value[key], like[key], f"{name}.{key}".lstrip(".")) for key in like)

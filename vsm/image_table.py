@@ -27,8 +27,6 @@ NOTES = """- mean ± standard error over the runs, which differ in their seed; a
 - FID, infinite n: extrapolated from all and from half of the images, which removes most of the bias of few images
 - FID, aggregate: z from a Gaussian with the mean and diagonal variance of the aggregate posterior in place of the prior
 - FID, posterior: one posterior sample of each test image, decoded""".splitlines()
-
-
 KEYS = tuple(dict.fromkeys([*COLUMNS, *(f"{key}{ending_of(name)}" for name in SAMPLERS for key in QUALITY)]))  # of table.npz
 
 

@@ -17,8 +17,6 @@ from models import VAE, EnsembleVAE
 from objectives import LEARN, Objective
 
 LOWEST, HIGHEST, SCANNED = 1e-6, 1e3, 16  # a scan for fixed points: least w^2 / gamma, largest (gamma + w^2) / v, values
-
-
 KAPPA_KNOWN = ("elbo", "fd", "swersky", "bao", "dsm")
 
 

@@ -75,7 +75,7 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
     member or checkpoint that is missing, damaged or of another version.
     """
     folder, config = Path(folder), load_config(folder)
-    flags, tensors = flags_of(config), tensors_of(folder / checkpoint)
+    flags, tensors = flags_of(config), trainer_of(folder / checkpoint)["tensors"]
     if config["script"] == "train_images":
         if member is not None:
             raise UserError(f"{folder} is an image run, which has one model; leave out member {member}")
@@ -108,19 +108,14 @@ def export(run, folder):
     write_atomic(folder / "checkpoint.pt", buffer.getvalue())
 
 
-def tensors_of(path):
-    """The trainer's tensors in a checkpoint, by name. Raises UserError for another kind of file."""
-    tensors = trainer_of(path).get("tensors")
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{path} is not a checkpoint of a trainer: it holds no tensors")
-    return tensors
-
-
 def trainer_of(path):
-    """The dict that a trainer saved in a checkpoint. Raises UserError for another kind of file."""
+    """The dict that a trainer saved in a checkpoint, with its "tensors" by name. Raises UserError for another kind of file."""
     saved = load_checkpoint(path)
     if not (isinstance(saved, dict) and isinstance(saved.get("trainer"), dict)):
         raise UserError(f"{path} is not a checkpoint of a trainer")
+    tensors = saved["trainer"].get("tensors")
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise UserError(f"{path} is not a checkpoint of a trainer: it holds no tensors")
     return saved["trainer"]
 
 

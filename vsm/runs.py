@@ -285,8 +285,8 @@ class Run:
 
         A line per evaluation holds the scalars, and for metrics of the shape `members` the mean over the finite ones.
         """
-        columns = {name: [scalar(value) for value in values] for name, values in history.items()
-                   if values[0].shape in ((), members)}
+        columns = {name: [value.double()[value.isfinite()].mean().item() for value in values]
+                   for name, values in history.items() if values[0].shape in ((), members)}
         lines = [",".join(columns), *(",".join(f"{value:.9g}" for value in row) for row in zip(*columns.values()))]
         self._write("log.csv", ("\n".join(lines) + "\n").encode())
         if self._board:
@@ -302,12 +302,6 @@ class Run:
         if not (self.path / "config.json").exists():
             raise UserError(f"{self.path} has been removed or emptied while the run went on; nothing more is written there")
         write_atomic(self.path / name, data)
-
-
-def scalar(value):
-    """The mean over the finite elements of a tensor, nan without any."""
-    value = value.double().flatten()
-    return value[value.isfinite()].mean().item() if value.isfinite().any() else float("nan")
 
 
 def tensorboard_writer():

@@ -101,24 +101,23 @@ def refuse_other_scripts(name, runs, scripts):
                             "draw them separately")
 
 
-def _open_folder(folder):
-    def regular(file):
-        if file.exists() and not file.is_file():
-            raise UserError(f"{file} is not a regular file")
-        return file
+def _regular(file):
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is not a regular file")
+    return file
 
+
+def _open_folder(folder):
     def read_config():
-        regular(folder / "config.json")
+        _regular(folder / "config.json")
         return load_config(folder)
 
-    return StoredRun(str(folder), read_config, lambda part: load_arrays(regular(folder / f"{part}.npz")),
+    return StoredRun(str(folder), read_config, lambda part: load_arrays(_regular(folder / f"{part}.npz")),
                      [part for part in PARTS if (folder / f"{part}.npz").exists()])
 
 
 def _open_pack(path):
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file")
-    if not path.exists():
+    if not _regular(path).exists():
         raise UserError(f"{path} does not exist")
     arrays = load_arrays(path)
     if not {"runs", "blocks", "index"} <= arrays.keys():

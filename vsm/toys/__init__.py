@@ -6,5 +6,4 @@
     ends          the numbers that say where every run ended
     mixtures      mixtures of Gaussians fitted by the Fisher divergence (Figure 5, A.5.2)
     gaussians     gradients of divergences between two univariate Gaussians (A.5.1)
-    loop          the loop around a fit, with its checkpoints
 """

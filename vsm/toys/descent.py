@@ -76,7 +76,6 @@ class Descent(Resumable):
             self.trajectory[index] = self.params
 
     def state(self):
-        """Every tensor that a step changes, by name."""
         return {name: getattr(self, name) for name in ("params", "moment1", "moment2", "trajectory", "seconds")}
 
     @property

@@ -14,7 +14,6 @@ import torch
 
 class Family(NamedTuple):
     """A location-scale family of densities, described by its standard member (location 0, scale 1)."""
-
     noise: Callable  # (shape, generator, device) -> e, float64
     score: Callable  # e -> d log density / de
     slope: float  # derivative of the score, almost everywhere
@@ -51,7 +50,6 @@ class Samples(NamedTuple):
 
     Axes along which a quantity is constant have length 1. `split_by_objective` removes the axis I.
     """
-
     location: torch.Tensor
     scale: torch.Tensor
     e: torch.Tensor

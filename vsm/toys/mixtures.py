@@ -69,7 +69,6 @@ class Mixtures(Resumable):
             self.step += 1
 
     def state(self):
-        """Every tensor that a step changes, by name."""
         named = {"logits": self.logits, "mean": self.mean, "log_sd": self.log_sd}
         moments = {f"{name}.{moment}": tensor for name, p in named.items() for moment, tensor in self.adam.state[p].items()}
         return {name: tensor.detach() for name, tensor in (named | moments).items()}
