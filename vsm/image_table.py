@@ -8,7 +8,7 @@ import numpy as np
 
 from vsm.fid import ending_of
 from vsm.flags import image_defaults
-from vsm.names import NOT_IDENTITY, flag_name, group_by_seed
+from vsm.names import NOT_IDENTITY, flag_text, group_by_seed
 from vsm.runs import save_arrays, write_atomic
 from vsm.samplers import SAMPLERS
 from vsm.stored_runs import StoredRun
@@ -170,7 +170,7 @@ def budget_notes(groups):
     rows = {}
     for title, flags in groups:
         defaults = image_defaults() | {"infer_samples": flags["samples"]}
-        budget = " ".join(f"--{flag_name(key)} {value}" for key, value in flags.items()
+        budget = " ".join(f"--{flag_text(key, value)}" for key, value in flags.items()
                           if key not in (*NOT_IDENTITY, *AXES) and value != defaults[key])
         rows.setdefault(budget or "the defaults, which are those of the paper", []).append(title)
     return [f"- budget of {'; '.join(titles) if len(rows) > 1 else 'all runs'}: {budget}" for budget, titles in rows.items()]

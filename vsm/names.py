@@ -30,7 +30,7 @@ def run_name(args, axes, defaults):
             return short_name(value)
         return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    extra = [f"{flag_name(key)}{text(key, value)}" for key, value in vars(args).items()
+    extra = [flag_text(key, value if value is True else text(key, value), "") for key, value in vars(args).items()
              if key not in (*axes, *NOT_IDENTITY, BUDGET) and value != defaults[key]]
     seed = [f"seed{args.seed}"] if "seed" in axes else []
     name = "-".join([text(key, getattr(args, key)) for key in axes if key != "seed"] + extra + seed)
@@ -43,6 +43,11 @@ def run_name(args, axes, defaults):
 
 def flag_name(key):
     return key.replace("_", "-")
+
+
+def flag_text(key, value, between=" "):
+    """A flag and its value, "inner-steps 1"; of a flag without a value its name alone."""
+    return flag_name(key) + ("" if value is True else f"{between}{value}")
 
 
 def short_name(data_flag):
@@ -118,7 +123,7 @@ def group_by_seed(runs, configs):
         rivals = [flags for flags in identity if (flags.get("data"), flags.get("net")) == (mine.get("data"), mine.get("net"))]
         differ = [key for key in mine if key not in ("learn", "infer") and any(flags.get(key) != mine[key] for flags in rivals)]
         estimator = f" {mine['estimator']}" if "estimator" in differ and mine["estimator"] != "plugin" else ""
-        others = [f"N = {mine[key]}" if key == "samples" else f"{flag_name(key)} {mine[key]}"
+        others = [f"N = {mine[key]}" if key == "samples" else flag_text(key, mine[key])
                   for key in differ if key != "estimator"]
         named.append((", ".join([configs[members[0]]["label"] + estimator, *others]), members))
     return named
