@@ -40,20 +40,20 @@ if [ -n "${REHEARSE:-}" ]; then
     digits="--data glyphs" fashion=$digits faces=$digits width=4 wide=8 seeds="0"
     size="--limit 100 --test-limit 40 --dim-z 4 --samples 2 --batch 20 --epochs 1 --device cpu --jobs 2" short="" cpu="--device cpu"
     steps="--sizes 1 2 --width 4 --samples 1 --inner-steps 1 --batch 4 --seconds 0.1"
-    kinds="eager" arithmetic="float32" tests="tests/test_cuda.py -k capture"
+    kinds="eager grouped" arithmetic="float32" tests="tests/test_cuda.py -k capture"
 else
     digits="--data mnist" fashion="--data fashion" faces="--data celeba" width=64 wide=64 seeds="0 1 2"
     size="--test-limit 2000 --samples 5 --batch 100 --lr 2e-3 --lr-half-life 3 --epochs 12 --eval-every 2 --precision tf32"
     short="--lr-half-life 6 --epochs 24 --dim-z 32" cpu=""
-    steps="--sizes 1 2 4 8 16"
-    kinds="eager compiled" arithmetic="tf32 bf16" tests="tests/test_cuda.py"
+    steps="--sizes 1 4 8 --seconds 2"
+    kinds="eager compiled contiguous grouped" arithmetic="tf32 bf16" tests="tests/test_cuda.py"
 fi
 k1="--inner-steps 1 --infer-samples 1"
 
 (cd "$root" && limited 12 python -m pytest -q -p no:cacheprovider $tests) >tests.txt 2>&1
 tail -n 1 tests.txt
 for networks in $kinds; do
-    limited 6 python -m benchmarks.lockstep $steps --precision $arithmetic --networks $networks $cpu --save "lockstep_$networks.md" || failed=1
+    limited 4 python -m benchmarks.lockstep $steps --precision $arithmetic --networks $networks $cpu --save "lockstep_$networks.md" || failed=1
 done
 study mnist 22 $digits --width $width $k1 --learn elbo fd swersky bao dsm --seed $seeds
 study mnist_fd 10 $digits --width $width $k1 --infer fd --learn fd swersky bao --seed $seeds

@@ -9,7 +9,7 @@ import torch
 
 import benchmarks.timing
 import plots
-from benchmarks import benchmark, figure
+from benchmarks import benchmark, figure, lockstep
 from benchmarks.benchmark import pairs
 from benchmarks.reference_step import INFERENCE, ReferenceStep, reference_loss
 from models import build_vae
@@ -147,3 +147,16 @@ def test_table_1_adds_up():
 def test_mistakes_get_one_sentence(tmp_path, fails, flags, words):
     assert words in fails(benchmark, *flags, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_grouped_networks_have_the_parameters_of_all_runs_and_every_way_has_a_row(tmp_path):
+    sizes = "--sizes 1 2 --width 4 --samples 1 --inner-steps 1 --batch 4 --seconds 0.01 --device cpu"
+    save = tmp_path / "table.md"
+    args = lockstep.parse_args([*sizes.split(), "--networks", "eager", "contiguous", "grouped", "--save", str(save)])
+    lockstep.main(args)
+    assert save.read_text().count("| float32 |") == 6
+    images = torch.zeros(8, 1, 32, 32, dtype=torch.uint8)
+    one, three = (lockstep.run(args, images, "float32", "grouped", 0, groups)[0].vae for groups in (1, 3))
+    for half in ("encoder", "decoder"):
+        counts = [sum(p.numel() for p in getattr(vae, half).parameters()) for vae in (one, three)]
+        assert counts[1] == 3 * counts[0]
