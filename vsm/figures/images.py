@@ -256,21 +256,25 @@ ESTIMATOR_DASHES = {"plugin": "-", "unbiased": "--", "released": ":"}
 
 
 def gradient_snr(runs, save):
-    """Signal-to-noise ratio of the decoder's gradient against N by learning objective and estimator, a row per group of seeds.
+    """Signal-to-noise ratio of the decoder's gradient against N by learning objective, two rows per group of seeds.
 
-    Runs that were also measured with batch norm in training mode have a second row. Bars go from the smallest to the largest of
-    several seeds; for one seed they are one standard error over draws, if stored.
+    The first row has the plug-in estimators, the second the others beside the ELBO. Runs that were also measured with batch norm
+    in training mode have two more rows. Bars go from the smallest to the largest of several seeds; for one seed they are one
+    standard error over draws, if stored.
     """
     runs = open_runs(runs)
     groups = named_groups(grouped(runs, "gradient_snr"))
     if also := [run for run in runs if run.has("gradient_snr_train")]:
         groups += [(f"{name},\nin training mode", each) for name, each in named_groups(grouped(also, "gradient_snr_train"))]
-    figure, axes = new_figure(len(groups), len(SNR_PANELS), size=(3, 2.6))
-    for row, (group, members) in zip(axes, groups):
+    names = [str(name) for name in groups[0][1][0]["objectives"]]
+    others = [name for name in names if name.endswith(("unbiased", "released"))]
+    rows = [(*group, shown) for group in groups for shown in ([name for name in names if name not in others], ["ELBO", *others])]
+    figure, axes = new_figure(len(rows), len(SNR_PANELS), size=(3, 2.3))
+    for row, (group, members, shown) in zip(axes, rows):
         for ax, (key, title) in zip(row, SNR_PANELS.items()):
             samples = members[0]["samples"]
-            for k, name in enumerate(members[0]["objectives"]):
-                draw_snr(ax, members, key, k, str(name), len(members[0]["objectives"]))
+            for k, name in enumerate(shown):
+                draw_snr(ax, members, key, names.index(name), name, (k + 0.5) / len(shown) - 0.5)
             ax.set(xlabel="posterior samples $N$", title=title, yscale="linear" if key == "cosine_to_elbo" else "log")
             ax.set_xticks(range(len(samples)), samples)
             label_ticks(ax)
@@ -279,8 +283,8 @@ def gradient_snr(runs, save):
     save_figure(figure, save)
 
 
-def draw_snr(ax, members, key, k, name, count):
-    """Draw one objective's values at evenly spaced N, moved sideways so that bars do not overlap."""
+def draw_snr(ax, members, key, k, name, shift):
+    """Draw the values of objective number k at evenly spaced N, moved sideways so that bars do not overlap."""
     letter, estimator = (*name.split(), "plugin")[:2]
     values = np.stack([arrays[key][k] for arrays in members])
     mean = values.mean(0)
@@ -288,6 +292,6 @@ def draw_snr(ax, members, key, k, name, count):
         error = np.stack([mean - values.min(0), values.max(0) - mean])
     else:
         error = members[0].get(f"{key}_se", np.full_like(members[0][key], np.nan))[k]
-    x = np.arange(len(mean)) + 0.5 * ((k + 0.5) / count - 0.5)
+    x = np.arange(len(mean)) + 0.5 * shift
     ax.errorbar(x, mean, error, marker=".", capsize=1.5, elinewidth=0.8, lw=1, color=letter_color(letter),
                 linestyle=ESTIMATOR_DASHES.get(estimator, "-"), label=name)

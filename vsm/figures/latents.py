@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from vsm.figures.groups import grouped, named_groups, seeds_of
-from vsm.figures.style import color_of, handles_of, legend_below, new_figure, new_panels, save_figure
+from vsm.figures.style import area_key, color_of, handles_of, legend_below, line_key, new_figure, new_panels, save_figure
 
 LARGEST_SD = 1.2
 
@@ -18,7 +18,8 @@ def posterior_sd(runs, save):
     def clipped(arrays):
         return np.clip(arrays["posterior_sd"][-1], 0, LARGEST_SD)
 
-    values = np.concatenate([clipped(arrays) for _, members in named_groups(grouped(runs)) for arrays in members])
+    groups = [members for _, members in named_groups(grouped(runs))]
+    values = np.concatenate([clipped(arrays) for members in groups for arrays in members])
     edges = np.linspace(0.9 * values.min(), min(1.05 * values.max(), LARGEST_SD), 41)
 
     def draw_histogram(ax, arrays, **style):
@@ -26,6 +27,8 @@ def posterior_sd(runs, save):
 
     xlabel = "posterior SD" + (" (clipped at 1.2)" if values.max() == LARGEST_SD else "")
     figure, _ = histograms(runs, draw_histogram, xlabel, "latent dimensions")
+    if max(map(len, groups)) > 1:
+        legend_below(figure, {"latents of one seed": area_key("0.6"), "where seeds overlap": area_key("0.35")})
     save_figure(figure, save)
 
 
@@ -68,6 +71,8 @@ def aggregate_posterior(runs, save):
         left.set_title(f"{name}, {seeds_of(members)}", loc="left")
         right.axhline(1, color="black", linestyle="--", lw=1)
         right.set(xlabel="latent, sorted", ylabel="$E\\,z^2$", ylim=(0, None))
+    legend_below(figure, {"posterior samples of all test images": area_key("0.7"),
+                          "under the prior N(0, 1)": line_key(color="black", linestyle="--", lw=1)})
     save_figure(figure, save)
 
 
