@@ -37,6 +37,11 @@ TESTS = {"vsm/flags.py": [WIRING, SPEED], "vsm/bilevel.py": [WIRING, SPEED],
          "vsm/linear.py": ["tests/test_theory.py"], "studies/convergence.py": ["tests/test_study.py"],
          "data.py": ["tests/test_data.py"], "vsm/pictures.py": ["tests/test_own_pictures.py", "tests/test_pictures.py"],
          "metrics.py": ["tests/test_metrics.py"],
+         "vsm/samplers.py": ["tests/test_samplers.py::test_a_sampler_is_fitted_to_the_images_of_its_run_with_its_noise"],
+         "vsm/features.py": ["tests/test_data.py::test_a_lenet_is_of_its_labels_and_has_its_accuracy_on_test_images"],
+         "vsm/loading.py": ["tests/test_loading.py::test_an_exported_model_is_the_same_and_replaces_nothing"],
+         "vsm/evaluation_2d.py": ["tests/test_synthetic.py::test_the_moments_are_those_of_samples"],
+         "studies/gradient_snr.py": ["tests/test_trained_models.py::test_gradient_snr"],
          "objectives.py": [WIRING, OBJECTIVES], "models.py": ["tests/test_models.py", WIRING], "vsm/distributions_2d.py": [
              f"tests/test_importance.py::{name}" for name in ("test_densities_integrate_to_one_and_match_their_samples",
                                                               "test_integrated_densities_are_those_of_their_samples",
@@ -232,6 +237,17 @@ MUTANTS = [  # file, the text to replace (found once), its replacement
     ("studies/convergence.py", "student.ppf(0.975,", "student.ppf(0.95,"),
     ("studies/convergence.py", 'for arrays in runs if arrays["status"] == "ok"]', "for arrays in runs]"),
     ("studies/convergence.py", '"KLD-ELBO" and arrays["status"] == "ok":', '"KLD-ELBO":'),
+    # What connects the modules: keys of caches, and flags that are passed on.
+    ("evaluate.py", '"samplers": names, **reference.settings}', "**reference.settings}"),
+    ("vsm/fid.py", "-{network.description['hash']}.npz", ".npz"),
+    ("vsm/features.py", "digest(data.train, data.train_labels)", "digest(data.train)"),
+    ("vsm/image_table.py", 'settings.get("digest"), each.features', "each.features"),
+    ("vsm/samplers.py", 'images[some], flags["noise"], seed)', "images[some], 0.1, seed)"),
+    ("vsm/loading.py", 'args.data if args.data and flags["data"].startswith("folder:") else', "args.data if args.data else"),
+    ("vsm/loop.py", "time.monotonic() - seconds", "time.monotonic()"),
+    ("vsm/evaluation_2d.py", "log_density[:500].mean()", "log_density.mean()"),
+    ("studies/gradient_snr.py", "args.draws, args.mode, lambda", 'args.draws, "eval", lambda'),
+    ("studies/auditing.py", 'if LEARN[args.objective].takes("t") else []', 'if LEARN[name].takes("t") else []'),
 ]
 
 

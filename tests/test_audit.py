@@ -48,16 +48,24 @@ def test_the_spectrum_and_the_short_run_train_by_the_audited_estimator(monkeypat
         return {"learnt": np.ones(16), "second_moment": np.ones(16)}
 
     def record_run(args, device):
-        trained.append((args.learn, args.estimator, args.samples, args.seeds, args.data))
-        return SimpleNamespace(law=SimpleNamespace(sample=lambda *_: None))
+        trained.append((args.learn, args.estimator, args.samples, args.seeds, args.data, args.noise))
+        return SimpleNamespace(law=SimpleNamespace(sample=lambda *_: None), run_step=lambda: None)
 
-    monkeypatch.setattr(auditing, "load_pixels", lambda args: torch.rand(30, 20))
+    def record_data(args):
+        trained.append((args.data, args.data_root))
+        return torch.rand(30, 20)
+
+    monkeypatch.setattr(auditing, "load_pixels", record_data)
+    monkeypatch.setattr(auditing, "CHECKS", ())
     monkeypatch.setattr(auditing, "train_one_model", record_model)
     monkeypatch.setattr(auditing.train_synthetic, "EnsembleTrainer", record_run)
     monkeypatch.setattr(auditing.evaluation_2d, "evaluate", lambda *_: {"nll_excess": np.zeros(2)})
-    auditing.check_spectrum("bao", {"estimator": "released"}, "mnist", "data")
-    auditing.check_short_run(SimpleNamespace(objective="bao", estimator="released", law="ring", seeds=2, updates=0))
-    assert trained == [("bao", "released", 5), ("elbo", "plugin", 5, 2, "ring"), ("bao", "released", 1, 2, "ring")]
+    for objective, estimator, samples, noise in (("bao", "released", 1, 0), ("dsm", "unbiased", 5, 0.1)):
+        flags = f"{objective} --estimator {estimator} --data glyphs --data-root pictures --law ring --seeds 2 --updates 1"
+        assert len([*audit.results(audit.parse_args(flags.split()), {"estimator": estimator})]) == 2
+        assert trained == [("glyphs", "pictures"), (objective, estimator, 5), ("elbo", "plugin", 5, 2, "ring", noise),
+                           (objective, estimator, samples, 2, "ring", noise)]
+        trained.clear()
 
 
 def test_a_composition_is_named():

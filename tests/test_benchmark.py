@@ -156,6 +156,9 @@ def test_grouped_networks_have_the_parameters_of_all_runs_and_every_way_has_a_ro
     lockstep.main(args)
     assert save.read_text().count("| float32 |") == 6
     images = torch.zeros(8, 1, 32, 32, dtype=torch.uint8)
+    alone = lockstep.parse_args([*sizes.split(), "--one-pass", "--batch", "8", "--save", str(save)])
+    trainer = lockstep.run(alone, images, "float32", "eager", 3)[0]
+    assert (trainer.one_pass, trainer.batch, trainer.seed, trainer.samples) == (True, 8, 3, 1)
     one, three = (lockstep.run(args, images, "float32", "grouped", 0, groups)[0].vae for groups in (1, 3))
     for half in ("encoder", "decoder"):
         counts = [sum(p.numel() for p in getattr(vae, half).parameters()) for vae in (one, three)]

@@ -78,6 +78,7 @@ def test_idx_values_padding_and_limits(tmp_path, compress):
     assert images.train.sum() == images.train[:, :, 2:30, 2:30].sum()
     few = data.load_images("mnist", tmp_path, limit=4, test_limit=2)
     assert torch.equal(few.train, images.train[:4]) and torch.equal(few.test_labels, images.test_labels[:2])
+    assert torch.equal(few.test, images.test[:2]) and torch.equal(few.train_labels, images.train_labels[:4])
     assert few.recipe["counts"] == {"train": 4, "test": 2} and few.recipe["pad"] == 2
     assert json.loads(json.dumps(few.recipe)) == few.recipe and str(tmp_path) not in json.dumps(few.recipe)
 
@@ -276,6 +277,20 @@ def test_labels_that_a_lenet_cannot_tell(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         features.features_of("mine", tmp_path, torch.device("cpu"))
     one_line(error, "labels of mine", "0..10", "0..9")
+
+
+def test_a_lenet_is_of_its_labels_and_has_its_accuracy_on_test_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("VSM_CACHE", str(tmp_path))
+    zeros, trained = features.LeNet5().requires_grad_(False), []
+    for p in zeros.parameters():
+        p.zero_()  # every image is of class 0
+    monkeypatch.setattr(features, "train_lenet5", lambda images, labels, name: (trained.append(labels.tolist()), zeros)[1])
+    images = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
+    for train_labels in ([0, 0, 0, 0], [0, 1, 1, 1]):
+        whole = data.ImageData(images, images, torch.tensor(train_labels), torch.tensor([0, 0, 0, 1]), {"name": "mine"})
+        monkeypatch.setitem(data.DATA_SETS, "mine", lambda root, whole=whole: whole)
+        assert features.lenet5("mine", "")[1]["accuracy"] == 0.75
+    assert trained == [[0, 0, 0, 0], [0, 1, 1, 1]]
 
 
 @pytest.mark.parametrize(("name", "channels", "labels", "network"), [

@@ -23,7 +23,7 @@ from vsm.fid import fids, mmd_nulls, reference_set
 from vsm.figures.axes import label_ticks
 from vsm.figures.style import new_figure
 from vsm.flags import image_defaults
-from vsm.image_table import budget_notes
+from vsm.image_table import Measured, budget_notes, published, references_of
 from vsm.loading import load_vae, vae_of
 from vsm.names import group_by_seed
 from vsm.runs import load_arrays, load_config, save_arrays
@@ -128,6 +128,8 @@ def test_an_evaluation_is_used_again_until_its_settings_change(runs, tmp_path, c
     assert (runs.a / "eval.npz").read_bytes() == before
     run_evaluate(tmp_path, runs.a, "--iw-samples", "3")
     assert load_arrays(runs.a / "eval.npz")["iw_samples"].tolist() == [1, 3]
+    run_evaluate(tmp_path, runs.a, "--iw-samples", "3", "--sampler", "gaussian")
+    assert "fid_gaussian" in load_arrays(runs.a / "eval.npz")
 
 
 def test_missing_begun_and_damaged_runs_are_named_and_skipped(runs, tmp_path, capsys, fails):
@@ -193,6 +195,15 @@ def test_a_run_of_another_version_is_skipped(runs, tmp_path, capsys):
     assert f"skipped {runs.old}: " in message and "this version does not know its --nonesuch" in message
 
 
+def test_the_reference_is_of_the_runs_images_and_the_weights_that_are_given(runs, digits, tmp_path, fails, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "reference_set", lambda *words: asked.append(words))  # not one, which ends the evaluation
+    weights = tmp_path / "weights.pth"
+    weights.write_text("")
+    fails(evaluate, runs.a, "--inception-weights", weights, "--device", "cpu", "--out", tmp_path / "out")
+    assert asked == [("mnist", str(digits), 0, str(weights), CPU)]
+
+
 def test_bad_flags(runs, fails, tmp_path):
     assert "there is no such file" in fails(evaluate, runs.a, "--inception-weights", tmp_path / "none.pth")
     assert "--iw-samples" in fails(evaluate, runs.a, "--iw-samples", "0")
@@ -249,13 +260,14 @@ def test_groups_differ_in_their_seed_alone():
         defaults = {"data": "mnist", "net": "conv", "learn": label, "infer": "kld", "inner_steps": 5, "out": label}
         return {"label": label, "flags": defaults | flags}
 
-    configs = [config("F", seed=0), config("F", seed=1, out="x"), config("S", seed=0), config("F", seed=0, data="fashion")]
-    folders = [Path(f"run{i}") for i in range(6)]
-    assert group_by_seed(folders, configs) == [("F", [0, 1]), ("S", [2]), ("F", [3])]
+    configs = [config("F", seed=0), config("F", seed=1, out="x"), config("S", seed=0),
+               config("F", seed=0, data="fashion", inner_steps=2), config("F", seed=0, net="mlp", inner_steps=3)]
+    folders = [Path(f"run{i}") for i in range(7)]
+    assert group_by_seed(folders, configs) == [("F", [0, 1]), ("S", [2]), ("F", [3]), ("F", [4])]
     configs.append(config("F", seed=0, inner_steps=1))
     assert group_by_seed(folders, configs) == [("F, inner-steps 5", [0, 1]), ("S, inner-steps 5", [2]), ("F", [3]),
-                                               ("F, inner-steps 1", [4])]
-    with pytest.raises(UserError, match="run4 and run5 are the same experiment with the same seed 0"):
+                                               ("F", [4]), ("F, inner-steps 1", [5])]
+    with pytest.raises(UserError, match="run5 and run6 are the same experiment with the same seed 0"):
         group_by_seed(folders, [*configs, configs[-1]])
 
 
@@ -370,6 +382,17 @@ def test_all_numbers_of_an_unfinished_run_are_of_its_checkpoint_and_it_is_labell
     assert table["active_second_moment_mean"][1] == last["active_second_moment"].item()
     assert np.isnan(table["paper_fid"][1]) and table["paper_fid"][0] == 5.22
     assert "KLD-F unfinished@8" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_floor_for_each_set_of_test_images_and_the_papers_numbers_for_its_models_alone():
+    run = SimpleNamespace(config={"flags": {"dim_z": 2, "latent": "gaussian"}})
+    settings = {"data": "mnist", "test_images": 60}
+    members = [Measured(run, "ok", {}, {"config": {"evaluation": settings | {"digest": digest}}, "latent_mmd_null_sd": 1.0,
+                                        "fid_floor": floor}) for digest, floor in (("a", 1.0), ("b", 2.0), ("a", 1.0))]
+    assert [reference["floor"]["fid_floor"] for reference in references_of(members)] == [1, 2]
+    flags, others = {"data": "mnist", "net": "conv", "latent": "gaussian"}, ({"latent": "bernoulli"}, {"net": "mlp"})
+    fids = [published({"label": "KLD-F", "flags": flags | more})["paper_fid"] for more in ({}, *others)]
+    assert fids[0] == 5.22 and np.isnan(fids[1:]).all()
 
 
 def test_each_row_has_its_budget_where_budgets_differ():

@@ -18,7 +18,7 @@ from training import EVALUATION, seed_of
 from vsm import evaluation_2d
 from vsm.cli import UserError
 from vsm.distributions_2d import DISTRIBUTIONS
-from vsm.loading import epochs_trained, export, load_vae
+from vsm.loading import epochs_trained, export, load_vae, place_of_images
 from vsm.runs import NOT_IDENTITY, load_arrays, load_checkpoint, load_config
 from vsm.stored_runs import open_runs
 
@@ -80,10 +80,14 @@ def test_the_published_image_model_reproduces_its_recorded_metrics():
         np.testing.assert_allclose(again[key], arrays[key][-1], rtol=1e-4, err_msg=key)
 
 
-def test_an_exported_model_is_the_same_and_replaces_nothing(folders, tmp_path):
+def test_an_exported_model_is_the_same_and_replaces_nothing(folders, digits, tmp_path):
     export(folders / "conv", tmp_path / "copy")
     z = torch.randn(4, 3)
     assert torch.equal(load_vae(tmp_path / "copy").decode(z), load_vae(folders / "conv").decode(z))
+    config = load_config(tmp_path / "copy")
+    assert place_of_images("", config, SimpleNamespace(data="folder:/nowhere", data_root=None)) == ("mnist", str(digits))
+    config["data"]["counts"]["train"] += 49  # which make no further minibatch
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
     assert epochs_trained(tmp_path / "copy") == 2
     with pytest.raises(UserError, match="exists and is kept"):
         export(folders / "mlp", tmp_path / "copy")

@@ -13,7 +13,7 @@ import torch
 import train_images
 from small_runs import ROOT
 from vsm.cli import UserError
-from vsm.many_runs import combinations, in_lockstep, names_of
+from vsm.many_runs import Counted, combinations, in_lockstep, names_of, shares
 from vsm.runs import load_arrays
 
 SMALL = ["--data", "mnist", "--net", "mlp", "--width", "4", "--dim-z", "2", "--samples", "1", "--inner-steps", "1", "--batch",
@@ -55,6 +55,9 @@ def test_combinations_of_values_the_first_flag_slowest():
 def test_names_are_what_differs():
     assert names_of(["runs/mnist-elbo-lr1-seed0", "runs/mnist-fd-lr1-seed1"]) == {
         "runs/mnist-elbo-lr1-seed0": "elbo-seed0", "runs/mnist-fd-lr1-seed1": "fd-seed1"}
+    done = [0, 1]
+    Counted(done, 10, 6).update()  # of a run that goes on after six updates of ten
+    assert shares({"a": "seed0"}, {"a": done}) == "seed0 70%"
 
 
 def test_two_runs_in_one_folder_are_refused(fails):

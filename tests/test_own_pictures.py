@@ -41,6 +41,8 @@ def test_the_cache_sees_names_and_every_date(tmp_path):
     assert torch.equal(changed.train[4], torch.from_numpy(pictures.resize_and_crop(picture(77), 64).copy()))
     assert changed.recipe["digest"] != first.recipe["digest"] == digest(first.train, first.test)
     assert data.load_images(f"folder:{folder}", limit=2).recipe["digest"] == changed.recipe["digest"]
+    one, other = (Pictures(zip_of(tmp_path / "z", {"a.png": content})) for content in (b"one", b"two"))  # of one name and size
+    assert one.stamp != other.stamp
 
 
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints", ".thumbnails", "__MACOSX", "@eaDir", "below/.cache"])

@@ -150,6 +150,8 @@ def test_flags_change_what_they_name():
     assert np.array_equal(from_samples(), sampled)
     for argv in (["--seed", "1"], ["--lr", "0.1"], ["--samples", "3"], ["--batch", "11"], ["--gamma", "2"]):
         assert not np.array_equal(from_samples(*argv), sampled)
+    of_its_own = list(RULES).index("held S, N = 2")  # --samples is the N of the rules that name none
+    assert np.array_equal(from_samples("--samples", "3")[of_its_own], sampled[of_its_own])
 
 
 def test_a_diverged_run_says_so(tmp_path):

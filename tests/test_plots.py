@@ -22,7 +22,7 @@ from vsm.figures.style import color_of
 from vsm.names import letter_of
 from vsm.runs import save_arrays
 from vsm.stored_runs import HEAVY, of_member, open_runs, shown_member
-from vsm.tables import markdown_table, mean_and_error
+from vsm.tables import markdown_table, mean_and_error, with_error
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,15 +125,15 @@ def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
             tmp_path / "c.png")
 
 
-def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path):
-    pack(runs["2d"], tmp_path / "small.npz")
+def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path, monkeypatch):
+    packs.main(packs.parse_args([*map(str, runs["2d"]), "--save", str(tmp_path / "small.npz"), "--drop", "sm_loss"]))
     pack(runs["2d"], tmp_path / "large.npz", keep=["model_samples", "test_data"], keep_of="b*")
     pack([tmp_path / "large.npz"], tmp_path / "again.npz", keep=["model_samples", "test_data"])
     assert (tmp_path / "again.npz").stat().st_size == (tmp_path / "large.npz").stat().st_size
     for folder, small, large in zip(*map(open_runs, (runs["2d"], [tmp_path / "small.npz"], [tmp_path / "large.npz"]))):
         arrays, kept = folder.arrays(), large.arrays()
         assert small.config == folder.config and small.name.endswith(":" + Path(folder.name).name)
-        assert {"model_samples", "test_data", "density_grid"} & small.arrays().keys() == set()
+        assert {"model_samples", "test_data", "density_grid", "sm_loss"} & small.arrays().keys() == set()
         for key, value in small.arrays().items():
             assert key == "config" or np.array_equal(value, arrays[key], equal_nan=value.dtype.kind == "f")
         member = shown_member(arrays["nll"])
@@ -144,6 +144,11 @@ def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path):
         else:
             assert "model_samples" not in kept
     assert not open_runs([tmp_path / "small.npz"])[0].has("eval")
+    saved = []
+    monkeypatch.setattr(plots, "draw_figure", lambda name, runs, save: saved.append(save))
+    for drawn in (tmp_path / "small.npz", runs["2d"][0]):
+        draw("study", drawn)
+    assert saved == [tmp_path / "small_study.png", runs["2d"][0] / "study.png"]
 
 
 @pytest.mark.parametrize("kind", ["half", "half image"])
@@ -194,6 +199,7 @@ def test_bad_input_gets_one_sentence(runs, tmp_path, fails):
     assert "must end in" in fails(plots, "synthetic", synthetic, "--save", tmp_path / "a.gif")
     assert "must end in .npz" in fails(packs, synthetic, "--save", save)
     assert "must end in .md" in fails(tables, synthetic, "--save", save)
+    assert "this table draws runs of train_synthetic.py" in fails(tables, image, "--sweep", "--save", tmp_path / "a.md")
     assert "leave no run" in fails(plots, "study", synthetic, "--only", "nothing")
     assert "named b5" in fails(packs, synthetic, synthetic_run(tmp_path / "b5"), "--save", tmp_path / "twins.npz")
     assert not save.exists()
@@ -231,6 +237,8 @@ def test_one_seed_twice_is_refused(runs, tmp_path):
     twin = synthetic_run(tmp_path / "twin")
     with pytest.raises(UserError, match="the same experiment with the same seed"):
         sweep_points([runs["2d"][0], twin])
+    (point,) = sweep_points([runs["2d"][0], synthetic_run(tmp_path / "further", seed=3)])
+    assert len(point["members"]["nll"]) == 6  # seeds 0, 1, 2 and 3, 4, 5
 
 
 def test_limits_follow_most_values_and_not_one():
@@ -253,6 +261,7 @@ def test_tables_and_means():
     assert markdown_table(["a", "b"], [[1, None], ["x", 2.5]], "lr") == "| a | b |\n| --- | ---: |\n| 1 |  |\n| x | 2.5 |"
     mean, error, median = mean_and_error(np.array([1.0, 2, 6, np.nan]))
     assert (mean, median) == (3, 2) and error == pytest.approx(np.std([1, 2, 6], ddof=1) / 3**0.5)
+    assert with_error(1.2345, 0.0321, ".3g", ".1g") == "1.23 ± 0.03" and with_error(1.2345, np.nan, ".3g") == "1.23"
     assert np.isnan(mean_and_error(np.array([np.nan]))[0]) and np.isnan(mean_and_error(np.array([2.0]))[1])
 
 

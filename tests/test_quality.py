@@ -8,7 +8,7 @@ import evaluate
 import train_images
 import vsm.fid
 from data import DATA_SETS, ImageData, load_images
-from metrics import evaluate_images, feature_statistics, frechet_distance, mmd_null_sd, quantise
+from metrics import evaluate_images, feature_statistics, frechet_distance, mmd_null_sd, precision_recall, quantise
 from models import build_vae
 from training import EVALUATION, seed_of
 from vsm.features import Features
@@ -195,18 +195,24 @@ def test_the_reference_of_labelled_data(digits, images):
 
 
 class FewPixels(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
     def forward(self, images):
-        return images.flatten(1)[:, :4].float()
+        return self.factor * images.flatten(1)[:, :4].float()
 
 
 def test_the_floor_is_that_of_the_training_images_and_of_as_many_as_test_images(monkeypatch):
-    """Two data sets with the same test images and other training images must not share the cached floor."""
+    """Data sets with the same test images, and with other training images or another network, must not share the cached floor."""
     torch.manual_seed(0)
     train, test = torch.randint(256, (60, 1, 32, 32), dtype=torch.uint8), torch.randint(256, (40, 1, 32, 32), dtype=torch.uint8)
-    network = Features(FewPixels(), {"hash": "pixels"})
-    monkeypatch.setattr(vsm.fid, "features_of", lambda *_: network)
-    for name, part in (("one", train), ("other", train // 2)):
+    for name, part, factor in (("one", train, 1), ("other", train // 2, 1), ("another", train, 2)):
+        network = Features(FewPixels(factor), {"hash": f"pixels{factor}"})
+        monkeypatch.setattr(vsm.fid, "features_of", lambda *_, network=network: network)
         monkeypatch.setitem(DATA_SETS, name, lambda root, part=part: ImageData(part, test, None, None, {"name": name}))
         reference = reference_set(name, "", 0, None, torch.device("cpu"))
         assert reference.floor["fid_floor"] == pytest.approx(
             frechet_distance(*feature_statistics(network(part[:40])), *feature_statistics(network(test))).item())
+        closeness = precision_recall(network(test), network(part[:40]))  # precision is that of the training images
+        assert {key: reference.floor[f"{key}_floor"] for key in closeness} == closeness

@@ -284,7 +284,9 @@ def test_a_finished_run_says_that_more_epochs_continue_it(tmp_path, capsys):
     train(tmp_path / "run")
     train(tmp_path / "run")
     assert "finished before (ok); --overwrite redoes it, more --epochs continue it" in capsys.readouterr().out
-    train(tmp_path / "run", epochs=4)
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    torch.save(saved | {"seconds": 1000.0}, tmp_path / "run" / "checkpoint.pt")
+    assert train(tmp_path / "run", epochs=4)["seconds"][-1] > 1000  # those of the first half count
     assert f"{tmp_path}/run: resumes at epoch 2 of 4" in capsys.readouterr().out
 
 

@@ -1,5 +1,6 @@
 """Laws of z fitted after training: what they draw, how they are kept, and the metrics of samples that stand beside FID."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,11 +16,12 @@ import train_synthetic
 from data import load_images
 from metrics import nearest_distances, precision_recall
 from small_runs import IMAGES, ROOT, SMALL
+from training import seed_of
 from vsm import samplers
 from vsm.cli import UserError
 from vsm.fid import Reference, fids, reference_of, sampler_metrics
 from vsm.loading import load_vae
-from vsm.runs import load_arrays
+from vsm.runs import load_arrays, load_config
 from vsm.samplers import SAMPLERS, Gaussians, SecondVAE, load_sampler, posterior_samples
 
 FITTED = SAMPLERS[1:]
@@ -47,6 +49,13 @@ def run(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(samplers, "EPOCHS", 2)
     shutil.copytree(folders / "run", tmp_path / "run")
     return tmp_path / "run"
+
+
+def limited(run, **flags):
+    """The folder of a run whose config says that it had these flags."""
+    config = load_config(run)
+    (run / "config.json").write_text(json.dumps(config | {"flags": config["flags"] | flags}))
+    return run
 
 
 def clusters(n=4000):
@@ -122,6 +131,14 @@ def test_a_fitted_gaussian_has_the_moments_of_posterior_samples(run, digits):
     assert torch.allclose(drawn.T.cov(), z.T.cov(), rtol=0.35, atol=0.1)
 
 
+def test_a_sampler_is_fitted_to_the_images_of_its_run_with_its_noise(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(samplers, "posterior_samples", lambda vae, images, noise, seed: (
+        seen.append((len(images), noise, seed)), torch.randn(len(images), 3))[1])
+    load_sampler(limited(run, limit=200, noise=0.4, seed=3), "gaussian")
+    assert seen == [(200, 0.4, seed_of(3, samplers.STREAM))]
+
+
 def test_the_published_model_has_its_mixture():
     folder = ROOT / "results" / "models" / "mnist-mlp-elbo"
     images = load_vae(folder).decode(load_sampler(folder, data_root="/nowhere").sample(4, generator()))
@@ -180,10 +197,14 @@ def test_evaluate_measures_every_sampler(run, digits, tmp_path, monkeypatch, cap
 
 def test_evaluate_names_latents_that_no_sampler_fits(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VSM_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(folders / "bernoulli", tmp_path / "run")
+    limited(shutil.copytree(folders / "bernoulli", tmp_path / "run"), limit=200)
+    trained_on = []
+    monkeypatch.setattr(evaluate, "sampler_metrics", lambda vae, samplers, reference, train, generator: (
+        trained_on.append(len(train)), sampler_metrics(vae, samplers, reference, train, generator))[1])
     evaluate.main(evaluate.parse_args([str(tmp_path / "run"), "--images", "20", "--iw-samples", "5", "--device", "cpu",
                                        "--out", str(tmp_path / "out"), "--sampler", "prior", "mixture"]))
     assert "its latents are 0 or 1, which mixture cannot be fitted to" in capsys.readouterr().err
+    assert trained_on == [200]  # `nearest` is among the images of the training
     assert "precision" in (arrays := load_arrays(tmp_path / "run" / "eval.npz")) and "fid_mixture" not in arrays
 
 

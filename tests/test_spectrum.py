@@ -1,7 +1,10 @@
 """The spectra that linear VAEs learn from images."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from studies import spectrum
 from vsm.runs import load_arrays
@@ -23,6 +26,14 @@ def test_the_spectra_of_images(tmp_path, capsys, digits, monkeypatch):
     assert "largest error" in capsys.readouterr().out
     spectrum.main(spectrum.parse_args(argv))
     assert "finished before" in capsys.readouterr().out
+
+
+def test_the_second_moment_counts_the_noise_in_the_data_of_dsm(monkeypatch):
+    monkeypatch.setattr(spectrum, "trained_weights", lambda pixels, start, *_: start)
+    C, W, args = 2 * torch.eye(2).double(), torch.eye(2)[:, :1].double(), SimpleNamespace(gamma=1.0, latents=1)
+    for objective, variance in (("swersky", 2), ("dsm", 2 + spectrum.NOISE**2)):  # q(z|x) = N(x_1 / 2, 1 / 2)
+        row = spectrum.train_one_model(None, C, W, args, objective, "plugin", 5)
+        assert row["second_moment"] == pytest.approx(variance / 4 + 1 / 2) and row["learnt"] == pytest.approx(2)
 
 
 def test_a_diverged_spectrum_says_so(tmp_path, digits, monkeypatch):

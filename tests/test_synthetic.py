@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,7 +70,11 @@ def test_noise_is_in_the_data_and_in_the_truth_and_its_score_goes_to_the_objecti
     (x, t), = seen
     clean = DISTRIBUTIONS["banana"].transform(made.data_noise[..., :2])
     assert torch.allclose(t, -(x - clean) / sd**2, rtol=1e-4, atol=1e-4)
+    counts = []
+    monkeypatch.setattr(train_synthetic, "measure", lambda trainer, test, count, log_density: (
+        counts.append(count), evaluation_2d.measure(trainer, test, count, log_density))[1])
     arrays = train(tmp_path / "run", "--learn", "dsm", "--noise", sd, "--data", "banana", "--test-size", 400)
+    assert counts == 3 * [75]  # a quarter of --importance-samples
     points = torch.tensor(arrays["test_data"]).double()
     assert torch.allclose(points.var(0), torch.tensor([0.25, 0.135]).double() + sd**2, rtol=0.25)  # 2 (.25)^2 + .1^2 = .135
     truth = distribution("banana", sd).log_prob(points).mean().item()
@@ -230,6 +235,9 @@ def test_the_moments_are_those_of_samples():
         latents = q.mean + q.stddev * torch.randn(50, *q.mean.shape)
     assert torch.allclose(moments["variance_ratio"], samples.var(1).sum(-1) / 0.58, rtol=0.03)  # of each coordinate: .5^2 + .2^2
     assert torch.allclose(moments["second_moment"], (latents**2).mean((0, 2)), rtol=0.03)
+    log_density = law.log_prob(x[0].double())
+    row = evaluation_2d.measure(SimpleNamespace(vae=vae), x[0], 10, log_density)
+    assert torch.allclose(row["excess_curve"] - row["nll_curve"], log_density[:500].mean())  # both of the first 500 points
 
 
 def test_resumed_in_the_middle_of_an_epoch_equals_undisturbed(tmp_path, monkeypatch):
@@ -283,6 +291,9 @@ def test_default_folders_of_a_sweep_never_collide():
              "--learn bao --estimator released", "--inner-lr 0.1", "--data ring")
     names = {train_synthetic.parse_args(argv.split()).out for argv in words}
     assert len(names) == len(words) and "runs/synthetic/mixture-kld-fd-5-0-seed0" in names
+    assert train_synthetic.parse_args(["--samples", "5"]).out == "runs/synthetic/mixture-kld-fd-5-0-samples5-seed0"
+    labels = [train_synthetic.name_of(arguments(*argv)) for argv in (["--infer", "fd"], ["--inner-lr", 0.1])]
+    assert labels == ["FD-F", "KLD-F, step 0.1"]  # with the encoder's step where it is not the default of --infer
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
@@ -384,6 +395,7 @@ def test_a_run_goes_on_where_generators_have_another_form():
     other.load(saved)
     other.run_step()
     assert other.step == 2 and not torch.equal(other.noise[0], other.noise[1])
+    assert not torch.equal(other.noise, trainer.noise)  # the stream does not begin again
 
 
 def test_members_are_told_apart_by_the_latents_they_use(tmp_path, fails):

@@ -281,6 +281,13 @@ def test_flags_of_mixtures_change_what_they_name():
         assert not torch.equal(ended(*argv), base), argv
 
 
+def test_the_target_of_the_gradients_is_that_of_its_flag(monkeypatch):
+    asked = []
+    monkeypatch.setattr(toy, "compare_gradients", lambda sd: (asked.append(sd), {"autograd_error": torch.zeros(())})[1])
+    toy.gradients_between_gaussians(parsed("--gradients", "--target-sd", 2), CPU, None)
+    assert asked == [2.0]
+
+
 def test_refuses_a_folder_made_with_other_flags(fails, tmp_path):
     argv = ("--gradients", "--out", tmp_path / "run")
     fit(tmp_path / "run", "--gradients")

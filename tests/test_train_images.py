@@ -117,10 +117,12 @@ def test_an_evaluation_has_the_noise_and_the_seed_of_its_run(monkeypatch, epoch,
 
 
 def test_the_inputs_that_a_run_keeps_have_its_noise(digits, tmp_path):
-    inputs = train(digits, tmp_path / "run", "--noise", 0.4, "--seed", 2, "--epochs", 1)["inputs"]
+    arrays = train(digits, tmp_path / "run", "--noise", 0.4, "--seed", 2, "--epochs", 1)
     clean = load_images("mnist", digits).test
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed_of(2, EVALUATION)))
-    np.testing.assert_array_equal(inputs, quantise(clean / 255 + 0.4 * noise))
+    np.testing.assert_array_equal(arrays["inputs"], quantise(clean / 255 + 0.4 * noise))
+    ends = arrays["interpolations"][:, [0, -1]].swapaxes(0, 1).astype(float)  # from input i to input i + 8
+    np.testing.assert_allclose(ends, arrays["reconstructions"][:16].reshape(ends.shape), atol=1)
 
 
 def test_finished_runs_are_skipped_and_overwrite_redoes(digits, run, capsys):

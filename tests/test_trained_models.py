@@ -59,6 +59,8 @@ def run_study(study, *argv):
 def test_gradient_snr(trained, half, monkeypatch, tmp_path, fails):
     monkeypatch.setattr("studies.gradient_snr.SAMPLES", (1, 2))
     assert "at least 2" in fails(gradient_snr, trained, "--draws", "1")
+    measured, measure = [], gradient_snr.measure_gradient_snr
+    monkeypatch.setattr(gradient_snr, "measure_gradient_snr", lambda *args: (measured.append(args[3:5]), measure(*args))[1])
     run_study(gradient_snr, trained, "--draws", 2)
     arrays = load_arrays(trained / "gradient_snr.npz")
     names = ["ELBO", "F", "S plugin", "S unbiased", "B plugin", "B unbiased", "B released", "DSM plugin", "DSM unbiased", "FAE"]
@@ -66,6 +68,7 @@ def test_gradient_snr(trained, half, monkeypatch, tmp_path, fails):
     assert [name for name, snr in zip(names, arrays["snr"]) if np.isnan(snr[0])] == ["S unbiased", "B unbiased", "DSM unbiased"]
     assert np.isfinite(arrays["snr"][:, 1:]).all() and (trained / "gradient_snr.png").exists()
     run_study(gradient_snr, half, "--draws", 3, "--mode", "train")
+    assert measured == [(2, "eval"), (3, "train")]
     by_training = load_arrays(half / "gradient_snr_train.npz")
     assert by_training["status"] == "unfinished@8" and by_training["config"]["evaluation"] == {"draws": 3, "mode": "train"}
     assert np.isfinite(by_training["snr_se"][:, 1:]).all() and (by_training["snr_se"][:, 1:] > 0).all()
