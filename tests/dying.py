@@ -56,7 +56,6 @@ def arm(number, fatal, delay=0.0):
             written = super().write(data[:len(data) // 2])
             moment()
             return written + super().write(data[len(data) // 2:])
-
     for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
         setattr(os, name, between_moments(getattr(os, name)))
     vsm.runs.open = WrittenInHalves

@@ -13,8 +13,9 @@ from benchmarks import benchmark, figure, lockstep
 from benchmarks.benchmark import pairs
 from benchmarks.reference_step import INFERENCE, ReferenceStep, reference_loss
 from models import build_vae
+from small_runs import CPU, image_trainer, main, run_steps
 from studies.auditing import flops_of
-from training import ImageTrainer, phi_loss, shared_losses, theta_loss
+from training import phi_loss, shared_losses, theta_loss
 from vsm.device import keep_freed_memory
 from vsm.runs import load_arrays, save_arrays
 
@@ -37,26 +38,20 @@ def test_the_reference_step_has_the_trainers_gradients(name, norm):
             "": lambda: shared_losses(vae, x, "fae", "fae", noise)[0]}[kind]().mean()
     if kind == "infer":
         objective = INFERENCE[objective]
-    reference = reference_loss(vae, x, noise, objective, reparametrised=name in ("infer kld", "infer fd-repar", "fae"),
-                               t=t)
+    reference = reference_loss(vae, x, noise, objective, reparametrised=name in ("infer kld", "infer fd-repar", "fae"), t=t)
     torch.testing.assert_close(reference, ours)
     for p, q, r in zip(moving, torch.autograd.grad(reference, moving), torch.autograd.grad(ours, moving)):
         torch.testing.assert_close(q, r, rtol=1e-6, atol=1e-8 * p.abs().max().item())
-
-
-def flops_of_two_steps(stepper):
-    return flops_of(lambda: (stepper.run_step(), stepper.run_step()))
 
 
 @pytest.mark.parametrize("pair", pairs())
 def test_the_trainer_computes_less_than_the_reference_step(pair):
     learn, infer = pairs()[pair]
     images = torch.randint(0, 256, (24, 1, 32, 32), dtype=torch.uint8)
-    trainer = ImageTrainer(build_vae("conv", (1, 32, 32), 6, width=4), images, learn=learn, infer=infer,
-                           estimator="plugin", seed=0, **OPTIONS)
-    reference = ReferenceStep(build_vae("conv", (1, 32, 32), 6, width=4), images, torch.device("cpu"), learn=learn, infer=infer,
-                              **OPTIONS)
-    assert flops_of_two_steps(trainer) < flops_of_two_steps(reference) / 1.04
+    ours, theirs = (build_vae("conv", (1, 32, 32), 6, width=4) for _ in range(2))
+    trainer = image_trainer(ours, images, learn=learn, infer=infer, **OPTIONS)
+    reference = ReferenceStep(theirs, images, CPU, learn=learn, infer=infer, **OPTIONS)
+    assert flops_of(lambda: run_steps(trainer, 2)) < flops_of(lambda: run_steps(reference, 2)) / 1.04
 
 
 @pytest.fixture
@@ -68,21 +63,19 @@ def short(monkeypatch):
 
 
 def test_a_quick_run_prints_its_ratios_and_leaves_its_arrays(tmp_path, capsys, short):
-    flags = ["--quick", "--part", "all", "--device", "cpu", "--out", str(tmp_path / "run")]
-    benchmark.main(benchmark.parse_args(flags))
+    flags = ["--quick", "--part", "all", "--device", "cpu", "--out", tmp_path / "run"]
+    main(benchmark, *flags)
     table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| images")]
-    assert [cells[5].strip() for cells in table] == 3 * ["reference", "eager"]
-    assert all("[" in cells[9] for cells in table)
+    assert [cells[5].strip() for cells in table] == 3 * ["reference", "eager"] and all("[" in cells[9] for cells in table)
     arrays = load_arrays(tmp_path / "run" / "metrics.npz")
     rows = len(arrays["part"])
     assert arrays["seconds"].shape == (rows, 2) and (arrays["seconds"] > 0).all()
     for name in ("image", "net", "pair", "size", "mode", "precision", "peak_memory"):
         assert len(arrays[name]) == rows, name
     assert set(arrays["pair"][arrays["part"] == "images"]) == {"KLD-F", "FD-B", "FAE"}
-    assert set(arrays["part"]) == set(benchmark.PARTS)
-    assert (tmp_path / "run" / "benchmark.png").exists()
-    plots.main(plots.parse_args(["benchmark", str(tmp_path / "run"), "--save", str(tmp_path / "again.png")]))
-    benchmark.main(benchmark.parse_args(flags))
+    assert set(arrays["part"]) == set(benchmark.PARTS) and (tmp_path / "run" / "benchmark.png").exists()
+    main(plots, "benchmark", tmp_path / "run", "--save", tmp_path / "again.png")
+    main(benchmark, *flags)
     assert "finished before" in capsys.readouterr().out
 
 
@@ -103,12 +96,12 @@ def test_kept_memory_costs_no_page_faults():
 
 
 def test_quick_sets_defaults_only_and_bf16_alone_is_drawn(tmp_path, short):
-    argv = ["--quick", "--pairs", "FD-S", "--precision", "bf16", "--device", "cpu", "--out", str(tmp_path / "run")]
-    benchmark.main(benchmark.parse_args(argv))
+    argv = ["--quick", "--pairs", "FD-S", "--precision", "bf16", "--device", "cpu", "--out", tmp_path / "run"]
+    main(benchmark, *argv)
     arrays, picture = load_arrays(tmp_path / "run" / "metrics.npz"), tmp_path / "run" / "benchmark.png"
     assert set(arrays["pair"]) == {"FD-S"} and set(arrays["precision"][arrays["mode"] == "eager"]) == {"bf16"}
     picture.unlink()
-    benchmark.main(benchmark.parse_args(argv))
+    main(benchmark, *argv)
     assert picture.exists()
 
 
@@ -127,33 +120,20 @@ def test_every_precision_is_drawn_beside_the_reference(tmp_path, monkeypatch):
         assert set(ax.get_legend_handles_labels()[1]) == {"reference step, float32", "eager"}
 
 
-def test_hours_of_table_1_are_of_its_recipe_alone():
+def test_hours_of_table_1_are_of_its_recipe_alone_and_add_up():
     assert benchmark.recipe_of_the_paper(benchmark.parse_args([]))
     for argv in (["--width", "2"], ["--samples", "1"], ["--inner-steps", "1"], ["--dim-z", "2"]):
         assert not benchmark.recipe_of_the_paper(benchmark.parse_args(argv))
-
-
-def test_table_1_adds_up():
     rows = [{"part": "images", "image": image, "net": "conv", "pair": pair, "size": 100, "mode": "eager", "precision": "float32",
              "seconds": np.array([1.0, 3.6, 9.0])} for image in benchmark.RUN_STEPS for pair in benchmark.TABLE1]
     hours = 7 * (2 * 600 + 1627)  # at 3.6 s a step
-    assert benchmark.table1_hours(rows) == {("eager", "float32"): pytest.approx(hours)}
-    assert benchmark.table1_hours(rows[1:]) == {}
-
-
-@pytest.mark.parametrize("flags, words", [(["--precision", "tf32", "--device", "cpu"], "tf32 needs a CUDA GPU"),
-                                          (["--device", "tpu"], "not one of auto, cpu"), (["--pairs", "KLD-X"], "invalid choice"),
-                                          (["--pairs", "KLD-F", "KLD-F"], "--pairs names one twice")])
-def test_mistakes_get_one_sentence(tmp_path, fails, flags, words):
-    assert words in fails(benchmark, *flags, "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert benchmark.table1_hours(rows) == {("eager", "float32"): pytest.approx(hours)} and benchmark.table1_hours(rows[1:]) == {}
 
 
 def test_grouped_networks_have_the_parameters_of_all_runs_and_every_way_has_a_row(tmp_path):
-    sizes = "--sizes 1 2 --width 4 --samples 1 --inner-steps 1 --batch 4 --seconds 0.01 --device cpu"
-    save = tmp_path / "table.md"
-    args = lockstep.parse_args([*sizes.split(), "--networks", "eager", "contiguous", "grouped", "--save", str(save)])
-    lockstep.main(args)
+    sizes, save = "--sizes 1 2 --width 4 --samples 1 --inner-steps 1 --batch 4 --seconds 0.01", tmp_path / "table.md"
+    networks = "--device", "cpu", "--networks", "eager", "contiguous", "grouped", "--save", str(save)
+    lockstep.main(args := lockstep.parse_args([*sizes.split(), *networks]))
     assert save.read_text().count("| float32 |") == 6
     images = torch.zeros(8, 1, 32, 32, dtype=torch.uint8)
     alone = lockstep.parse_args([*sizes.split(), "--one-pass", "--batch", "8", "--save", str(save)])

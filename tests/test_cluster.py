@@ -34,7 +34,8 @@ def wait_for(path):
 def test_a_task_runs_its_line_and_ends_with_its_exit_code(tmp_path):
     assert start(tmp_path, "exit 3", "echo 'one; two' >line.txt; exit 2", task=2).wait(PATIENCE) == 2
     assert (tmp_path / "line.txt").read_text() == "one; two\n"
-    assert start(tmp_path, "true").wait(PATIENCE) == 0
+    assert start(tmp_path, "true\r", "echo one >line.txt\r", task=2).wait(PATIENCE) == 0  # line ends of Windows
+    assert (tmp_path / "line.txt").read_text() == "one\n"
     assert not (tmp_path / "calls.txt").exists()
 
 
@@ -45,28 +46,20 @@ def test_a_task_without_a_command_fails_with_a_sentence(tmp_path, capfd, file, t
     assert f"{file or 'no file'} has no command in line {task}" in capfd.readouterr().err
 
 
-def test_line_ends_of_windows_are_no_part_of_the_command(tmp_path):
-    assert start(tmp_path, "true\r", "echo one >line.txt\r", task=2).wait(PATIENCE) == 0
-    assert (tmp_path / "line.txt").read_text() == "one\n"
+PYTHON = "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); " \
+         "pathlib.Path('ready').touch(); time.sleep(600)"
 
 
-@pytest.mark.parametrize("word", ["", "true && "])  # bash becomes the single command; of two it is the parent
-def test_near_the_time_limit_the_command_gets_sigterm_and_the_task_is_requeued(tmp_path, word):
-    python = "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); " \
-             "pathlib.Path('ready').touch(); time.sleep(600)"
-    process = start(tmp_path, f'{word}{sys.executable} -c "{python}"')
+@pytest.mark.parametrize("line, code, calls", [
+    *((f'{word}{sys.executable} -c "{PYTHON}"', 143, "requeue 7\n") for word in ("", "true && ")),
+    ("trap 'exit 0' TERM; touch ready; while :; do sleep 0.1; done", 0, None)], ids=["replaced", "parent", "ended"])
+def test_near_the_time_limit_the_command_gets_sigterm_and_the_task_is_requeued_unless_it_ends(tmp_path, line, code, calls):
+    """Bash becomes a single command, and is the parent of the last of two."""
+    process = start(tmp_path, line)
     wait_for(tmp_path / "ready")
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(PATIENCE) == 143
-    assert (tmp_path / "calls.txt").read_text() == "requeue 7\n"
-
-
-def test_a_command_that_ends_in_its_last_minute_is_not_requeued(tmp_path):
-    process = start(tmp_path, "trap 'exit 0' TERM; touch ready; while :; do sleep 0.1; done")
-    wait_for(tmp_path / "ready")
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(PATIENCE) == 0
-    assert not (tmp_path / "calls.txt").exists()
+    assert process.wait(PATIENCE) == code
+    assert (tmp_path / "calls.txt").exists() == bool(calls) and (not calls or (tmp_path / "calls.txt").read_text() == calls)
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ import importlib
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+import param_recovery
+from small_runs import ROOT, train, train_on
+
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted((ROOT / "results").glob("reproduce*.sh"))
 # Lines that begin with these are left out.
@@ -37,8 +38,7 @@ def commands(shell, folder):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page):
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
         if re.match(r"https?:|mailto:", target):
             continue
         file, _, anchor = target.partition("#")
@@ -52,8 +52,7 @@ def test_links_resolve(page):
 
 @pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: page.name)
 def test_commands_parse(page, capsys, tmp_path):
-    shells = blocks(page, "bash") + blocks(page, "sh") if page.suffix == ".md" else [page.read_text()]
-    for shell in shells:
+    for shell in blocks(page, "bash") + blocks(page, "sh") if page.suffix == ".md" else [page.read_text()]:
         assert subprocess.run(["bash", "-n"], input=shell, capture_output=True, text=True, check=False).returncode == 0, shell
         for script, *argv in commands(shell, tmp_path):
             written = [word for flag, word in zip(argv, argv[1:]) if flag in ("--save", "--out")]
@@ -87,21 +86,13 @@ def test_the_readme_is_short():
     assert text.count("\n") <= 150 and len(text.split()) <= 1500
 
 
-def test_every_array_of_a_run_is_documented(digits, tmp_path, no_pictures):
+def test_every_array_of_a_run_is_documented(digits, tmp_path):
     """docs/files.md names every array and file of a run in the first cell of a table's row."""
-    import param_recovery
-    import train_images
-    import train_synthetic
-    from vsm.runs import load_arrays
     rows = re.findall(r"^\| (`[^|]*?) \|", (ROOT / "docs" / "files.md").read_text(), re.M)
     documented = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
-    images = ["--data", "mnist", "--data-root", digits, "--net", "mlp", "--width", 4, "--dim-z", 2, "--samples", 1, "--batch", 50,
-              "--epochs", 1, "--device", "cpu"]
-    points = ["--seeds", 2, "--batch", 20, "--hidden", 4, "--epochs", 1, "--steps-per-epoch", 2, "--test-size", 20,
-              "--importance-samples", 100, "--device", "cpu"]
-    for name, script, argv in (("2d", train_synthetic, points), ("gaussian", train_images, images),
-                               ("bernoulli", train_images, [*images, "--latent", "bernoulli"])):
-        script.main(script.parse_args([*map(str, argv), "--out", str(tmp_path / name)]))
-        assert not load_arrays(tmp_path / name / "metrics.npz").keys() - documented, name
+    runs = {"2d": train(tmp_path / "2d", epochs=1), "gaussian": train_on(digits, tmp_path / "gaussian", "--epochs", 1),
+            "bernoulli": train_on(digits, tmp_path / "bernoulli", "--epochs", 1, "--latent", "bernoulli")}
+    for name, arrays in runs.items():
+        assert not arrays.keys() - documented, name
         assert not {file.name for file in (tmp_path / name).iterdir()} - documented, name
     assert not param_recovery.closed_forms(param_recovery.parse_args(["--points", "2"])).keys() - documented

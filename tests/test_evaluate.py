@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import evaluate
 import plots
 import train_images
 from data import load_images
 from metrics import evaluate_images
+from small_runs import CPU, IMAGES, assert_equal_arrays, edit_arrays, main, noise_pictures
 from studies.packs import pack
 from training import EVALUATION, seed_of
 from vsm import features
@@ -28,57 +28,40 @@ from vsm.loading import load_vae, vae_of
 from vsm.names import group_by_seed
 from vsm.runs import load_arrays, load_config, save_arrays
 
-CPU = torch.device("cpu")
 QUICK = ["--images", "20", "--iw-samples", "8", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VSM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def train(out, *argv):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_images, "draw_run", lambda run: None)  # figures cost more than these runs
-        train_images.main(train_images.parse_args([
-            "--width", "8", "--dim-z", "4", "--samples", "2", "--batch", "50", "--epochs", "8", "--inner-steps", "1",
-            "--eval-every", "4", "--lr", "3e-3", "--init-sd", "0.1", "--device", "cpu", "--out", str(out), *map(str, argv)]))
+    main(train_images, *IMAGES, "--net", "conv", "--width", 8, "--dim-z", 4, "--samples", 2, "--inner-steps", 1, "--epochs", 8,
+         "--eval-every", 4, "--lr", 3e-3, "--init-sd", 0.1, "--out", out, *argv)
     return out
 
 
 @pytest.fixture(scope="module")
 def runs(digits, tmp_path_factory):
-    """Two seeds of KLD-F; and copies of the first one that diverged, never ended, lost half its checkpoint, came from other
-    code."""
+    """Two seeds of KLD-F; and copies of the first one that diverged, never ended, lost half its checkpoint."""
     root = tmp_path_factory.mktemp("runs")
     runs = SimpleNamespace(a=train(root / "a", "--data-root", digits), b=train(root / "b", "--data-root", digits, "--seed", 1))
-    for name in ("diverged", "half", "damaged", "old"):
+    for name in ("diverged", "half", "damaged"):
         setattr(runs, name, shutil.copytree(runs.a, root / name))
-    arrays = load_arrays(runs.a / "metrics.npz")
-    config = arrays.pop("config")
+    config = load_config(runs.a)
     config["flags"]["seed"] = 2
     (runs.diverged / "config.json").write_text(json.dumps(config))
-    save_arrays(runs.diverged / "metrics.npz", config, **(arrays | {"status": "diverged@7"}))
-    del arrays["status"]
-    save_arrays(runs.half / "metrics.npz", config, **arrays)
+    edit_arrays(runs.diverged / "metrics.npz", config=config, status="diverged@7")
+    edit_arrays(runs.half / "metrics.npz", config=config, status=None)
     (runs.damaged / "checkpoint.pt").write_bytes((runs.a / "checkpoint.pt").read_bytes()[:5000])
-    del config["flags"]["latent"]
-    config["flags"]["nonesuch"] = 1
-    (runs.old / "config.json").write_text(json.dumps(config))
     return runs
 
 
-def run_evaluate(out, *argv, figures=False):
-    with pytest.MonkeyPatch.context() as patch:
-        if not figures:
-            patch.setattr(evaluate, "draw_figures", lambda measured, out: None)
-        evaluate.main(evaluate.parse_args([*QUICK, *map(str, argv), "--out", str(out)]))
+def run_evaluate(out, *argv, **options):
+    main(evaluate, *QUICK, *argv, "--out", out, **options)
 
 
 def test_table_and_figures_over_seeds_and_figures_redrawn_from_the_arrays_alone(runs, tmp_path, capsys):
-    run_evaluate(tmp_path / "out", runs.a, runs.b, runs.diverged, figures=True)
+    run_evaluate(tmp_path / "out", runs.a, runs.b, runs.diverged, pictures=True)
     printed = capsys.readouterr().out
     each, table = [load_arrays(run / "eval.npz") for run in (runs.a, runs.b)], load_arrays(tmp_path / "out" / "table.npz")
     last = [load_arrays(run / "metrics.npz")["negative_elbo"][-1] for run in (runs.a, runs.b)]
@@ -87,8 +70,7 @@ def test_table_and_figures_over_seeds_and_figures_redrawn_from_the_arrays_alone(
     assert table["negative_elbo_se"][0] == pytest.approx(abs(last[0] - last[1]) / 2)
     assert table["fid_mean"][0] == pytest.approx(np.mean([arrays["fid"] for arrays in each]))
     assert (table["paper_fid"][0], table["paper_kid_x1000"][0]) == (5.22, 60.8)
-    network = each[0]["config"]["evaluation"]["features"]
-    text = (tmp_path / "out" / "table.md").read_text()
+    network, text = each[0]["config"]["evaluation"]["features"], (tmp_path / "out" / "table.md").read_text()
     assert text in printed and "2 (+1 diverged)" in text and "floor: 60 training images" in text and "N = 60" in text
     assert network["hash"] in text and f"{network['accuracy']:.4f}" in text and "standard deviation of" in text
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
@@ -96,7 +78,7 @@ def test_table_and_figures_over_seeds_and_figures_redrawn_from_the_arrays_alone(
         "aggregate_posterior.png"}
     assert not (runs.diverged / "eval.npz").exists()
     for figure, drawn in (("trajectories", (runs.a, runs.b, runs.diverged)), ("denoising", (runs.a, runs.b))):
-        plots.main(plots.parse_args([figure, *map(str, drawn), "--save", str(tmp_path / f"{figure}.png")]))
+        main(plots, figure, *drawn, "--save", tmp_path / f"{figure}.png")
         assert (tmp_path / f"{figure}.png").read_bytes() == (tmp_path / "out" / f"{figure}.png").read_bytes()
 
 
@@ -106,8 +88,7 @@ def test_eval_npz_holds_what_the_readme_says_and_the_bound_tightens(runs, digits
     for name in ("fid", "fid_infinite", "kid", "kid_subset_sd", "kid_full", "fid_floor", "fid_infinite_floor", "kid_floor",
                  "kid_full_floor", "latent_mmd_null_sd"):
         assert arrays[name].shape == () and np.isfinite(arrays[name]), name
-    assert arrays["iw_samples"].tolist() == [1, 3, 8]
-    assert (np.diff(arrays["negative_iw_bound"]) < 0).all()
+    assert arrays["iw_samples"].tolist() == [1, 3, 8] and (np.diff(arrays["negative_iw_bound"]) < 0).all()
     assert arrays["negative_iw_bound"][0] == pytest.approx(load_arrays(runs.a / "metrics.npz")["negative_elbo"][-1], rel=0.2)
     vae, generator = load_vae(runs.a), torch.Generator().manual_seed(seed_of(0, EVALUATION))
     mmd_nulls(vae, 60, generator)  # draws first
@@ -124,8 +105,7 @@ def test_an_evaluation_is_used_again_until_its_settings_change(runs, tmp_path, c
     run_evaluate(tmp_path, runs.a)
     assert "evaluated before" in capsys.readouterr().out
     run_evaluate(tmp_path, runs.a, "--overwrite")
-    assert "evaluated before" not in capsys.readouterr().out
-    assert (runs.a / "eval.npz").read_bytes() == before
+    assert "evaluated before" not in capsys.readouterr().out and (runs.a / "eval.npz").read_bytes() == before
     run_evaluate(tmp_path, runs.a, "--iw-samples", "3")
     assert load_arrays(runs.a / "eval.npz")["iw_samples"].tolist() == [1, 3]
     run_evaluate(tmp_path, runs.a, "--iw-samples", "3", "--sampler", "gaussian")
@@ -138,13 +118,11 @@ def test_missing_begun_and_damaged_runs_are_named_and_skipped(runs, tmp_path, ca
     bad = tmp_path / "nowhere", begun, runs.damaged, tmp_path / "none.npz"
     run_evaluate(tmp_path / "out", *bad, runs.a)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
-    said = "not a run folder", "has not ended, and has no checkpoint", "is damaged", "does not exist"
-    for path, words in zip(bad, said):
+    for path, words in zip(bad, ("not a run folder", "has not ended, and has no checkpoint", "is damaged", "does not exist")):
         (line,) = [error for error in errors if f"skipped {path}:" in error]
         assert words in line
     assert load_arrays(tmp_path / "out" / "table.npz")["n"].tolist() == [1]
-    assert "none of these runs" in fails(evaluate, begun, "--out", tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    assert "none of these runs" in fails(evaluate, begun, "--out", tmp_path / "none") and not (tmp_path / "none").exists()
 
 
 def test_a_run_whose_checkpoint_is_gone_keeps_its_evaluation(runs, tmp_path, capsys):
@@ -167,17 +145,6 @@ def test_the_note_on_mmd_tells_latent_spaces_apart(runs, digits, tmp_path):
     assert f"standard deviation of {', '.join(sds)}" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_a_figure_that_cannot_be_drawn_says_why(runs, tmp_path, fails):
-    assert "synthetic draws runs of train_synthetic.py" in fails(plots, "synthetic", runs.a)
-    assert "has no 'posterior_mean_histogram'" in fails(plots, "posterior_mean", runs.a)
-    assert "not a run folder" in fails(plots, "samples", runs.a / "config.json")
-    assert "must end in .png" in fails(plots, "samples", runs.a, "--save", tmp_path)
-    assert "cannot write" in fails(plots, "samples", runs.a, "--save", runs.a / "config.json" / "a.png")
-    garbled = shutil.copytree(runs.a, tmp_path / "garbled")
-    np.savez(garbled / "metrics.npz", config="not JSON")
-    assert "is damaged" in fails(plots, "samples", garbled)
-
-
 def test_every_logarithmic_axis_has_numbers(tmp_path):
     figure, axes = new_figure(1, 3)
     for ax, top in zip(axes.flat, (800, 8, 7e6)):
@@ -189,12 +156,6 @@ def test_every_logarithmic_axis_has_numbers(tmp_path):
         assert sum(bool(label.get_text()) and low <= label.get_position()[1] <= high for label in ax.get_yticklabels()) >= 2
 
 
-def test_a_run_of_another_version_is_skipped(runs, tmp_path, capsys):
-    run_evaluate(tmp_path / "out", runs.a, runs.old)
-    message = capsys.readouterr().err
-    assert f"skipped {runs.old}: " in message and "this version does not know its --nonesuch" in message
-
-
 def test_the_reference_is_of_the_runs_images_and_the_weights_that_are_given(runs, digits, tmp_path, fails, monkeypatch):
     asked = []
     monkeypatch.setattr(evaluate, "reference_set", lambda *words: asked.append(words))  # not one, which ends the evaluation
@@ -204,24 +165,10 @@ def test_the_reference_is_of_the_runs_images_and_the_weights_that_are_given(runs
     assert asked == [("mnist", str(digits), 0, str(weights), CPU)]
 
 
-def test_bad_flags(runs, fails, tmp_path):
-    assert "there is no such file" in fails(evaluate, runs.a, "--inception-weights", tmp_path / "none.pth")
-    assert "--iw-samples" in fails(evaluate, runs.a, "--iw-samples", "0")
-
-
-def test_the_rebuilt_model_is_the_trained_one(runs, digits):
-    data, flags = load_images("mnist", digits), load_config(runs.a)["flags"]
-    vae = load_vae(runs.a)
-    again = evaluate_images(vae, data.test, flags["noise"], seed=seed_of(flags["seed"], EVALUATION))
-    arrays = load_arrays(runs.a / "metrics.npz")
-    assert all(np.array_equal(arrays[name][-1], again[name]) for name in again)
-
-
 def test_training_lowers_the_fid_and_the_floor_is_below(runs, digits):
     reference = reference_set("mnist", str(digits), 0, None, CPU)
-    found = []
-    for vae in (vae_of(load_config(runs.a)["flags"], (1, 32, 32)), load_vae(runs.a)):
-        found.append(fids(vae, reference, 0.1, torch.Generator().manual_seed(0))["fid"].item())
+    found = [fids(vae, reference, 0.1, torch.Generator().manual_seed(0))["fid"].item()
+             for vae in (vae_of(load_config(runs.a)["flags"], (1, 32, 32)), load_vae(runs.a))]
     assert found[0] > found[1] > reference.floor["fid_floor"] > 0
 
 
@@ -241,18 +188,15 @@ def test_lenet_is_the_same_each_time_and_its_features_are_of_order_one(digits, m
 
 def test_without_inception_every_other_number_is_there(tmp_path, capsys):
     pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    noise_pictures(tmp_path / "pictures", 40)
     run = train(tmp_path / "run", "--data", f"folder:{tmp_path / 'pictures'}", "--batch", "10", "--epochs", "1")
     (tmp_path / "weights.pth").write_bytes(b"no weights")
     run_evaluate(tmp_path / "out", run, "--inception-weights", tmp_path / "weights.pth")
     assert "weights.pth does not hold Inception's weights" in capsys.readouterr().err
     table = load_arrays(tmp_path / "out" / "table.npz")
     assert np.isnan(table["fid_mean"][0])
-    assert np.isfinite([table[f"{name}_mean"][0] for name in ("negative_elbo", "negative_iw_bound", "latent_mmd",
-                                                              "posterior_fd")]).all()
+    finite = ("negative_elbo", "negative_iw_bound", "latent_mmd", "posterior_fd")
+    assert all(np.isfinite(table[f"{name}_mean"][0]) for name in finite)
 
 
 def test_groups_differ_in_their_seed_alone():
@@ -276,10 +220,9 @@ def test_values_of_different_features_are_in_no_mean(runs, tmp_path):
     run_evaluate(tmp_path, one, other)
     table = load_arrays(tmp_path / "table.npz")
     assert table["features"].tolist() == ["LeNet-5 on mnist"] and np.isfinite(table["fid_infinite_mean"]).all()
-    arrays = load_arrays(other / "eval.npz")
-    config = arrays.pop("config")
+    config = load_arrays(other / "eval.npz")["config"]
     config["evaluation"]["features"] = {"name": "Another", "hash": "0", "accuracy": None}
-    save_arrays(other / "eval.npz", config, **arrays)
+    edit_arrays(other / "eval.npz", config=config)
     for run in (one, other):
         (run / "checkpoint.pt").unlink()
     run_evaluate(tmp_path, one, other)
@@ -287,9 +230,6 @@ def test_values_of_different_features_are_in_no_mean(runs, tmp_path):
     assert table["features"].tolist() == ["Another, LeNet-5 on mnist"] and np.isfinite(table["negative_elbo_mean"]).all()
     assert np.isnan([table[f"{key}_mean"] for key in ("fid", "fid_infinite", "kid_x1000", "fid_aggregate")]).all()
     assert (tmp_path / "table.md").read_text().count("floor: 60 training images") == 2
-
-
-# -------------------------------------------------------------------------------------- nothing stale, lost or silent
 
 
 def test_changed_test_images_are_refused(runs, digits, tmp_path, capsys):
@@ -314,8 +254,7 @@ def test_a_cache_that_cannot_be_written_costs_no_number(runs, tmp_path, capsys, 
     reference_set.cache_clear()
     after = load_arrays(run / "eval.npz")
     assert "the result is not cached" in capsys.readouterr().err
-    assert before.keys() == after.keys()
-    assert all(np.array_equal(before[key], after[key]) for key in before if key != "config")
+    assert_equal_arrays(before, after)
 
 
 @pytest.mark.parametrize("argv", [[], ["--overwrite"], ["--iw-samples", "3"]])
@@ -326,13 +265,11 @@ def test_an_evaluation_with_fid_is_never_replaced_by_one_without(runs, tmp_path,
 
     def nothing(*_):
         raise UserError("its network cannot be had")
-
     monkeypatch.setattr("vsm.fid.features_of", nothing)
     reference_set.cache_clear()
     run_evaluate(tmp_path / "out", run, *argv)
     reference_set.cache_clear()
-    assert (run / "eval.npz").read_bytes() == before
-    assert "which cannot be computed now, and is kept" in capsys.readouterr().err
+    assert (run / "eval.npz").read_bytes() == before and "which cannot be computed now, and is kept" in capsys.readouterr().err
     assert np.isfinite(load_arrays(tmp_path / "out" / "table.npz")["fid_mean"][0])
 
 
@@ -348,13 +285,11 @@ def test_a_damaged_evaluation_is_made_again_or_named(runs, tmp_path, capsys, dam
         elif damage == "no keys":
             save_arrays(run / "eval.npz", load_arrays(run / "eval.npz")["config"], status="ok", fid=1.0)
         else:
-            arrays = {key: value for key, value in load_arrays(run / "eval.npz").items() if key != "config"}
-            save_arrays(run / "eval.npz", {}, **arrays)
+            edit_arrays(run / "eval.npz", config={})
 
     spoil()
     run_evaluate(tmp_path / "out", run)
-    assert "its eval.npz is damaged and is made again" in capsys.readouterr().err
-    assert (run / "eval.npz").read_bytes() == before
+    assert "its eval.npz is damaged and is made again" in capsys.readouterr().err and (run / "eval.npz").read_bytes() == before
     spoil()
     (run / "checkpoint.pt").unlink()
     run_evaluate(tmp_path / "out", run, runs.b)
@@ -369,7 +304,7 @@ def test_all_numbers_of_an_unfinished_run_are_of_its_checkpoint_and_it_is_labell
     config = arrays.pop("config")
     kept = {name: value[:2] for name, value in arrays.items() if value.shape[:1] == arrays["epoch"].shape}
     assert kept["epoch"].tolist() == [0, 4]
-    save_arrays(half / "metrics.npz", config, **arrays | kept)
+    edit_arrays(half / "metrics.npz", **kept)
     run_evaluate(tmp_path / "out", runs.a, half)
     assert load_arrays(half / "eval.npz")["status"] == "unfinished@8" and "status" not in load_arrays(half / "metrics.npz")
     table = load_arrays(tmp_path / "out" / "table.npz")
@@ -403,8 +338,7 @@ def test_each_row_has_its_budget_where_budgets_differ():
     assert budget_notes([("a", other), ("b", other)]) == ["- budget of all runs: --samples 1 --epochs 7"]
     assert budget_notes([("a", one), ("b", other), ("c", one)]) == [f"- budget of a; c: {paper}",
                                                                    "- budget of b: --samples 1 --epochs 7"]
-    alone = defaults | {"epochs": 9}
-    assert budget_notes([("b", other), ("a", alone)])[1] == "- budget of a: --epochs 9"
+    assert budget_notes([("b", other), ("a", defaults | {"epochs": 9})])[1] == "- budget of a: --epochs 9"
 
 
 def test_a_pack_gives_the_same_table_without_folders(runs, tmp_path):
@@ -416,11 +350,10 @@ def test_a_pack_gives_the_same_table_without_folders(runs, tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("checkpoint.pt", {}), ("checkpoint.pt", {"trainer": None}),
-    ("checkpoint.pt", {"trainer": {"tensors": {"vae.log_gamma": 1}}}),
-    ("checkpoint.pt", {"trainer": {"tensors": {}}}), ("config.json", {"flags": {}}),
-    ("config.json", {"flags": {"width": "wide"}}),
-    ("config.json", {"data": None}), ("config.json", {"label": None}), ("config.json", {"script": "train_synthetic"}),
+    *(("checkpoint.pt", content) for content in ({}, {"trainer": None}, {"trainer": {"tensors": {}}},
+                                                 {"trainer": {"tensors": {"vae.log_gamma": 1}}})),
+    *(("config.json", content) for content in ({"flags": {}}, {"flags": {"width": "wide"}}, {"flags": {"nonesuch": 1}},
+                                               {"data": None}, {"label": None}, {"script": "train_synthetic"})),
     ("metrics.npz", {}), ("metrics.npz", {"status": "ok"})])
 def test_whatever_is_wrong_with_one_run_the_others_are_evaluated(runs, tmp_path, capsys, name, content):
     bad = shutil.copytree(runs.b, tmp_path / "bad")

@@ -1,26 +1,34 @@
 """docs/extending.md does what it says: an objective, a network and a 2-D law of one's own, and the adapter for a foreign VAE."""
 
+import os
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import audit
+import evaluate
 import plots
+import small_runs
 import train_images
 import train_synthetic
 from benchmarks import benchmark
-from models import NETS, build_vae
+from examples import own_pictures
+from models import NETS
 from objectives import INFER, LEARN, Objective
-from training import ImageTrainer
+from small_runs import IMAGES, ROOT, environment, image_trainer, main, noise_pictures
 from vsm.cli import command_line
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.runs import load_arrays
+from vsm.stored_runs import open_runs
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (Path(__file__).parent.parent / "docs" / "extending.md").read_text(), re.M | re.S)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "extending.md").read_text(), re.M | re.S)
 
 
 @pytest.fixture
@@ -37,7 +45,6 @@ def mine(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         command_line(lambda: script.parse_args([*map(str, argv)]), script.main)
         return capsys.readouterr().out
-
     yield run
     for table, entries in zip((LEARN, INFER, NETS, DISTRIBUTIONS), before):
         table.clear()
@@ -45,14 +52,10 @@ def mine(tmp_path, monkeypatch, capsys):
     sys.modules.pop("mine", None)
 
 
-SMALL = ["--seeds", 2, "--batch", 20, "--hidden", 6, "--inner-steps", 1, "--epochs", 1, "--steps-per-epoch", 3, "--test-size", 20,
-         "--importance-samples", 100, "--device", "cpu"]
-
-
 def test_a_new_law_and_objective_train_and_plot(mine, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(train_synthetic, "synthetic_samples", lambda runs, save: drawn.append(save))
-    argv = ["--data", "stripe", "--learn", "fd2", *SMALL, "--out", tmp_path / "run"]
+    argv = [*small_runs.SMALL, "--epochs", 1, "--data", "stripe", "--learn", "fd2", "--out", tmp_path / "run"]
     assert "KLD-F2 on stripe" in mine(train_synthetic, *argv) and drawn
     arrays = load_arrays(tmp_path / "run" / "metrics.npz")
     assert arrays["config"]["label"] == "KLD-F2" and str(arrays["status"]) == "ok" and "nll_excess" not in arrays
@@ -61,11 +64,9 @@ def test_a_new_law_and_objective_train_and_plot(mine, tmp_path, monkeypatch):
 
 
 def test_a_new_network_trains(mine, digits, tmp_path, no_pictures):
-    out = tmp_path / "run"
-    mine(train_images, "--net", "linear", "--learn", "fd2", "--data-root", digits, "--dim-z", 3, "--samples", 1,
-         "--inner-steps", 1, "--limit", 100, "--test-limit", 20, "--epochs", 1, "--eval-every", 1, "--device", "cpu",
-         "--out", out)
-    arrays = load_arrays(out / "metrics.npz")
+    argv = [*IMAGES, "--epochs", 1, "--net", "linear", "--learn", "fd2", "--data-root", digits, "--out", tmp_path / "run"]
+    mine(train_images, *argv)
+    arrays = load_arrays(tmp_path / "run" / "metrics.npz")
     assert str(arrays["status"]) == "ok" and arrays["config"]["flags"]["net"] == "linear"
 
 
@@ -74,11 +75,6 @@ def test_a_new_objective_is_audited_and_benchmarked(mine, tmp_path):
     report = mine(audit, "fd2", "--no-training", "--out", tmp_path / "audit")
     assert "composition: 1.5 E 1/2 |a|^2 -0.5 1/2 |E a|^2 +1 lap" in report and "less 0.5 times half" in report
     assert "KLD-F2" in mine(benchmark, "--quick", "--pairs", "KLD-F2", "--device", "cpu", "--out", tmp_path / "benchmark")
-
-
-def test_an_unknown_name_is_an_error(fails):
-    assert re.search("invalid choice: .fd3.*VSM_IMPORT", fails(train_synthetic, "--learn", "fd3"))
-    assert re.search("invalid choice: .fd3.*VSM_IMPORT", fails(audit, "fd3"))
 
 
 def test_the_adapter_makes_a_strangers_vae_fit():
@@ -105,8 +101,7 @@ def test_the_adapter_makes_a_strangers_vae_fit():
             q = vae.encode(x)
             return LEARN["elbo"](vae, x, q, vae.encode(x).sample((200,))).mean().item()
 
-    before = loss()
-    phi = torch.optim.Adam(vae.encoder.parameters(), 0.02)
+    before, phi = loss(), torch.optim.Adam(vae.encoder.parameters(), 0.02)
     theta = torch.optim.Adam([*vae.decoder.parameters(), vae.log_gamma], 0.02)
     for _ in range(60):
         names["step"](vae, x, phi, theta)
@@ -127,9 +122,42 @@ def test_an_objective_that_declares_t_gets_the_score_of_the_datas_noise(monkeypa
 
     monkeypatch.setitem(LEARN, "watching", Objective(watching, "W"))
     images = torch.randint(0, 256, (4, 1, 2, 2), dtype=torch.uint8)
-    trainer = ImageTrainer(build_vae("mlp", (1, 2, 2), 2, width=3), images, learn="watching", infer="kld", estimator="plugin",
-                           samples=1, inner_steps=1, noise=0.3, batch=4, lr=1e-3, seed=0)
+    trainer = image_trainer(images=images, learn="watching", noise=0.3)
     trainer.run_step()
     (x, t), = seen
-    clean = images[trainer.order].float() / 255
-    torch.testing.assert_close(t, (clean - x).flatten(1) / 0.3**2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(t, (images[trainer.order].float() / 255 - x).flatten(1) / 0.3**2, rtol=1e-4, atol=1e-4)
+
+
+def test_the_example_goes_from_a_folder_of_pictures_to_samples_and_log_p(tmp_path, capsys):
+    noise_pictures(tmp_path / "pictures", 30)
+    flags = ["--updates", 4, "--width", 2, "--components", 2, "--out", tmp_path / "run"]
+    main(own_pictures, f"folder:{tmp_path / 'pictures'}", *flags)
+    assert "log p(x) of the new pictures, at least: " in capsys.readouterr().out
+    assert Image.open(tmp_path / "run" / "own_pictures.png").width > 500
+
+
+def test_the_recipe_that_compares_objectives_gives_a_table_by_a_fitted_law(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "images.md").read_text()
+    train, measure = re.search(r"Compare two objectives.*?```bash\n(.*?)\n(.*?)\n```", page, re.S).groups()
+    monkeypatch.chdir(tmp_path)
+    noise_pictures(tmp_path / "my_pictures", 40)
+    train_images.main_of_runs(train_images.parse_runs(
+        [*shlex.split(train)[2:], "--width", "2", "--dim-z", "2", "--samples", "2", "--batch", "18", "--epochs", "1"]))
+    run, = Path("runs/images").glob("*-fd-*seed0")
+    main(evaluate, run, *shlex.split(measure)[3:], "--images", 2, "--iw-samples", 2, "--components", 2)
+    assert "KLD-F" in (table := capsys.readouterr().out) and "| mixture |" in table
+
+
+STAGES = {"mnist": 5, "mnist_fd": 3, "gamma_fixed": 12, "gamma_stationary": 4, "celeba": 5, "fashion": 5, "resnet": 5,
+          "resnet_fd": 3}
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_rehearses_every_stage_on_a_cpu(tmp_path):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", ROOT / "benchmarks" / "gpu.sh", "3000", tmp_path, tmp_path / "out"], capture_output=True,
+                          text=True, check=False, env=environment() | {"REHEARSE": "1", "PATH": path})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage, count in STAGES.items():
+        assert len(open_runs([tmp_path / "out" / f"{stage}.npz"])) == count, stage
+    assert "updates a second" in (tmp_path / "out" / "lockstep_eager.md").read_text()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-import train_images
+import small_runs
 import train_synthetic
 from models import build_ensemble, build_vae
 from objectives import LEARN, dot, posterior_score
+from small_runs import CPU, run_steps
 from train_synthetic import EnsembleTrainer
-from training import ImageTrainer
 from vsm.cli import UserError
 from vsm.gamma import LARGEST_MOVE, StationaryGamma
 from vsm.names import group_by_seed, settings_of
@@ -146,48 +146,28 @@ def test_members_of_an_ensemble_have_each_their_own_gamma():
     assert found.shape == (2, 2) and found[1].tolist() == pytest.approx([2, 2], rel=1e-3) and found[0, 0] != found[0, 1]
 
 
-# --------------------------------------------------------------------------------------------------------------- --gamma
-
-
-@pytest.mark.parametrize("script", [train_images, train_synthetic])
-@pytest.mark.parametrize("learn", [learn for learn, entry in LEARN.items() if not entry.gamma])
-def test_an_objective_without_a_closed_form_is_refused(script, learn, fails):
-    assert "whose gamma has a closed form" in fails(script, "--learn", learn, "--gamma", "stationary")
-
-
-def test_bilevel_steps_are_refused(fails):
-    message = fails(train_synthetic, "--learn", "swersky", "--gamma", "stationary", "--bilevel-steps", "1")
-    assert "q moves with gamma" in message
-
-
 def image_trainer(learn="swersky", gamma="stationary", **options):
     torch.manual_seed(0)
     vae = build_vae("mlp", (1, 4, 4), 2, width=8, init_sd=1.0)
     images = (torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 255).byte()
-    return ImageTrainer(vae, images, learn=learn, batch=10, lr=1e-3, seed=0, gamma=gamma, noise=0.1, infer="kld",
-                        **{"estimator": "plugin", "samples": 3, "inner_steps": 2} | options)
+    options = {"samples": 3, "inner_steps": 2} | options
+    return small_runs.image_trainer(vae, images, learn=learn, gamma=gamma, batch=10, **options)
 
 
 def ensemble_trainer(learn="swersky", gamma="stationary"):
     argv = ["--learn", learn, "--seeds", "2", "--batch", "50", "--hidden", "6", "--inner-steps", "1", "--samples", "3",
             "--init-sd", "1", "--lr", "1e-3", "--gamma", gamma]
-    return EnsembleTrainer(train_synthetic.parse_args(argv), torch.device("cpu"))
+    return EnsembleTrainer(train_synthetic.parse_args(argv), CPU)
 
 
 both_trainers = pytest.mark.parametrize("trainer", [image_trainer, ensemble_trainer])
-
-
-def run(trainer, steps):
-    for _ in range(steps):
-        trainer.run_step()
-    return trainer
 
 
 @both_trainers
 def test_fixed_gamma_stays_and_the_decoder_trains(trainer):
     fixed = trainer(gamma="fixed")
     before = [p.clone() for p in fixed.vae.decoder.parameters()]
-    run(fixed, 4)
+    run_steps(fixed, 4)
     assert (fixed.vae.log_gamma == 0).all()
     assert all(not torch.equal(p, old) for p, old in zip(fixed.vae.decoder.parameters(), before))
 
@@ -196,10 +176,10 @@ def test_fixed_gamma_stays_and_the_decoder_trains(trainer):
 @pytest.mark.parametrize("learn", ["elbo", "fd", "swersky", "bao"])
 def test_stationary_gamma_arrives_within_some_updates(trainer, learn):
     """It is where the mean slope of the loss by log gamma vanishes, while Adam's steps have moved log gamma by 0.02 at most."""
-    stationary, learned = run(trainer(learn), 20), run(trainer(learn, "learned"), 20)
+    stationary, learned = run_steps(trainer(learn), 20), run_steps(trainer(learn, "learned"), 20)
     assert learned.vae.log_gamma.abs().max() < 0.021 and stationary.vae.log_gamma.abs().min() > 0.1
     if trainer is image_trainer and not LEARN[learn].needs_b:
-        shared = run(trainer(learn, inner_steps=1, one_pass=True), 10).vae.log_gamma  # as many decoder updates
+        shared = run_steps(trainer(learn, inner_steps=1, one_pass=True), 10).vae.log_gamma  # as many decoder updates
         assert shared.item() == pytest.approx(stationary.vae.log_gamma.item(), abs=0.1)
     expected = (stationary.stationary.means[0] / stationary.stationary.means[1]).log()
     assert torch.allclose(stationary.vae.log_gamma.detach(), expected, atol=1e-6)
@@ -207,11 +187,10 @@ def test_stationary_gamma_arrives_within_some_updates(trainer, learn):
 
 @both_trainers
 def test_a_resumed_run_with_stationary_gamma_equals_an_uninterrupted_one(trainer):
-    first = run(trainer(), 5)
-    resumed = trainer()
+    first, resumed = run_steps(trainer(), 5), trainer()
     resumed.load(first.save())
-    whole = run(first, 5).state()
-    for name, tensor in run(resumed, 5).state().items():
+    whole = run_steps(first, 5).state()
+    for name, tensor in run_steps(resumed, 5).state().items():
         assert torch.equal(tensor, whole[name]), name
 
 
@@ -220,8 +199,7 @@ def test_a_checkpoint_of_another_mode_is_refused():
         image_trainer(gamma="stationary").load(image_trainer(gamma="fixed").save())
 
 
-def test_the_mode_is_in_names_of_folders_and_groups_where_it_differs():
-    assert train_images.parse_args(["--gamma", "stationary"]).out == "runs/images/mnist-conv-kld-fd-gammastationary-seed0"
+def test_the_mode_is_in_names_of_groups_where_it_differs():
     configs = [{"label": "KLD-F", "flags": {"data": "mnist", "net": "mlp", "estimator": "plugin", "seed": seed} | gamma}
                for seed, gamma in ((0, {"gamma": "learned"}), (1, {"gamma": "learned"}), (0, {"gamma": "fixed"}))]
     assert group_by_seed("abc", configs) == [("KLD-F, gamma learned", [0, 1]), ("KLD-F, gamma fixed", [2])]

@@ -1,4 +1,4 @@
-"""Purpose decides the folder of a module: read from the import statements, also those inside functions."""
+"""The form of the source: the length of lines and modules, who imports whom, and which text a mistake of mutants.py replaces."""
 
 import ast
 import subprocess
@@ -8,10 +8,26 @@ from graphlib import TopologicalSorter
 
 import pytest
 
+from mutants import MUTANTS, TESTS
 from small_runs import ROOT, environment
 
+LINES = 450  # of a module
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+SOURCES = sorted(file for place in ("", "docs/**/", "results/**/", "tests/**/", "vsm/**/") for file in ROOT.glob(f"{place}*.py"))
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
          for place in ("*.py", "vsm/**/*.py", "studies/**/*.py", "benchmarks/**/*.py") for path in ROOT.glob(place)}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_line_and_no_module_is_too_long(file):
+    assert "E" in PROJECT["ruff"]["lint"]["select"]  # with E501, the length of a line
+    lines = file.read_text().splitlines()
+    assert [i for i, line in enumerate(lines, 1) if len(line) > PROJECT["ruff"]["line-length"]] == [] and len(lines) <= LINES
+
+
+def test_every_mutant_replaces_a_text_that_its_file_has_once():
+    mutants = [(file, old) for file, pairs in MUTANTS.items() for old, _ in pairs]
+    assert [(file, old) for file, old in mutants if (ROOT / file).read_text().count(old) != 1 or file not in TESTS] == []
 
 
 def imports():
@@ -55,8 +71,7 @@ def test_a_figure_module_is_imported_for_figures_alone():
 
 
 def test_the_project_table_lists_every_module():
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    flat = sorted(module for module, path in FILES.items() if path.parent == ROOT)
+    table, flat = PROJECT["setuptools"], sorted(module for module, path in FILES.items() if path.parent == ROOT)
     packages = sorted(module for module, path in FILES.items() if path.name == "__init__.py")
     assert (table["py-modules"], table["packages"]) == (flat, packages)
 
@@ -68,5 +83,4 @@ def test_a_strangers_module_of_the_same_name_gets_one_sentence_with_both_files(t
     command = [sys.executable, "-c", "from vsm.loading import load_vae"]
     done = subprocess.run(command, cwd=tmp_path, env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
                           check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"{tmp_path / stranger} instead of {ROOT}" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"{tmp_path / stranger} instead of {ROOT}" in done.stderr

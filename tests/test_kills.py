@@ -16,15 +16,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 import dying
 import train_images
 import vsm.runs
-from small_runs import IMAGES, ROOT, SMALL, assert_equal_runs, environment
+from small_runs import CPU, IMAGES, ROOT, SMALL, assert_equal_runs, environment, main
 from vsm.runs import load_arrays, load_checkpoint
-
-# ---------------------------------------------------------------------------------------------- SIGKILL inside any write
 
 
 def forked(action, fatal=None):
@@ -42,7 +39,7 @@ def forked(action, fatal=None):
 
 def bare_run(out, value, overwrite=False):
     """Write all that a run writes, without any training."""
-    with vsm.runs.Run(out, "train_synthetic", {"value": value}, torch.device("cpu"), overwrite) as run:
+    with vsm.runs.Run(out, "train_synthetic", {"value": value}, CPU, overwrite) as run:
         if not run.status:
             run.load_checkpoint()
             run.save_metrics(value=np.array(value))
@@ -92,9 +89,6 @@ def test_an_overwrite_survives_two_kills_inside_any_writes(tmp_path, no_git, fir
     assert codes[0] == 0 and first > 30
 
 
-# ------------------------------------------------------------------------------------------- signals to real processes
-
-
 @contextlib.contextmanager
 def processes(script, output, redirection=""):
     """run(argv, number, fatal, delay) -> the exit code of `python SCRIPT.py ARGV`, which gets the signal `number` at its moment.
@@ -116,21 +110,19 @@ def processes(script, output, redirection=""):
 
 
 def moments_of(output):
-    """How many moments a process had that no signal ended."""
     return int(output.read_text().split()[-2])
 
 
-def test_a_signal_ends_a_process_with_its_code_and_the_run_resumes(digits, tmp_path, no_pictures):
+def test_a_signal_ends_a_process_with_its_code_and_the_run_resumes(digits, tmp_path):
     """The process has no stderr, as after 2>&- in a shell."""
     argv = [*IMAGES, "--data-root", str(digits), "--epochs", "4", "--out"]
     with processes("train_images", tmp_path / "output", "2>&-") as run:
         for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
             out = tmp_path / number.name
-            assert run([*argv, out], number, 80) == code
-            assert "status" not in load_arrays(out / "metrics.npz")
+            assert run([*argv, out], number, 80) == code and "status" not in load_arrays(out / "metrics.npz")
             assert load_checkpoint(out / "checkpoint.pt")["trainer"]["step"] > 0
     for name in ("SIGTERM", "SIGKILL", "whole"):
-        train_images.main(train_images.parse_args([*argv, str(tmp_path / name)]))
+        main(train_images, *argv, tmp_path / name)
     for name in ("SIGTERM", "SIGKILL"):
         assert_equal_runs(tmp_path / name, tmp_path / "whole")
 

@@ -10,46 +10,21 @@ from matplotlib.colors import is_color_like
 from scipy.optimize import minimize_scalar
 from torch import nn
 
+from linear_models import DZ, D, affine_vae, closed_forms, objectives_of
 from models import VAE, build_ensemble, build_vae
 from objectives import INFER, LEARN, label, latent_score_gap, likelihood_score, mean_product, posterior_score
-
-D, DZ = 4, 3
-
-
-class LinearEncoder(nn.Module):
-    """mean = A x + c, log std the same for every x."""
-
-    def __init__(self, A, c, std):
-        super().__init__()
-        self.A, self.c, self.log_std = nn.Parameter(A), nn.Parameter(c), nn.Parameter(std.log())
-
-    def forward(self, x):
-        mean = x @ self.A.T + self.c
-        return torch.cat([mean, self.log_std.expand_as(mean)], -1)
-
-
-def linear_vae(W, b, A, c, std, gamma):
-    decoder = nn.Linear(W.shape[1], W.shape[0])
-    decoder.weight.data, decoder.bias.data = W, b
-    vae = VAE(LinearEncoder(A, c, std), decoder, W.shape[1], init_sd=math.sqrt(gamma)).double()
-    vae.log_gamma.data = torch.tensor(math.log(gamma), dtype=torch.float64)
-    return vae
-
-
-@pytest.fixture
-def linear():
-    g = torch.Generator().manual_seed(0)
-    W, A = torch.randn(D, DZ, generator=g).double() * 0.6, torch.randn(DZ, D, generator=g).double() * 0.4
-    b, c = torch.randn(D, generator=g).double() * 0.3, torch.randn(DZ, generator=g).double() * 0.3
-    std = torch.tensor([0.4, 0.7, 1.1]).double()
-    x = torch.randn(5, D, generator=g).double()
-    return linear_vae(W, b, A, c, std, gamma=0.5), W, b, A, c, std, 0.5, x
 
 
 def draw(vae, x, n, seed=1):
     torch.manual_seed(seed)
     q = vae.encode(x)
     return q, q.sample((n,))
+
+
+def estimates(entry, vae, x, n, count, **options):
+    """`count` independent estimates [count, B] of an objective, each from n samples: by as many copies of the data [B, D]."""
+    copies = x.detach().repeat(count, 1)
+    return entry(vae, copies, *draw(vae, copies, n), **options).view(count, -1)
 
 
 def assert_within(samples, exact, errors=4.0):
@@ -59,36 +34,17 @@ def assert_within(samples, exact, errors=4.0):
     assert (error < 0.05 * (1 + exact.abs())).all(), error
 
 
-def closed_forms(linear):
-    _vae, W, b, A, c, std, gamma, x = linear
-    S, mean = std.square().diag(), x @ A.T + c
-    r = x - mean @ W.T - b
-    r2, V = r.square().sum(-1), torch.trace(W @ S @ W.T)
-    M = -S.inverse() + torch.eye(DZ) + W.T @ W / gamma
-    b2 = torch.trace(A.T @ S.inverse() @ A)
-    kl = (std.square().sum() + mean.square().sum(-1) - DZ - 2 * std.log().sum()) / 2
-    posterior = (torch.trace(M @ S @ M.T) + (mean - r @ W / gamma).square().sum(-1)) / 2
-    fd = (r2 + V) / (2 * gamma**2) - D / gamma
-    return {
-        "elbo": D / 2 * math.log(2 * math.pi * gamma) + (r2 + V) / (2 * gamma) + kl, "fd": fd,
-        "swersky": (r2 / 2 + V) / gamma**2 - D / gamma, "bao": r2 / (2 * gamma**2) + torch.trace(W @ A) / gamma - D / gamma,
-        "fae": posterior + b2 / 2 + fd, "posterior": posterior}
-
-
 @pytest.mark.parametrize("name", ["elbo", "fd", "swersky", "bao", "fae"])
 def test_learning_objectives_equal_their_closed_forms(linear, name):
-    vae, x = linear[0].requires_grad_(False), linear[-1]
+    vae, x = linear.vae.requires_grad_(False), linear.x
     options = {"estimator": "unbiased"} if name in ("swersky", "bao") else {}  # plugin is biased by tr Var(a) / 2N: another test
     n = 20 if name in ("bao", "fae") else 200
-    losses = torch.stack([LEARN[name](vae, x, *draw(vae, x, n, seed), **options) for seed in range(400)])
-    assert losses.shape == (400, 5)
-    assert_within(losses, closed_forms(linear)[name])
+    assert_within(estimates(LEARN[name], vae, x, n, 400, **options), objectives_of(closed_forms(linear))[name])
 
 
 def test_posterior_fisher_divergence_equals_its_closed_form(linear):
-    vae, x = linear[0].requires_grad_(False), linear[-1]
-    losses = torch.stack([INFER["fd"](vae, x, *draw(vae, x, 200, seed)) for seed in range(400)])
-    assert_within(losses, closed_forms(linear)["posterior"])
+    vae, x = linear.vae.requires_grad_(False), linear.x
+    assert_within(estimates(INFER["fd"], vae, x, 200, 400), closed_forms(linear)["half_c2"])
 
 
 @pytest.mark.slow
@@ -96,55 +52,48 @@ def test_posterior_fisher_divergence_equals_its_closed_form(linear):
 def test_plugin_bias_is_the_variance_of_the_mean(linear, name, factor):
     vae, W, _, _, _, std, gamma, x = linear
     n, variance = 2, torch.trace(W @ std.square().diag() @ W.T) / gamma**2
-    losses = torch.stack([LEARN[name](vae, x, *draw(vae, x, n, seed)).detach() for seed in range(4000)])
-    assert_within(losses, closed_forms(linear)[name] + factor * variance / n)
+    losses = estimates(LEARN[name], vae, x, n, 4000).detach()
+    assert_within(losses, objectives_of(closed_forms(linear))[name] + factor * variance / n)
 
 
 def exact_posterior(W, b, gamma):
     """The linear VAE whose q is p(z|x); diagonal because W has orthogonal columns."""
     precision = torch.eye(W.shape[1]) + W.T @ W / gamma
     A = precision.inverse() @ W.T / gamma
-    return linear_vae(W, b, A, -A @ b, precision.inverse().diagonal().sqrt(), gamma)
+    return affine_vae(W, b, A, -A @ b, precision.inverse().diagonal().sqrt(), gamma)
 
 
 def test_fisher_identity_with_the_exact_posterior():
     g = torch.Generator().manual_seed(0)
     W = torch.linalg.qr(torch.randn(D, DZ, generator=g).double())[0] * torch.tensor([0.5, 1.0, 2.0])
     b, gamma, x = torch.randn(D, generator=g).double(), 0.5, torch.randn(3, D, generator=g).double()
-    vae = exact_posterior(W, b, gamma).requires_grad_(False)
-    P = (W @ W.T + gamma * torch.eye(D)).inverse()
+    vae, P = exact_posterior(W, b, gamma).requires_grad_(False), (W @ W.T + gamma * torch.eye(D)).inverse()
     score = -(x - b) @ P
     score_matching = score.square().sum(-1) / 2 - torch.trace(P)
     variance = torch.trace(W @ vae.encode(x).base_dist.scale[0].square().diag() @ W.T) / gamma**2
 
     q, z = draw(vae, x, 100_000)
-    a = likelihood_score(vae, x, q, z)[0]
-    assert torch.allclose(a.mean(0), score, atol=0.02)
+    assert torch.allclose(likelihood_score(vae, x, q, z)[0].mean(0), score, atol=0.02)
     assert latent_score_gap(vae, x, q, z).abs().max() < 1e-10  # the posterior FD is zero sample by sample
     for name, exact in (("swersky", score_matching), ("bao", score_matching), ("fd", score_matching - variance / 2)):
         options = {} if name == "fd" else {"estimator": "unbiased"}
-        losses = torch.stack([LEARN[name](vae, x, *draw(vae, x, 20, seed), **options) for seed in range(500)])
-        assert_within(losses, exact)
+        assert_within(estimates(LEARN[name], vae, x, 20, 500, **options), exact)
 
 
 def test_fae_is_the_joint_fisher_divergence_up_to_the_data_score(linear):
     """E_data fae + 1/2 E||grad log pd||^2 = 1/2 tr[(Pp - Pq) Sq (Pp - Pq)], all joints zero-mean Gaussians."""
     _, W, _, A, _, std, gamma, _ = linear
-    g = torch.Generator().manual_seed(3)
-    root = torch.randn(D, D, generator=g).double() * 0.5 + torch.eye(D)
+    root = torch.randn(D, D, generator=torch.Generator().manual_seed(3)).double() * 0.5 + torch.eye(D)
     S, Sx, zero = std.square().diag(), root @ root.T, torch.zeros(1).double()
-    vae = linear_vae(W, zero.expand(D), A, zero.expand(DZ), std, gamma).requires_grad_(False)
+    vae = affine_vae(W, zero.expand(D), A, zero.expand(DZ), std, gamma).requires_grad_(False)
     Pp = torch.cat([torch.cat([torch.eye(D) / gamma, -W / gamma], 1),
                     torch.cat([-W.T / gamma, torch.eye(DZ) + W.T @ W / gamma], 1)])
     Sq = torch.cat([torch.cat([Sx, Sx @ A.T], 1), torch.cat([A @ Sx, A @ Sx @ A.T + S], 1)])
     gap = Pp - Sq.inverse()
     joint = torch.trace(gap @ Sq @ gap) / 2 - torch.trace(Sx.inverse()) / 2
-    losses = []
-    for seed in range(300):
-        torch.manual_seed(seed)
-        x = torch.randn(500, D).double() @ root.T
-        losses.append(LEARN["fae"](vae, x, *draw(vae, x, 2, seed)).mean())
-    assert_within(torch.stack(losses)[:, None], joint)
+    torch.manual_seed(0)
+    x = torch.randn(300 * 500, D).double() @ root.T
+    assert_within(LEARN["fae"](vae, x, *draw(vae, x, 2)).view(300, 500).mean(1, keepdim=True), joint)
 
 
 @pytest.mark.parametrize("name", ["elbo", "fd", "swersky", "bao"])
@@ -163,18 +112,14 @@ def test_propositions_optimal_gamma_and_autoencoding_loss(name):
         vae.log_gamma.fill_(log_gamma)
         options = {"estimator": "unbiased"} if name in ("swersky", "bao") else {}
         return LEARN[name](vae, x, q, z, **options).mean().item()
-
     found = minimize_scalar(loss, bounds=(-4, 4), method="bounded", options={"xatol": 1e-6})
     r, V, gamma = r.mean().item(), V.mean().item(), math.exp(found.x)
     if name == "elbo":
         assert gamma == pytest.approx((r + V) / 2, rel=1e-3)
         assert found.fun - vae.kl(q).sum(-1).mean().item() == pytest.approx(math.log(2 * math.pi * (r + V) / 2) + 1, rel=1e-3)
         return
-    if name == "fd":
-        numerator, second_moment = 2, r + V
-    elif name == "swersky":
-        numerator, second_moment = 2, r + 2 * V
-    else:
+    numerator, second_moment = 2, r + V * (2 if name == "swersky" else 1)
+    if name == "bao":
         jacobian = torch.func.vmap(torch.func.jacrev(lambda v, u: vae.decoder(_reparametrise(vae, v, u)), 0), (0, 0))
         u = (z - q.base_dist.loc) / q.base_dist.scale
         divergence = torch.stack([jacobian(x.detach(), u[i].detach()).diagonal(dim1=1, dim2=2).sum(-1) for i in range(n)])
@@ -188,8 +133,6 @@ def _reparametrise(vae, x, u):
     mean, std = vae.encoder(x[None]).chunk(2, -1)
     return mean[0] + vae.positive(std[0]) * u
 
-
-# ------------------------------------------------------------------------------------------- what every entry has to satisfy
 
 ENTRIES = {f"{kind} {name}": entry for kind, table in (("learn", LEARN), ("infer", INFER)) for name, entry in table.items()}
 every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
@@ -220,7 +163,6 @@ def held_constants(monkeypatch, kept):
         if not replay:
             kept.append(detach(tensor).clone())
         return kept[next(position)].clone()
-
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "detach", held)
         yield
@@ -313,8 +255,7 @@ def test_posterior_fd_gradient_with_and_without_reparametrisation(linear, repar)
     q = vae.encode(x)
     torch.manual_seed(0)
     z = vae.sample(q, vae.noise(q, 200_000))
-    loss = INFER["fd"](vae, x, q, z if repar else z.detach()).mean()
-    found = torch.autograd.grad(loss, vae.encoder.log_std)[0]
+    found = torch.autograd.grad(INFER["fd"](vae, x, q, z if repar else z.detach()).mean(), vae.encoder.log_std)[0]
 
     log_std = vae.encoder.log_std.detach().clone().requires_grad_()
     S, fixed = (2 * log_std).exp().diag(), (2 * log_std).exp().detach().diag()
@@ -339,14 +280,13 @@ def test_batch_norm_couples_the_scores_in_training_mode():
 
 def test_released_product_on_images_pairs_every_a_with_every_b():
     a, b = torch.randn(2, 3, 4, 5, dtype=torch.float64)  # [N, B, D] each
-    expected = sum((a_n * b_m).sum(-1) for a_n in a for b_m in b) / 3
-    assert torch.allclose(mean_product(a, b, "released"), expected)
+    assert torch.allclose(mean_product(a, b, "released"), sum((a_n * b_m).sum(-1) for a_n in a for b_m in b) / 3)
 
 
 @pytest.mark.slow
 def test_released_estimator_on_images_has_the_same_mean_and_more_variance(linear):
     """On images mean_n a_n.b_n becomes abar . sum_n b_n. Images of one row, so that the closed forms hold."""
-    vae, x, n = linear[0].requires_grad_(False), linear[-1], 4
+    vae, x, n = linear.vae.requires_grad_(False), linear.x, 4
     image_vae = VAE(nn.Sequential(nn.Flatten(), vae.encoder), nn.Sequential(vae.decoder, nn.Unflatten(-1, (1, 1, D))), DZ)
     image_vae.log_gamma = vae.log_gamma
     image_vae.double().requires_grad_(False)
@@ -359,7 +299,7 @@ def test_released_estimator_on_images_has_the_same_mean_and_more_variance(linear
 
 
 def test_released_estimator_on_vectors_averages_over_the_minibatch(linear):
-    vae, x = linear[0], linear[-1]
+    vae, x = linear.vae, linear.x
     q, z = draw(vae, x, 1)
     a = likelihood_score(vae, x, q, z)[0]
     over_batch = a[0].mean(0).square().sum() / 2
@@ -399,11 +339,12 @@ def test_frozen_networks_cost_no_double_backward():
     assert not latent_score_gap(vae, x.detach(), vae.encode(x.detach()), z).requires_grad
 
 
-def test_unbiased_needs_two_samples():
-    vae = build_vae("mlp", (2,), 2, width=8)
-    x = torch.randn(4, 2)
+def test_unbiased_needs_two_samples_and_the_released_code_has_no_denoising():
+    vae, x = build_vae("mlp", (2,), 2, width=8), torch.randn(4, 2)
     with pytest.raises(ValueError, match="at least 2"):
         LEARN["swersky"](vae, x, vae.encode(x), torch.randn(1, 4, 2), estimator="unbiased")
+    with pytest.raises(ValueError, match="released no estimator of denoising"):
+        LEARN["dsm"](vae, x, vae.encode(x), torch.randn(2, 4, 2), t=x, estimator="released")
 
 
 @pytest.mark.parametrize("loss", [LEARN["fae"], INFER["fd"]])
@@ -416,5 +357,4 @@ def test_gamma_has_its_gradient_with_a_frozen_decoder(loss):
         x = torch.randn(4, 5, dtype=torch.float64).requires_grad_()
         q = vae.encode(x)
         return torch.autograd.grad(loss(vae, x, q, q.sample((2,))).mean(), vae.log_gamma)[0]
-
     assert torch.equal(gradient(frozen=True), gradient(frozen=False))

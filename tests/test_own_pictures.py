@@ -10,25 +10,22 @@ from PIL import Image
 import data
 import evaluate
 import train_images
+from small_runs import IMAGES, main
 from studies import latent_scale
-from test_data import scratch  # noqa: F401
-from test_pictures import cache_holds_nothing, few, picture, refusal, write_celeba, zip_of  # noqa: F401
+from test_data import refused, scratch  # noqa: F401
+from test_pictures import cache_holds_nothing, few, picture, write_celeba, write_pictures, zip_of  # noqa: F401
 from vsm import loading, pictures
 from vsm.cache import digest
-from vsm.cli import UserError, command_line
+from vsm.cli import command_line
 from vsm.pictures import Pictures
 from vsm.runs import load_arrays, status_of
 
-
-def write_folder(folder, numbers, **size):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, number in enumerate(numbers):
-        picture(number, **size).save(folder / f"{i:02d}.bmp")
-    return folder
+FEWEST = data.FEWEST_PICTURES
+SMALL = [*IMAGES, "--inner-steps", "1", "--batch", "9"]
 
 
 def test_the_cache_sees_names_and_every_date(tmp_path):
-    folder = write_folder(tmp_path / "any", range(11))
+    folder = write_pictures(tmp_path / "any", range(11))
     first = data.load_images(f"folder:{folder}")
     (folder / "00.bmp").rename(folder / "99.bmp")  # the split moves on by one
     assert torch.equal(data.load_images(f"folder:{folder}").test[0], first.train[0])
@@ -47,7 +44,7 @@ def test_the_cache_sees_names_and_every_date(tmp_path):
 
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints", ".thumbnails", "__MACOSX", "@eaDir", "below/.cache"])
 def test_pictures_in_hidden_folders_are_not_read(tmp_path, hidden):
-    folder = write_folder(tmp_path / ".pics", range(3))  # the folder that is named may be hidden
+    folder = write_pictures(tmp_path / ".pics", range(3))  # the folder that is named may be hidden
     (folder / hidden).mkdir(parents=True)
     (folder / "00.bmp").rename(folder / hidden / "00.bmp")
     (folder / "01.bmp").rename(folder / "..01.bmp")
@@ -57,7 +54,7 @@ def test_pictures_in_hidden_folders_are_not_read(tmp_path, hidden):
 
 
 def test_gifs_are_read_and_other_files_are_counted(tmp_path, capsys):
-    folder, frame = write_folder(tmp_path / "any", range(2)), picture(5, 64, 64).quantize(8)
+    folder, frame = write_pictures(tmp_path / "any", range(2)), picture(5, 64, 64).quantize(8)
     frame.save(folder / "x.gif", save_all=True, append_images=[picture(6, 64, 64)])
     for name in ("a.heic", "b.HEIC", "c.txt", "README", ".hidden"):
         (folder / name).write_bytes(b"")
@@ -70,62 +67,52 @@ def test_gifs_are_read_and_other_files_are_counted(tmp_path, capsys):
 
 
 def test_rotated_by_its_camera(tmp_path):
-    upright = picture(1, 64, 100)
+    upright, exif = picture(1, 64, 100), Image.Exif()
+    exif[0x0112] = 8  # shown upright after a quarter turn
     for i in range(2):
-        exif = Image.Exif()
-        exif[0x0112] = 8  # shown upright after a quarter turn
         upright.transpose(Image.Transpose.ROTATE_270).save(tmp_path / f"{i}.png", exif=exif)
     np.testing.assert_array_equal(data.load_images(f"folder:{tmp_path}").train[0], pictures.resize_and_crop(upright, 64))
 
 
 def test_one_conversion_names_all_damaged_pictures(tmp_path, monkeypatch):
-    folder = write_folder(tmp_path / "any", range(8))
+    folder = write_pictures(tmp_path / "any", range(8))
     for number in (0, 3, 7):
         (folder / f"{number:02d}.bmp").write_bytes(b"junk")
-    message = refusal(folder)
+    message = refused([], f"folder:{folder}")
     assert [f"{folder}/{number:02d}.bmp is damaged" in message for number in range(8)] == [n in (0, 3, 7) for n in range(8)]
     monkeypatch.setattr(pictures, "NAMED_FILES", 2)
-    message = refusal(folder)
+    message = refused([], f"folder:{folder}")
     assert "00.bmp" not in message and message.endswith("; and 1 more") and cache_holds_nothing(tmp_path / "cache")
 
 
-SMALL = "--net mlp --width 4 --dim-z 2 --samples 1 --inner-steps 1 --batch 9 --device cpu".split()
-
-
-def small_run(*words):
-    train_images.main(train_images.parse_args([*SMALL, *map(str, words)]))
-
-
-def test_eleven_pictures_are_enough_and_ten_are_not(tmp_path, monkeypatch, fails, no_pictures):
-    monkeypatch.undo()
-    monkeypatch.setenv("VSM_CACHE", str(tmp_path / "cache"))
-    folder, out = write_folder(tmp_path / "any", range(10), width=32, height=32), tmp_path / "run"
+def test_eleven_pictures_are_enough_and_ten_are_not(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(data, "FEWEST_PICTURES", FEWEST)
+    folder, out = write_pictures(tmp_path / "any", range(10), width=32, height=32), tmp_path / "run"
     message = fails(train_images, "--data", f"folder:{folder}", "--out", out)
     assert f"{folder} holds 10 pictures" in message and "11 or more" in message and "every tenth is a test picture" in message
     picture(10).save(folder / "10.bmp")
-    small_run("--data", f"folder:{folder}", "--epochs", 1, "--out", out)
+    main(train_images, *SMALL, "--data", f"folder:{folder}", "--epochs", 1, "--out", out)
     assert status_of(out) == "ok"
 
 
-def test_a_run_knows_its_pictures_wherever_they_lie(tmp_path, monkeypatch, capsys, fails, no_pictures):
-    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: None)
-    monkeypatch.chdir(write_folder(tmp_path / "pics", range(21), width=32, height=32).parent)
+def test_a_run_knows_its_pictures_wherever_they_lie(tmp_path, monkeypatch, capsys, fails):
+    monkeypatch.chdir(write_pictures(tmp_path / "pics", range(21), width=32, height=32).parent)
     flags = "--data", "folder:pics", "--epochs"
-    small_run(*flags, 1)
+    main(train_images, *SMALL, *flags, 1)
     [run] = (tmp_path / "runs" / "images").iterdir()
-    small_run("--data", "folder:./pics/", "--epochs", 2)
-    small_run("--data", f"folder:{tmp_path}/pics", "--epochs", 3)
+    main(train_images, *SMALL, "--data", "folder:./pics/", "--epochs", 2)
+    main(train_images, *SMALL, "--data", f"folder:{tmp_path}/pics", "--epochs", 3)
     assert [*run.parent.iterdir()] == [run] and load_arrays(run / "metrics.npz")["epoch"].max() == 3
     for path in (tmp_path / "pics").iterdir():
         os.utime(path, (1e9, 1e9))
-    small_run(*flags, 4)
+    main(train_images, *SMALL, *flags, 4)
     (tmp_path / "pics").rename(tmp_path / "elsewhere")
     monkeypatch.chdir("/")
     assert "pics cannot be read" in fails(train_images, *flags, 5, "--out", run)
     arguments = [run, "--images", 4, "--iw-samples", 2, "--device", "cpu", "--out", tmp_path / "out"]
-    evaluate.main(evaluate.parse_args([*map(str, arguments), "--data", f"folder:{tmp_path}/elsewhere"]))
-    small_run("--data", f"folder:{tmp_path}/elsewhere", "--epochs", 5, "--out", run)
-    evaluate.main(evaluate.parse_args([*map(str, arguments)]))  # the run knows where its pictures are now
+    main(evaluate, *arguments, "--data", f"folder:{tmp_path}/elsewhere")
+    main(train_images, *SMALL, "--data", f"folder:{tmp_path}/elsewhere", "--epochs", 5, "--out", run)
+    main(evaluate, *arguments)  # the run knows where its pictures are now
     assert (run / "eval.npz").exists() and status_of(run) == "ok" and load_arrays(run / "metrics.npz")["epoch"].max() == 5
     picture(99, 32, 32).save(tmp_path / "elsewhere" / "07.bmp")
     loading.recipe_at.cache_clear()
@@ -142,12 +129,11 @@ def test_a_run_knows_its_pictures_wherever_they_lie(tmp_path, monkeypatch, capsy
 def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "pics", range(2))
+    write_pictures(tmp_path / "pics", range(2))
     write_celeba(tmp_path / "root", "folder")
     assert {data.data_name(f"folder:{path}") for path in ("pics", "./pics/", "~/pics", "root/../pics", tmp_path / "pics")} == {
         f"folder:{tmp_path}/pics"}
     assert [data.data_name(name) for name in ("mnist", "folder:", "~/x")] == ["mnist", "folder:", "~/x"]
     assert len(data.load_images("folder:~/pics").train) == 1 and len(data.load_images("celeba", "~/root").train) == 3
     assert not (tmp_path / "~").exists()
-    with pytest.raises(UserError, match="home folder in ~nobody-of-this-name/x is unknown"):
-        data.load_images("mnist", "~nobody-of-this-name/x")
+    refused(["home folder in ~nobody-of-this-name/x is unknown"], "mnist", "~nobody-of-this-name/x")

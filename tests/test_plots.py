@@ -11,10 +11,10 @@ import pytest
 from matplotlib.image import imread
 
 import plots
+from small_runs import ROOT, main
 from studies import packs, tables
 from studies.packs import pack
 from studies.sweep_2d import sweep_points, sweep_table
-from vsm.cli import UserError
 from vsm.figures.axes import robust_limits
 from vsm.figures.groups import grouped
 from vsm.figures.run import draw_run
@@ -23,8 +23,6 @@ from vsm.names import letter_of
 from vsm.runs import save_arrays
 from vsm.stored_runs import HEAVY, of_member, open_runs, shown_member
 from vsm.tables import markdown_table, mean_and_error, with_error
-
-ROOT = Path(__file__).parent.parent
 
 
 def write_run(folder, script, flags, label, part="metrics", **arrays):
@@ -37,24 +35,21 @@ def write_run(folder, script, flags, label, part="metrics", **arrays):
 
 def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, seeds=3, data="ring", epochs=3):
     rng = np.random.default_rng(seed)
-    flags = {
-        "data": data, "learn": learn, "infer": infer, "estimator": "plugin", "samples": 5, "inner_steps": K, "bilevel_steps": 0,
-        "seed": seed, "seeds": seeds, "epochs": epochs, "steps_per_epoch": 100, "hidden": 30}
-    T, arrays = 4, {}
-    arrays |= {"epoch": np.arange(T), "posterior_sd": rng.uniform(0.1, 0.5, (T, seeds, 2)).astype(np.float32)}
-    arrays |= {
-        key: rng.uniform(0.2, 1, (T, seeds)) for key in ("log_gamma", "negative_elbo", "excess_curve", "nll_curve", "learn_loss")}
+    flags = {"data": data, "learn": learn, "infer": infer, "estimator": "plugin", "samples": 5, "inner_steps": K, "seed": seed,
+             "seeds": seeds, "bilevel_steps": 0, "epochs": epochs, "steps_per_epoch": 100, "hidden": 30}
+    names = "log_gamma", "negative_elbo", "excess_curve", "nll_curve", "learn_loss"
+    arrays = {"epoch": np.arange(4), "posterior_sd": rng.uniform(0.1, 0.5, (4, seeds, 2)).astype(np.float32)}
+    arrays |= {key: rng.uniform(0.2, 1, (4, seeds)) for key in names}
     if finished:
         nll = rng.uniform(1, 2, seeds)
         nll[0] = np.nan
         grid = rng.normal(size=(2, 9, 9)).astype(np.float16)
         arrays |= {
-            "nll": nll, "nll_excess": nll - 0.5, "second_moment": rng.uniform(0.5, 2, (seeds, 2)),
-            "fisher_divergence": rng.uniform(1, 2, seeds), "sm_loss": rng.uniform(1, 2, seeds),
-            "diverged_at": np.array([7] + [-1] * (seeds - 1)),
-            "model_samples": rng.normal(size=(seeds, 50, 2)).astype(np.float32),
-            "test_data": np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32), "density_grid": grid,
-            "density_grid_of": np.array([1, 2]), "density_extent": np.array([-2.0, 2, -2, 2]), "status": np.array("ok")}
+            "nll": nll, "nll_excess": nll - 0.5, "second_moment": rng.uniform(0.5, 2, (seeds, 2)), "density_grid": grid,
+            "fisher_divergence": rng.uniform(1, 2, seeds), "sm_loss": rng.uniform(1, 2, seeds), "status": np.array("ok"),
+            "diverged_at": np.array([7] + [-1] * (seeds - 1)), "density_grid_of": np.array([1, 2]),
+            "model_samples": rng.normal(size=(seeds, 50, 2)).astype(np.float32), "density_extent": np.array([-2.0, 2, -2, 2]),
+            "test_data": np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)}
     return write_run(folder, "train_synthetic", flags, f"{infer.upper()}-{'B' if learn == 'bao' else 'F'}", **arrays)
 
 
@@ -62,22 +57,18 @@ def image_run(folder, learn="fd", infer="kld", seed=0, finished=True, scale=1.0,
     rng = np.random.default_rng(seed)
     flags = {"data": "glyphs", "net": "conv", "learn": learn, "infer": infer, "estimator": "plugin", "samples": 5, "seed": seed}
     flags |= more
-    T = 5
-    names = (
-        "negative_elbo", "reconstruction", "kl", "reconstruction_mse", "latent_mmd", "posterior_fd", "log_gamma", "active_units",
-        "infer_loss", "learn_loss", "infer_grad_norm", "learn_grad_norm")
-    arrays = {"epoch": np.arange(T)} | {name: scale * rng.uniform(1, 2, T) for name in names}
-    arrays |= {
-        "fid": np.array([np.nan, 9.0, np.nan, 8, 7]), "posterior_sd": rng.uniform(0.1, 1, (T, 6)),
-        "second_moment": rng.uniform(0.5, 1, (T, 6)), "aggregate_histogram": np.full((T, 80), 1 / 80)}
+    names = ("negative_elbo", "reconstruction", "kl", "reconstruction_mse", "latent_mmd", "posterior_fd", "log_gamma",
+             "active_units", "infer_loss", "learn_loss", "infer_grad_norm", "learn_grad_norm")
+    arrays = {"epoch": np.arange(5)} | {name: scale * rng.uniform(1, 2, 5) for name in names}
+    arrays |= {"fid": np.array([np.nan, 9.0, np.nan, 8, 7]), "posterior_sd": rng.uniform(0.1, 1, (5, 6)),
+               "second_moment": rng.uniform(0.5, 1, (5, 6)), "aggregate_histogram": np.full((5, 80), 1 / 80)}
     if finished:
-        pictures = {name: rng.integers(0, 255, (64, 1, 8, 8), np.uint8) for name in ("samples", "inputs", "reconstructions")}
-        arrays |= pictures | {"interpolations": rng.integers(0, 255, (3, 8, 1, 8, 8), np.uint8), "status": np.array("ok")}
-    run = write_run(folder, "train_images", flags, f"{infer.upper()}-F", **arrays)
-    write_run(
-        folder, "train_images", flags, f"{infer.upper()}-F", "eval", status="ok", iw_samples=np.array([1, 10]),
-        negative_iw_bound=rng.normal(size=2), noise_levels=np.array([0, 0.1]), denoising_mse=rng.uniform(0.01, 0.02, 2))
-    return run
+        arrays |= {name: rng.integers(0, 255, (64, 1, 8, 8), np.uint8) for name in ("samples", "inputs", "reconstructions")}
+        arrays |= {"interpolations": rng.integers(0, 255, (3, 8, 1, 8, 8), np.uint8), "status": np.array("ok")}
+    evaluation = {"iw_samples": np.array([1, 10]), "negative_iw_bound": rng.normal(size=2), "noise_levels": np.array([0, 0.1]),
+                  "denoising_mse": rng.uniform(0.01, 0.02, 2)}
+    write_run(folder, "train_images", flags, f"{infer.upper()}-F", "eval", status="ok", **evaluation)
+    return write_run(folder, "train_images", flags, f"{infer.upper()}-F", **arrays)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +81,7 @@ def runs(tmp_path_factory):
 
 
 def draw(figure, *argv):
-    plots.main(plots.parse_args([figure, *map(str, argv)]))
+    main(plots, figure, *argv)
 
 
 def test_bilevel_draws_runs_of_one_length(tmp_path):
@@ -103,16 +94,14 @@ def test_bilevel_draws_runs_of_one_length(tmp_path):
 
 FIGURES_OF = {
     "2d": ("synthetic", "study", "bilevel", "training_curves", "synthetic_samples", "density"),
-    "images": (
-        "training_curves", "trajectories", "fid_curves", "final_values", "rate_distortion", "importance_bound", "denoising",
-        "samples", "reconstructions", "interpolations", "posterior_sd", "aggregate_posterior"),
-}
+    "images": ("training_curves", "trajectories", "fid_curves", "final_values", "rate_distortion", "importance_bound", "samples",
+               "denoising", "reconstructions", "interpolations", "posterior_sd", "aggregate_posterior")}
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "images" else ()) for kind in FIGURES_OF])
 def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
     packed = tmp_path / "all.npz"
-    packs.main(packs.parse_args([*map(str, runs[kind]), "--save", str(packed), "--keep", *HEAVY]))
+    main(packs, *runs[kind], "--save", packed, "--keep", *HEAVY)
     for i, figure in enumerate(FIGURES_OF[kind]):
         draw(figure, packed, "--save", tmp_path / "a.png")
         if i % 4 == 0:
@@ -120,13 +109,12 @@ def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
             assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes(), figure
     if kind == "2d":
         assert sweep_table(runs[kind]) == sweep_table([packed])
-        draw(
-            "synthetic", packed, runs["2d"][0].parent / "b5", "--only", "b1", "f5", "--without", "f*", "--save",
-            tmp_path / "c.png")
+        others = ("--only", "b1", "f5", "--without", "f*")
+        draw("synthetic", packed, runs["2d"][0].parent / "b5", *others, "--save", tmp_path / "c.png")
 
 
 def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path, monkeypatch):
-    packs.main(packs.parse_args([*map(str, runs["2d"]), "--save", str(tmp_path / "small.npz"), "--drop", "sm_loss"]))
+    main(packs, *runs["2d"], "--save", tmp_path / "small.npz", "--drop", "sm_loss")
     pack(runs["2d"], tmp_path / "large.npz", keep=["model_samples", "test_data"], keep_of="b*")
     pack([tmp_path / "large.npz"], tmp_path / "again.npz", keep=["model_samples", "test_data"])
     assert (tmp_path / "again.npz").stat().st_size == (tmp_path / "large.npz").stat().st_size
@@ -175,26 +163,26 @@ def test_a_finished_run_replaces_pictures_that_are_older_than_its_arrays(tmp_pat
 
 def test_bad_input_gets_one_sentence(runs, tmp_path, fails):
     image, synthetic = runs["images"][0], runs["2d"][0]
-    save = tmp_path / "a.png"
-    assert "synthetic draws runs of train_synthetic.py" in fails(plots, "synthetic", image, "--save", save)
-    assert "draw them separately" in fails(plots, "training_curves", image, synthetic, "--save", save)
-    assert "does not exist" in fails(plots, "synthetic", tmp_path / "no.npz", "--save", save)
-    assert "not a run folder" in fails(plots, "synthetic", tmp_path / "no", "--save", save)
-    assert "is not a pack of runs" in fails(plots, "synthetic", synthetic / "metrics.npz", "--save", save)
+    save, folder, whole = tmp_path / "a.png", synthetic_run(tmp_path / "folder"), tmp_path / "whole.npz"
     (tmp_path / "text.npz").write_text("text")
-    assert "is damaged" in fails(plots, "synthetic", tmp_path / "text.npz", "--save", save)
-    pack([synthetic], tmp_path / "whole.npz")
-    whole = dict(np.load(tmp_path / "whole.npz"))
-    np.savez(tmp_path / "bad.npz", **{**whole, "index": whole["index"] + 1})
-    assert "is damaged" in fails(plots, "synthetic", tmp_path / "bad.npz", "--save", save)
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:2000])
-    assert "is damaged" in fails(plots, "synthetic", tmp_path / "cut.npz", "--save", save)
-    os.mkfifo(tmp_path / "fifo.npz")
-    assert "not a regular file" in fails(plots, "synthetic", tmp_path / "fifo.npz", "--save", save)
-    folder = synthetic_run(tmp_path / "folder")
+    pack([synthetic], whole)
+    arrays = dict(np.load(whole))
+    np.savez(tmp_path / "bad.npz", **arrays | {"index": arrays["index"] + 1})
+    (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:2000])
     (folder / "metrics.npz").unlink()
-    os.mkfifo(folder / "metrics.npz")
-    assert "not a regular file" in fails(plots, "synthetic", folder, "--save", save)
+    for fifo in (tmp_path / "fifo.npz", folder / "metrics.npz"):
+        os.mkfifo(fifo)
+    for run, words in ((image, "synthetic draws runs of train_synthetic.py"), (tmp_path / "no.npz", "does not exist"),
+                       (tmp_path / "no", "not a run folder"), (synthetic / "config.json", "not a run folder"),
+                       (synthetic / "metrics.npz", "is not a pack of runs"), (tmp_path / "text.npz", "is damaged"),
+                       (tmp_path / "bad.npz", "is damaged"), (tmp_path / "cut.npz", "is damaged"),
+                       (tmp_path / "fifo.npz", "not a regular file"), (folder, "not a regular file")):
+        assert words in fails(plots, "synthetic", run, "--save", save)
+    (folder / "metrics.npz").unlink()
+    np.savez(folder / "metrics.npz", config="not JSON")
+    assert "is damaged" in fails(plots, "synthetic", folder, "--save", save)
+    assert "has no 'posterior_mean_histogram'" in fails(plots, "posterior_mean", image)
+    assert "draw them separately" in fails(plots, "training_curves", image, synthetic, "--save", save)
     assert "cannot write" in fails(plots, "synthetic", synthetic, "--save", synthetic / "config.json" / "a.png")
     assert "must end in" in fails(plots, "synthetic", synthetic, "--save", tmp_path / "a.gif")
     assert "must end in .npz" in fails(packs, synthetic, "--save", save)
@@ -217,8 +205,7 @@ def test_runs_of_another_setting_have_a_panel_of_their_own(tmp_path):
 def gamma_run(folder, learn, gamma, init_sd, seed=0, width=16):
     flags = {"data": "mnist", "net": "conv", "width": width, "norm": "batch", "learn": learn, "infer": "kld", "samples": 5,
              "estimator": "plugin", "gamma": gamma, "init_sd": init_sd, "seed": seed}
-    fids = {"fid": 9.0 + seed, "fid_mixture": 1.0 + seed}
-    write_run(folder, "train_images", flags, f"KLD-{learn}", "eval", **fids)
+    write_run(folder, "train_images", flags, f"KLD-{learn}", "eval", fid=9.0 + seed, fid_mixture=1.0 + seed)
     return write_run(folder, "train_images", flags, f"KLD-{learn}", log_gamma=np.array([0, -3.0]), kl=np.array([1, 40.0]),
                      fid_features="LeNet-5 on mnist 0a1b", status="ok")
 
@@ -233,20 +220,16 @@ def test_fid_against_gamma_is_of_one_network(tmp_path, fails):
     assert "choose them by --only" in fails(plots, "fid_against_gamma", *runs, wider, "--save", tmp_path / "x.png")
 
 
-def test_one_seed_twice_is_refused(runs, tmp_path):
-    twin = synthetic_run(tmp_path / "twin")
-    with pytest.raises(UserError, match="the same experiment with the same seed"):
-        sweep_points([runs["2d"][0], twin])
+def test_runs_of_further_seeds_are_one_point_of_a_sweep(runs, tmp_path):
     (point,) = sweep_points([runs["2d"][0], synthetic_run(tmp_path / "further", seed=3)])
     assert len(point["members"]["nll"]) == 6  # seeds 0, 1, 2 and 3, 4, 5
 
 
 def test_limits_follow_most_values_and_not_one():
     near = {name: np.array([1.0, 1.1, 0.9, 1.05]) for name in "abc"}
-    low, high = robust_limits({**near, "far": np.array([1e34])}, "linear")
-    assert 0.8 < low < 0.9 and 1.1 < high < 1.2
-    low, high = robust_limits({**near, "far": np.array([1e34])}, "log")
-    assert 0.8 < low < 0.9 and 1.1 < high < 1.2
+    for scale in ("linear", "log"):
+        low, high = robust_limits({**near, "far": np.array([1e34])}, scale)
+        assert 0.8 < low < 0.9 and 1.1 < high < 1.2
     low, high = robust_limits({"none": np.array([np.nan])}, "linear")
     assert low < high
 
@@ -268,31 +251,31 @@ def test_tables_and_means():
 def test_published_packs_open():
     for path in sorted((ROOT / "results").glob("*.npz")):
         runs = open_runs([path])
-        assert runs and all(run.config["flags"] for run in runs)
-        assert path.name in (ROOT / "results" / "README.md").read_text()
+        assert runs and all(run.config["flags"] for run in runs) and path.name in (ROOT / "results" / "README.md").read_text()
 
 
 def published_figures():
     """(file, arguments) of each row of results/README.md that plots.py or studies/tables.py makes."""
     rows = re.findall(r"\| \[(\S+\.(?:png|md))\]\(\1\) \|[^|]*\| `([^`]*)` \|", (ROOT / "results" / "README.md").read_text())
-    return [(file, command.replace("results/", f"{ROOT}/results/")) for file, command in rows]
+    return [(file, shlex.split(command.replace("results/", f"{ROOT}/results/"))) for file, command in rows]
+
+
+def script_of(file):
+    return tables if file.endswith(".md") else plots
 
 
 def test_every_published_figure_has_its_command():
-    found = dict(published_figures())
-    others = {"README.md", "image_tables.md", "audit", "models", "reproduce.sh"}
+    found, others = dict(published_figures()), {"README.md", "image_tables.md", "audit", "models", "reproduce.sh"}
     files = {path.name for path in (ROOT / "results").iterdir()} - others
     assert {name for name in files if not name.endswith(".npz")} == found.keys()
     for file, command in found.items():
-        script = tables if file.endswith(".md") else plots
-        script.parse_args([*shlex.split(command), "--save", file])
+        script_of(file).parse_args([*command, "--save", file])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file, command", published_figures())
 def test_published_figures_are_redrawn_to_the_pixel(file, command, tmp_path):
-    script = tables if file.endswith(".md") else plots
-    script.main(script.parse_args([*shlex.split(command), "--save", str(tmp_path / file)]))
+    main(script_of(file), *command, "--save", tmp_path / file)
     if file.endswith(".md"):
         assert (tmp_path / file).read_text() == (ROOT / "results" / file).read_text()
     else:

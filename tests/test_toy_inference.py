@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 import plots
 import toy_inference as toy
+from small_runs import CPU, ROOT, main, stop_after
 from vsm import loop
 from vsm.cli import Stopped, UserError, command_line
 from vsm.figures import toys as figures
@@ -20,75 +20,66 @@ from vsm.toys import descent as descents
 from vsm.toys.descent import Descent
 from vsm.toys.mixtures import Mixtures
 
-CPU = torch.device("cpu")
-
 
 def parsed(*argv):
     return toy.parse_args([str(word) for word in argv])
 
 
 def run(out, *argv):
-    """A run as the command line has it, with its figures: its arrays."""
     toy.main(parsed("--out", out, *argv))
     return load_arrays(out / "metrics.npz")
 
 
 def fit(out, *argv):
-    """The arrays of a run without its figures."""
     args = parsed("--out", out, *argv)
     with Run(args.out, "toy_inference", vars(args), CPU) as folder:
         return toy.EXPERIMENTS[toy.experiment_of(args)](args, CPU, folder)
 
 
-# ------------------------------------------------------------------------------------------------- arrays and their figures
-
-SHORT = ("--grid", 2, "--extent", 1, "--iterations", 2500, "--lr", "1e-3", "--frames", 6, "--likelihoods", "sym",
-         "--objectives", "fd")
+SHORT = "--grid 2 --extent 1 --iterations 2500 --lr 1e-3 --frames 6 --likelihoods sym --objectives fd".split()
 MIXTURE = ("--family", "mixture", "--iterations", 150, "--lr", "1e-2", "--repeats", 2, "--components", 3)
 
 
 def documented(heading, **sizes):
     """{key: shape} of the table under a heading of docs/files.md; a shape stands behind the keys that share it."""
-    page = (Path(__file__).parent.parent / "docs" / "files.md").read_text().split(f"#### {heading}\n")[1].split("\n#")[0]
+    page = (ROOT / "docs" / "files.md").read_text().split(f"#### {heading}\n")[1].split("\n#")[0]
     cells = re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE)
     shapes = {key: shape for cell in cells for keys, shape in re.findall(r"((?:`\w+`(?:, )?)+) \[(.*?)\]", cell)
               for key in re.findall(r"\w+", keys)}
     return {key: tuple(sizes.get(axis, None) or int(axis) for axis in shape.split(", ") if axis) for key, shape in shapes.items()}
 
 
+def shapes_of(arrays):
+    return {key: value.shape for key, value in arrays.items() if key not in ("config", "status")}
+
+
 def test_a_run_leaves_its_documented_arrays_and_figures(tmp_path, capsys):
     out = tmp_path / "new" / "run"
-    argv = ("--grid", 2, "--iterations", 40, "--frames", 6, "--likelihoods", "sym",
-            "--objectives", "kld", "fd-weighted")
+    argv = ("--grid", 2, "--iterations", 40, "--frames", 6, "--likelihoods", "sym", "--objectives", "kld", "fd-weighted")
     arrays = run(out, *argv)
     assert capsys.readouterr().out.splitlines()[:3] == [
         "posterior at x = 2 of the likelihood sym; a gaussian q by kld, fd-weighted, each with sgd and adam",
         "4 starts, so 16 runs of 40 steps of 0.0001, 1 sample a step", f"on cpu; writes {out}"]
     keys = documented("Gaussian and Laplace", L=1, I=2, P=2, K=4, G=201, F=len(arrays["iteration"]))
-    assert keys.pop("location_gradient") == (3, 2, 1, 4)
-    assert {key: value.shape for key, value in arrays.items() if key not in ("config", "status")} == keys
+    assert keys.pop("location_gradient") == (3, 2, 1, 4) and shapes_of(arrays) == keys
     assert arrays["iteration"][[0, -1]].tolist() == [0, 40] and 20 in arrays["iteration"]
     assert np.array_equal(arrays["trajectory"][0, 0, :, 0, 1, 1], arrays["starts"].astype(np.float16))
     assert np.array_equal(arrays["trajectory"][-1, 0], arrays["location"].astype(np.float16))
     assert (out / "toy_basins.png").exists()
-    plots.main(plots.parse_args(["toy_trajectories", str(out), "--save", str(tmp_path / "again.png")]))
+    main(plots, "toy_trajectories", out, "--save", tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (out / "toy_trajectories.png").read_bytes()
 
 
 def test_laplace_mixtures_and_gradients_leave_their_documented_arrays(tmp_path):
     laplace = fit(tmp_path / "laplace", "--family", "laplace", "--grid", 1, "--iterations", 3, "--likelihoods", "soft")
-    keys = documented("Gaussian and Laplace", L=1, I=3, P=2, K=1, F=4, G=201)
-    assert laplace["location_gradient"].shape == keys["location_gradient"]
+    documented_laplace = documented("Gaussian and Laplace", L=1, I=3, P=2, K=1, F=4, G=201)
+    assert laplace["location_gradient"].shape == documented_laplace["location_gradient"]
     arrays = run(tmp_path / "mixture", *MIXTURE)
-    keys = documented("Mixtures", L=2, R=2, C=3, G=201)
-    assert {key: value.shape for key, value in arrays.items() if key not in ("config", "status")} == keys
+    assert shapes_of(arrays) == documented("Mixtures", L=2, R=2, C=3, G=201)
     assert np.allclose(arrays["weight"].sum(-1), 1) and (arrays["kl"] > 0).all()
-    untrained = fit(tmp_path / "untrained", *MIXTURE[:2], "--iterations", 1, *MIXTURE[6:])
-    assert (arrays["fd"] < untrained["fd"]).all()
+    assert (arrays["fd"] < fit(tmp_path / "untrained", *MIXTURE[:2], "--iterations", 1, *MIXTURE[6:])["fd"]).all()
     arrays = run(tmp_path / "gradients", "--gradients")
-    keys = documented("Gradients between two Gaussians", M=41, S=41)
-    assert {key: value.shape for key, value in arrays.items() if key not in ("config", "status")} == keys
-    assert arrays["autograd_error"] < 1e-8
+    assert shapes_of(arrays) == documented("Gradients between two Gaussians", M=41, S=41) and arrays["autograd_error"] < 1e-8
     assert (tmp_path / "mixture" / "toy_mixtures.png").exists() and (tmp_path / "gradients" / "toy_gradients.png").exists()
 
 
@@ -129,23 +120,13 @@ def test_arrays_of_another_form_are_refused_in_one_sentence(change, complaint):
         draw_basins(arrays)
 
 
-# ------------------------------------------------------------------------------------------------- stopping and going on
-
-
 @pytest.mark.parametrize("argv, kind, number", [(SHORT, Descent, signal.SIGTERM), (MIXTURE, Mixtures, signal.SIGINT)])
 def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on_bit_by_bit(tmp_path, monkeypatch, capsys, argv, kind, number):
     whole = fit(tmp_path / "whole", *argv)
-    run_step = kind.run_step
-
-    def interrupted(self):
-        run_step(self)
-        os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(kind, "run_step", interrupted)
-    with pytest.raises(Stopped) as stopped:
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        stop_after(patch, kind, 0, lambda: os.kill(os.getpid(), number))
         fit(tmp_path / "half", *argv)
     assert stopped.value.number == number
-    monkeypatch.setattr(kind, "run_step", run_step)
     half = fit(tmp_path / "half", *argv)
     assert f"resumes at iteration {'1,000' if kind is Descent else 100} of" in capsys.readouterr().out
     for name in whole.keys() - {"rate"}:
@@ -155,31 +136,22 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on_bit_by_bit(tmp_p
 def test_a_killed_run_goes_on_from_the_last_checkpoint_and_its_exit_code_is_that_of_the_signal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
-    run_step = Descent.run_step
-
-    def killed(self):
-        if self.step == 2000:
-            raise KeyboardInterrupt
-        run_step(self)
-
-    monkeypatch.setattr(Descent, "run_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, Descent, 2)
         fit(tmp_path / "half", *SHORT)
-    monkeypatch.setattr(Descent, "run_step", lambda self: run_step(self) or os.kill(os.getpid(), signal.SIGTERM))
+    stop_after(monkeypatch, Descent, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         command_line(lambda: parsed("--out", tmp_path / "half", *SHORT), toy.main)
     out, err = capsys.readouterr()
-    assert ended.value.code == 143 and "stopped by SIGTERM" in err
-    assert "resumes at iteration 2,000 of" in out
+    assert ended.value.code == 143 and "stopped by SIGTERM" in err and "resumes at iteration 2,000 of" in out
 
 
 @pytest.fixture
 def half_run(tmp_path, monkeypatch):
     """Flags and checkpoint of a run that a signal stopped after its first block."""
     argv = ("--out", tmp_path / "run", *SHORT)
-    run_step = Descent.run_step
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Descent, "run_step", lambda self: run_step(self) or os.kill(os.getpid(), signal.SIGTERM))
+        stop_after(patch, Descent, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
         toy.main(parsed(*argv))
     return argv, tmp_path / "run" / "checkpoint.pt"
 
@@ -211,24 +183,6 @@ def test_a_checkpoint_of_another_form_is_refused_in_one_sentence_and_kept(half_r
     assert "already" in fails(toy, *argv)
 
 
-def test_a_checkpoint_of_another_kind_of_device_goes_on_with_a_new_stream_of_noise(half_run):
-    argv, path = half_run
-    saved = torch.load(path, weights_only=True)
-    saved["trainer"]["generators"] = [torch.zeros(16, dtype=torch.uint8)]  # a CUDA generator's state
-    torch.save(saved, path)
-    noises = []
-    for _ in range(2):
-        descent = Descent(parsed(*argv), CPU)
-        with Run(path.parent, "toy_inference", vars(parsed(*argv)), CPU) as folder:
-            loop.resume(folder, descent, 2500, 1)
-        assert torch.equal(descent.params, saved["trainer"]["tensors"]["params"]) and descent.step == 1000
-        noises.append(descent.noise())
-    assert torch.equal(*noises)
-    fresh = Descent(parsed(*argv), CPU)
-    fresh.step = 1000
-    assert not torch.equal(fresh.noise(), noises[0])
-
-
 def test_the_rate_measures_work_and_not_launches(monkeypatch):
     events = []
     monkeypatch.setattr(descents, "synchronise", lambda device: events.append("wait"))
@@ -251,34 +205,22 @@ def test_checkpoints_move_between_cpu_and_gpu(argv, kind):
         after.run_step()
 
 
-# ------------------------------------------------------------------------------------------------------- the command line
+def ended(kind, *argv):
+    trained = kind(parsed(*argv), CPU)
+    while trained.step < trained.args.iterations:
+        trained.run_step()
+    return trained.params if kind is Descent else trained.mean.detach()
 
 
-def test_flags_change_what_they_name():
-    def ended(*argv):
-        descent = Descent(parsed("--grid", 2, "--extent", 1, "--iterations", 20, *argv), CPU)
-        while descent.step < descent.args.iterations:
-            descent.run_step()
-        return descent.params
-
-    base = ended()
-    assert torch.equal(ended(), base)
-    for argv in (["--seed", 1], ["--lr", "1e-3"], ["--samples", 2], ["--iterations", 21], ["--extent", 1.5], ["--x", 1.5],
-                 ["--family", "laplace"], ["--likelihoods", "relu", "bias"], ["--objectives", "kld", "fd", "fd-repar"]):
-        assert not torch.equal(ended(*argv), base), argv
-
-
-def test_flags_of_mixtures_change_what_they_name():
-    def ended(*argv):
-        mixtures = Mixtures(parsed("--family", "mixture", "--iterations", 3, *argv), CPU)
-        mixtures.run_step()
-        return mixtures.mean.detach()
-
-    base = ended()
-    assert torch.equal(ended(), base)
-    for argv in (["--seed", 1], ["--lr", "1e-2"], ["--samples", 2], ["--iterations", 4], ["--components", 3], ["--repeats", 2],
-                 ["--x", 1.5], ["--likelihoods", "relu", "bias"]):
-        assert not torch.equal(ended(*argv), base), argv
+@pytest.mark.parametrize("kind, usual, changes", [
+    (Descent, "--grid 2 --extent 1 --iterations 20", ["--iterations 21", "--extent 1.5", "--family laplace", "--lr 1e-3",
+                                                      "--objectives kld fd fd-repar"]),
+    (Mixtures, "--family mixture --iterations 3", ["--iterations 4", "--components 3", "--repeats 2", "--lr 1e-2"])])
+def test_flags_change_what_they_name(kind, usual, changes):
+    base = ended(kind, *usual.split())
+    assert torch.equal(ended(kind, *usual.split()), base)
+    for change in (*changes, "--seed 1", "--samples 2", "--x 1.5", "--likelihoods relu bias"):
+        assert not torch.equal(ended(kind, *usual.split(), *change.split()), base), change
 
 
 def test_the_target_of_the_gradients_is_that_of_its_flag(monkeypatch):
@@ -294,18 +236,6 @@ def test_refuses_a_folder_made_with_other_flags(fails, tmp_path):
     assert "target_sd was 0.5, is now 2.0" in fails(toy, *argv, "--target-sd", 2)
 
 
-@pytest.mark.parametrize("argv", [
-    ["--likelihoods", "cubic"], ["--likelihoods", "sym", "sym"], ["--lr", "0"], ["--x", "nan"], ["--x", "11"], ["--grid", "0"],
-    ["--family", "cauchy"], ["--device", "cuda:9"], ["--seed", "-1"],
-    ["--iterations", "1e6"], ["--components", "3"], ["--target-sd", "2"], ["--gradients", "--seed", "1"],
-    ["--gradients", "--family", "mixture"], ["--family", "mixture", "--grid", "3"], ["--gradients", "--target-sd", "1e-200"],
-    ["--seed", str(2**63)], ["--objectives", "elbo"], ["--objectives", "fd", "fd"],
-    ["--family", "mixture", "--objectives", "fd"]])
-def test_bad_input_is_one_sentence(fails, argv, tmp_path):
-    fails(toy, *argv, "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("argv, first", [
     ([], "posteriors at x = 2 of the likelihoods sym, soft; a gaussian q by fd-repar, fd, kld, each with sgd and adam"),
     (["--family", "mixture"], "posteriors at x = 2 of the likelihoods sym, soft; q a mixture of 10 Gaussians, by FD"),
@@ -317,18 +247,9 @@ def test_dry_run_says_three_lines_and_writes_nothing(tmp_path, capsys, argv, fir
     assert lines[0] == first and lines[2] == f"on cpu; would write {tmp_path / 'run'}" and len(lines) == 3
 
 
-def test_default_folders_name_what_differs():
-    flags = ([], ["--family", "mixture"], ["--gradients"], ["--likelihoods", "relu", "--lr", "1e-3"],
-             ["--objectives", "fd-weighted", "kld"])
-    folders = [parsed(*argv).out for argv in flags]
-    assert folders == ["runs/toy/gaussian-sym+soft-seed0", "runs/toy/mixture-sym+soft-seed0", "runs/toy/gradients-sd0.5",
-                       "runs/toy/gaussian-relu-lr0.001-seed0", "runs/toy/gaussian-sym+soft-objectivesfd-weighted+kld-seed0"]
-
-
 @pytest.mark.slow
 def test_figure_2_in_short(tmp_path):
     arrays = run(tmp_path / "run", "--iterations", 150_000)
     caught = arrays["caught"].sum(-1)  # [L, I, P]
-    assert (caught[0, 0] > 0).all() and caught[0, 0, 1] >= caught[0, 0, 0]
-    assert not caught[0, 1:].any() and not caught[1].any()
+    assert (caught[0, 0] > 0).all() and caught[0, 0, 1] >= caught[0, 0, 0] and not caught[0, 1:].any() and not caught[1].any()
     assert (np.median(arrays["distance"][1, 0], -1) > 0.5).all() and (np.median(arrays["distance"][1, 1:], -1) < 0.1).all()

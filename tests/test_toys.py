@@ -10,7 +10,8 @@ from torch.distributions import Categorical, Independent, Laplace, MixtureSameFa
 
 import toy_inference as toy
 from benchmarks import toy_loop
-from test_toy_inference import CPU, fit, parsed, run
+from small_runs import CPU, run_steps
+from test_toy_inference import fit, parsed, run
 from vsm.toys.descent import Descent
 from vsm.toys.ends import best_fits, kl_and_fd, location_gradients, noise_quadrature
 from vsm.toys.gaussians import autograd_gradients, closed_gradients
@@ -25,19 +26,14 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------- posteriors
-
-
 def test_score_is_the_gradient_of_the_log_joint():
-    posterior = Posterior(ALL, 2.0, CPU)
-    z = randn(2, 4, 50).requires_grad_()
+    posterior, z = Posterior(ALL, 2.0, CPU), randn(2, 4, 50).requires_grad_()
     (expected,) = torch.autograd.grad(posterior.log_joint(z).sum(), z)
     assert torch.allclose(posterior.score(z), expected, atol=1e-12)
 
 
 def test_evidence_and_mass_on_the_grid():
-    posterior = Posterior(ALL, 2.0, CPU)
-    grid = Grid(posterior, CPU)
+    grid = Grid(Posterior(ALL, 2.0, CPU), CPU)
     t = torch.linspace(-8, 8, 20001, dtype=torch.float64)  # p(x) = int N(z1; 0, 1) N(x; 0, h(z1)^2 + sd^2) dz1
     for l, name in enumerate(ALL):
         h, sd = LIKELIHOODS[name]
@@ -50,15 +46,10 @@ def test_evidence_and_mass_on_the_grid():
     assert (mass[:, 0] == 0).all() and torch.allclose(mass[:, 2], torch.ones(4, dtype=torch.float64), atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------------- gradients
-
-
-def test_all_runs_together_equal_a_plain_loop_of_autograd_over_objectives_infer():
+def test_all_runs_together_equal_a_plain_loop_which_sees_a_gradient_of_another_objective(monkeypatch):
+    """The loop is of autograd over objectives.INFER."""
     args = parsed("--likelihoods", *ALL, "--objectives", *GRADIENTS, "--grid", 2, "--extent", 1.3, "--samples", 3, "--lr", 1e-3)
     assert toy_loop.compare_with_loop(args, 5, CPU)[1] < 1e-6  # log_gamma of the VAE starts in float32
-
-
-def test_a_gradient_of_another_objective_is_seen_by_the_plain_loop(monkeypatch):
     args = parsed("--likelihoods", "sym", "--objectives", "fd-weighted", "--grid", 1, "--extent", 1.3)
     monkeypatch.setitem(GRADIENTS, "fd-weighted", GRADIENTS["kld"])
     assert toy_loop.compare_with_loop(args, 2, CPU)[1] > 1e-5
@@ -96,10 +87,8 @@ def test_weighted_fd_is_kld_on_average_for_the_location_and_twice_it_for_the_log
 
 def test_the_objectives_flag_selects_and_orders():
     def ended(*names):
-        descent = Descent(parsed("--grid", 2, "--extent", 1, "--iterations", 5, "--lr", "1e-4", "--objectives", *names), CPU)
-        descent.run_step()
-        return dict(zip(names, descent.params.unbind(3)))
-
+        argv = ["--grid", 2, "--extent", 1, "--iterations", 5, "--lr", "1e-4", "--objectives", *names]
+        return dict(zip(names, run_steps(Descent(parsed(*argv), CPU), 1).params.unbind(3)))
     together = ended(*GRADIENTS)
     for names in (["kld"], ["fd-weighted", "fd-repar"]):
         for name, params in ended(*names).items():
@@ -110,8 +99,7 @@ def test_the_objectives_flag_selects_and_orders():
 def test_the_biased_gradient_of_a_laplaces_location_is_zero_and_the_unbiased_one_finite_differences():
     descent = Descent(parsed("--family", "laplace", "--grid", 3, "--iterations", 1, "--likelihoods", "sym"), CPU)
     biased, unbiased, differences = location_gradients(descent, Grid(descent.posterior, CPU))
-    assert (biased == 0).all()
-    assert unbiased.abs().max() > 1
+    assert (biased == 0).all() and unbiased.abs().max() > 1
     assert torch.allclose(unbiased, differences, rtol=1e-6, atol=1e-5)
 
 
@@ -133,9 +121,6 @@ def test_a_run_that_diverged_in_one_version_alone_is_no_agreement(monkeypatch):
         assert toy_loop.compare_with_loop(args, 3, CPU)[1] == np.inf
     monkeypatch.setattr(Descent, "update", lambda self, _: setattr(self, "step", self.step + 1) or self.params.fill_(math.nan))
     assert toy_loop.compare_with_loop(args, 3, CPU)[1] == 0  # inf here, nan there: lost in both
-
-
-# ---------------------------------------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.parametrize("family, law", [("gaussian", Normal), ("laplace", Laplace)])
@@ -162,8 +147,7 @@ def test_best_fits_are_the_symmetric_pair_of_sym_and_no_neighbour_is_better():
     location = best[0, :, 0]
     assert torch.allclose(location.abs(), torch.tensor(1.2748, dtype=torch.float64), atol=1e-3)
     assert torch.allclose(location[0], location[1], atol=1e-3) and location.min() < 0 < location.max()
-    params = torch.stack((best[0, :, 0, 0], best[1, :, 0, 0].log()))
-    neighbours = params[..., None] + 0.02 * randn(2, 2, 20)
+    neighbours = torch.stack((best[0, :, 0, 0], best[1, :, 0, 0].log()))[..., None] + 0.02 * randn(2, 2, 20)
     assert (kl_and_fd(neighbours[:, :, None, None, None], family, posterior, grid)[0] >= kl[0, 0] - 1e-9).all()
 
 
@@ -193,9 +177,6 @@ def test_a_run_of_which_nothing_is_left_says_from_which_frame_on():
     assert descent.status == "ok"
 
 
-# --------------------------------------------------------------------------------------------------------------- mixtures
-
-
 def test_mixture_density_and_score():
     logits, mean, log_sd = randn(3, 4), randn(2, 3, 4, seed=1), randn(2, 3, 4, seed=2) / 3
     z, sd = randn(2, 3, 6, seed=3).requires_grad_(), log_sd.exp()
@@ -211,12 +192,9 @@ def test_mixture_numbers_of_a_mixture_that_is_one_gaussian():
     grid = Grid(posterior, CPU)
     location, log_sd = torch.tensor([0.2, 0.6], dtype=torch.float64), torch.tensor([0.0, -0.2], dtype=torch.float64)
     mean_and_log_sd = (value.view(2, 1, 1, 1).expand(2, 1, 1, 3) for value in (location, log_sd))
-    one = [torch.zeros(1, 1, 3, dtype=torch.float64), *mean_and_log_sd]
-    arrays = how_well_mixtures_fit(one, posterior, grid)
-    params = torch.stack((location, log_sd)).view(2, 2, 1, 1, 1, 1)
-    kl, fd = kl_and_fd(params, FAMILIES["gaussian"], posterior, grid)
-    assert arrays["kl"].item() == pytest.approx(kl.item(), abs=1e-4)
-    assert arrays["fd"].item() == pytest.approx(fd.item(), abs=1e-3)
+    arrays = how_well_mixtures_fit([torch.zeros(1, 1, 3, dtype=torch.float64), *mean_and_log_sd], posterior, grid)
+    kl, fd = kl_and_fd(torch.stack((location, log_sd)).view(2, 2, 1, 1, 1, 1), FAMILIES["gaussian"], posterior, grid)
+    assert arrays["kl"].item() == pytest.approx(kl.item(), abs=1e-4) and arrays["fd"].item() == pytest.approx(fd.item(), abs=1e-3)
     right = Normal(0.8, (1 + math.exp(-0.4)) ** 0.5).cdf(torch.tensor(0.0))
     assert arrays["right_mass"].item() == pytest.approx(1 - right.item(), abs=0.01)
     masses = arrays["exact_right_mass"].item(), arrays["right_mass"].item()
@@ -254,7 +232,6 @@ def test_a_mixture_that_diverges_leaves_the_others_as_they_are(tmp_path, monkeyp
     def poisoned(mixtures, *of):
         init(mixtures, *of)
         mixtures.mean.data[..., 1, :] = math.nan  # the first means of one mixture
-
     monkeypatch.setattr(Mixtures, "__init__", poisoned)
     capsys.readouterr()
     arrays = fit(tmp_path / "poisoned", *argv)

@@ -11,13 +11,13 @@ import train_images
 import train_synthetic
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN
+from small_runs import CPU, run_steps, train_on
 from train_synthetic import EnsembleTrainer
 from training import INIT, NEVER, NOISE, ORDER, ImageTrainer, phi_loss, seed_of, theta_loss
 from vsm import loop
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.flags import resolve_pair
 
-CPU = torch.device("cpu")
 IMAGES = torch.randint(256, (17, 1, 2, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 DETACHED = ("fd", "fd-weighted")  # Algorithm 1 takes z as a constant there
 ESTIMATED = ("swersky", "bao")
@@ -32,9 +32,6 @@ def double():
 
 def assert_close(mine, expected):
     torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-8)
-
-
-# ------------------------------------------------------------------------------------------------------ the image trainer
 
 
 def image_vae(latent="gaussian"):
@@ -72,7 +69,6 @@ def plain_images(vae, steps, *, learn, infer, estimator, samples, inner_steps, n
             history[i].append((loss.item(), sum(p.grad.square().sum().item() for p in halves[i]) ** 0.5))
         for i in which:
             optimisers[i].step()
-
     for step in range(steps):
         epoch, place = divmod(step, len(IMAGES) // batch)
         order = torch.randperm(len(IMAGES), generator=torch.Generator().manual_seed(seed_of(seed, ORDER, epoch)))
@@ -106,10 +102,7 @@ def plain_images(vae, steps, *, learn, infer, estimator, samples, inner_steps, n
 def test_the_image_trainer_equals_a_plain_loop(changes):
     latent = changes.get("latent", "gaussian")
     flags, vae = settings(**{name: value for name, value in changes.items() if name != "latent"}), image_vae(latent)
-    plain = copy.deepcopy(vae)
-    trainer = ImageTrainer(vae, IMAGES, **flags)
-    for _ in range(8):
-        trainer.run_step()
+    plain, trainer = copy.deepcopy(vae), run_steps(ImageTrainer(vae, IMAGES, **flags), 8)
     history = plain_images(plain, 8, **flags)
     for mine, expected in zip(vae.parameters(), plain.parameters()):
         assert_close(mine, expected)
@@ -149,9 +142,7 @@ def test_a_graph_of_each_kind_of_update_stands_for_all_of_its_kind():
 
     eager, replayed = (ImageTrainer(image_vae(), IMAGES, **settings(learn="bao", inner_steps=3)) for _ in range(2))
     replayed.graphs = FirstOfItsKind()
-    for _ in range(7):
-        eager.run_step()
-        replayed.run_step()
+    run_steps(eager, 7), run_steps(replayed, 7)
     assert len(replayed.graphs.first) == 2
     assert all(torch.equal(mine, expected) for mine, expected in zip(replayed.state().values(), eager.state().values()))
 
@@ -165,8 +156,7 @@ def test_each_epoch_shows_each_image_at_most_once_in_an_order_of_its_own():
             orders = seen[-1], trainer.order.tolist()
         seen[-1] |= {tuple(image.flatten().tolist()) for image in trainer.minibatch()[0]}
         trainer.step += 1
-    assert [len(images) for images in seen] == [15, 15] and sorted(orders[1]) == list(range(17))
-    assert seen[0] != seen[1]
+    assert [len(images) for images in seen] == [15, 15] and sorted(orders[1]) == list(range(17)) and seen[0] != seen[1]
 
 
 @pytest.mark.parametrize("learn, infer, expected", [("fd", "kld", True), ("fd", "fd-repar", False), ("fae", "fae", False)])
@@ -187,25 +177,18 @@ def test_a_narrow_resnet_trains_a_step_and_stays_contiguous():
 def test_every_flag_of_the_image_script_reaches_the_trainer(digits, tmp_path, monkeypatch):
     flags = dict(learn="bao", infer="fd-weighted", estimator="unbiased", samples=4, infer_samples=3, inner_steps=7, noise=0.3,
                  batch=60, lr=2e-3, seed=9, lr_half_life=2.5, gamma="stationary")
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    given = {}
+    words, given = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))], {}
 
     def stop(vae, images, **options):
         given.update(options, vae=vae)
         raise ZeroDivisionError
-
     monkeypatch.setattr(train_images, "ImageTrainer", stop)
     with pytest.raises(ZeroDivisionError):
-        train_images.main(train_images.parse_args([*words, "--net", "mlp", "--width", "4", "--dim-z", "2", "--data", "mnist",
-                                                   "--data-root", str(digits), "--device", "cpu", "--no-graph", "--out",
-                                                   str(tmp_path / "run")]))
+        train_on(digits, tmp_path / "run", *words, "--no-graph")
     torch.manual_seed(seed_of(9, INIT))
-    expected = build_vae("mlp", (1, 32, 32), 2, width=4, init_sd=1).state_dict()
+    expected = build_vae("mlp", (1, 32, 32), 3, width=4, init_sd=1).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in given.pop("vae").state_dict().items())
     assert given == flags | {"graph": False, "one_pass": False}
-
-
-# ---------------------------------------------------------------------------------------------------------- the ensembles
 
 
 SMALL = ["--seeds", "2", "--seed", "4", "--batch", "6", "--hidden", "3", "--steps-per-epoch", "2", "--inner-lr", "0.05",
@@ -232,7 +215,7 @@ def plain_member(args, seed, steps):
     K, J, M, N, B = args.inner_steps, args.bilevel_steps, args.infer_samples, args.samples, args.batch
     law = DISTRIBUTIONS[args.data]
     vae = build_ensemble(2, 2, args.hidden, [seed_of(seed, INIT)], init_sd=args.init_sd)
-    generator, theta = torch.Generator().manual_seed(seed_of(seed, NOISE)), [*vae.decoder.parameters(), vae.log_gamma]
+    generator, theta = torch.Generator().manual_seed(seed_of(seed, NOISE)), theta_of(vae)
     adam, losses = torch.optim.Adam(theta, args.lr, foreach=False), []
     sizes = [law.dim_noise * B, *[M * 2 * B] * (K + J), N * 2 * B]
     options = {"estimator": args.estimator} if args.learn in ESTIMATED else {}
@@ -260,20 +243,18 @@ def plain_member(args, seed, steps):
     return vae, torch.tensor(losses).mean(0)
 
 
+def theta_of(vae):
+    return [*vae.decoder.parameters(), vae.log_gamma]
+
+
 def differences(loss_of, vae, h=1e-5):
     """The gradient of loss_of(vae) by theta by central differences, a number at a time."""
-    gradients = []
-    for index in range(len([*vae.decoder.parameters()]) + 1):
-        template = [*vae.decoder.parameters(), vae.log_gamma][index]
-        gradients.append(torch.zeros_like(template))
-        for k in range(template.numel()):
-            values = []
-            for sign in (1, -1):
-                moved = copy.deepcopy(vae)
-                [*moved.decoder.parameters(), moved.log_gamma][index].data.view(-1)[k] += sign * h
-                values.append(loss_of(moved).item())
-            gradients[-1].view(-1)[k] = (values[0] - values[1]) / (2 * h)
-    return gradients
+    def moved(index, k, shift):
+        other = copy.deepcopy(vae)
+        theta_of(other)[index].data.view(-1)[k] += shift
+        return loss_of(other).item()
+    return [torch.tensor([(moved(index, k, h) - moved(index, k, -h)) / (2 * h) for k in range(p.numel())]).view_as(p)
+            for index, p in enumerate(theta_of(vae))]
 
 
 @pytest.mark.parametrize("argv", [
@@ -286,8 +267,7 @@ def differences(loss_of, vae, h=1e-5):
 def test_each_member_of_an_ensemble_equals_a_plain_loop(argv):
     args, made = ensemble(*argv)
     steps = 3 if args.bilevel_steps else 5
-    for _ in range(steps):
-        made.run_step()
+    run_steps(made, steps)
     averages = made.averages()
     for i, seed in enumerate((4, 5)):
         vae, losses = plain_member(args, seed, steps)
@@ -295,9 +275,6 @@ def test_each_member_of_an_ensemble_equals_a_plain_loop(argv):
             torch.testing.assert_close(mine[i], expected[0], rtol=1e-5, atol=1e-6 if args.bilevel_steps else 1e-9)
         assert_close(torch.stack([averages["infer_loss"][i], averages["learn_loss"][i]]), losses)
     assert made.clock == made.step == steps
-
-
-# --------------------------------------------------------------------------------------- the losses of the two halves
 
 
 def test_the_papers_inference_objectives_reparametrise_or_do_not():
@@ -373,9 +350,6 @@ def test_pairs_without_a_meaning_are_refused(changes):
         resolve_pair(types.SimpleNamespace(error=error), args)
 
 
-# ------------------------------------------------------------------------------------------------ divergence and the loop
-
-
 def spoil(trainer, *members):
     trainer.vae.log_gamma.data[list(members) if members else ...] = torch.nan
 
@@ -386,8 +360,7 @@ def test_the_clock_reads_the_first_update_that_met_a_value_that_is_not_finite():
         if step == 3:
             spoil(trainer)
         trainer.run_step()
-        assert trainer.diverged == (None if step < 3 else 3)
-        assert trainer.diverged_at == (NEVER if step < 3 else 3)
+        assert (trainer.diverged, trainer.diverged_at) == ((None, NEVER) if step < 3 else (3, 3))
 
 
 def test_a_member_has_diverged_where_any_of_its_values_is_not_finite():
@@ -399,33 +372,14 @@ def test_a_member_has_diverged_where_any_of_its_values_is_not_finite():
     assert made.diverged_at.tolist() == [7, 7, NEVER]
 
 
-class Memory:
-    """Stands in for a run's folder and writes nothing."""
-
-    path = "memory"
-
-    def __init__(self):
-        self.rows, self.checkpoints = None, []
-
-    def load_checkpoint(self):
-        return None
-
-    def save_checkpoint(self, value):
-        self.checkpoints.append(value["trainer"]["step"])
-
-    def save_metrics(self, **rows):
-        self.rows = rows
-
-    def log(self, history, members=()):
-        pass
-
-
 @pytest.mark.parametrize("ill, status, diverged_at", [
     ((), "ok", [NEVER, NEVER]), ((1,), "ok", [NEVER, 2]), ((0, 1), "diverged@4", [2, 4])])
 def test_a_run_stops_once_every_member_has_diverged(monkeypatch, ill, status, diverged_at):
     monkeypatch.setattr(loop, "LOOK_SECONDS", 0)
     _, made = ensemble("--inner-steps", 1)
-    run, run_step = Memory(), made.run_step
+    checkpoints, run_step, nothing = [], made.run_step, lambda *_, **__: None
+    run = types.SimpleNamespace(path="memory", load_checkpoint=nothing, save_metrics=nothing, log=nothing,
+                                save_checkpoint=lambda value: checkpoints.append(value["trainer"]["step"]))
 
     def step():
         if made.step in (2, 4) and ill:  # the members fall ill one after the other
@@ -434,8 +388,6 @@ def test_a_run_stops_once_every_member_has_diverged(monkeypatch, ill, status, di
 
     made.run_step = step
     found, history = loop.train(run, made, epochs=5, eval_every=2, evaluate=lambda: {})
-    assert found == status
-    assert made.step == (10 if status == "ok" else 5)
+    assert found == status and made.step == (10 if status == "ok" else 5)
     assert [int(epoch) for epoch in history["epoch"]] == ([0, 2, 4, 5] if status == "ok" else [0, 2])
-    assert made.diverged_at.tolist() == diverged_at
-    assert run.checkpoints == ([0, 4, 8, 10] if status == "ok" else [0, 4])
+    assert made.diverged_at.tolist() == diverged_at and checkpoints == ([0, 4, 8, 10] if status == "ok" else [0, 4])

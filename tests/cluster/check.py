@@ -40,23 +40,32 @@ def commands(runs, epochs):
             for i in range(1, runs + 1)]
 
 
-def epoch_of(folder):
-    """The last epoch in the run's metrics.npz and its status; (-1, None) without a file, status None for an unfinished run."""
+def arrays_of(folder):
+    """The arrays of the run's metrics.npz; none without a whole file."""
     try:
         with np.load(folder / "metrics.npz") as arrays:
-            return int(arrays["epoch"][-1]), str(arrays["status"]) if "status" in arrays.files else None
-    except (OSError, KeyError, zipfile.BadZipFile):
-        return -1, None
+            return dict(arrays)
+    except (OSError, zipfile.BadZipFile):
+        return {}
+
+
+def epoch_of(folder):
+    """The last epoch in the run's metrics.npz; -1 without a file."""
+    return int(arrays_of(folder).get("epoch", [-1])[-1])
+
+
+def ended(folder):
+    return "status" in arrays_of(folder)
 
 
 def differences(mine, alone):
     """Names of the arrays in which two runs differ; ["unfinished"] where one of them has no status."""
-    if not all(epoch_of(folder)[1] for folder in (mine, alone)):
+    a, b = arrays_of(mine), arrays_of(alone)
+    if not ("status" in a and "status" in b):
         return ["unfinished"]
-    with np.load(mine / "metrics.npz") as a, np.load(alone / "metrics.npz") as b:
-        return [name for name in sorted({*a.files, *b.files} - {*TIMES, "config"})
-                if not (name in a.files and name in b.files and a[name].dtype == b[name].dtype
-                        and a[name].shape == b[name].shape and a[name].tobytes() == b[name].tobytes())]
+    return [name for name in sorted({*a, *b} - {*TIMES, "config"})
+            if not (name in a and name in b and a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
+                    and a[name].tobytes() == b[name].tobytes())]
 
 
 def wait_for(condition, what, seconds=600):
@@ -68,12 +77,6 @@ def wait_for(condition, what, seconds=600):
     return value
 
 
-def seconds_of(folder):
-    """When the run recorded each of its rows: the first numbers of a run that has resumed are those from before."""
-    with np.load(folder / "metrics.npz") as arrays:
-        return arrays["seconds"].tolist()
-
-
 class Events(dict):
     """What happened to each run, and the rows that it had by then."""
 
@@ -82,17 +85,17 @@ class Events(dict):
 
     def add(self, run, what):
         folder = self.work / f"runs/{run}"
-        self.rows[run] = seconds_of(folder)
-        self[run] = (f"{self[run]}, " if run in self else "") + f"{what} after epoch {epoch_of(folder)[0]}"
+        self.rows[run] = arrays_of(folder)["seconds"]
+        self[run] = (f"{self[run]}, " if run in self else "") + f"{what} after epoch {epoch_of(folder)}"
 
     def resumed(self, run):
+        """Its rows say when they were recorded: those from before are still there in a run that has resumed."""
         rows = self.rows[run]
-        return seconds_of(self.work / f"runs/{run}")[:len(rows)] == rows
+        return np.array_equal(arrays_of(self.work / f"runs/{run}")["seconds"][:len(rows)], rows)
 
 
 def in_mid_run(folder):
-    epoch, status = epoch_of(folder)
-    return epoch >= 2 and not status
+    return epoch_of(folder) >= 2 and not ended(folder)
 
 
 def process_of(work, run):
@@ -221,7 +224,7 @@ def main():
             work.mkdir()
             (work / "commands.txt").write_text("".join(f"{line}\n" for line in lines))
         xargs(alone)
-        if not all(epoch_of(alone / f"runs/{run}")[1] for run in range(1, args.runs + 1)):
+        if not all(ended(alone / f"runs/{run}") for run in range(1, args.runs + 1)):
             sys.exit(f"check.py: error: an undisturbed run has failed\n{(alone / 'log.txt').read_text()[-1000:]}")
         started = time.monotonic()
         events = {"xargs": xargs, "ssh": ssh, "slurm": slurm}[args.recipe](mine, [run for run in disturbed if run <= args.runs])
