@@ -12,6 +12,7 @@ import torch
 import train_images
 from data import load_images
 from metrics import quantise
+from models import build_vae
 from objectives import INFER, LEARN, label
 from small_runs import CPU, IMAGES, assert_equal_runs, main, train_on, weights_of
 from training import EVALUATION, seed_of
@@ -73,12 +74,21 @@ def test_an_evaluation_has_the_noise_and_the_seed_of_its_run(monkeypatch, epoch,
 
 
 def test_the_inputs_that_a_run_keeps_have_its_noise(digits, tmp_path):
-    arrays = train(digits, tmp_path / "run", "--noise", 0.4, "--seed", 2, "--epochs", 1)
+    inputs = train(digits, tmp_path / "run", "--noise", 0.4, "--seed", 2, "--epochs", 1)["inputs"]
     clean = load_images("mnist", digits).test
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed_of(2, EVALUATION)))
-    np.testing.assert_array_equal(arrays["inputs"], quantise(clean / 255 + 0.4 * noise))
-    ends = arrays["interpolations"][:, [0, -1]].swapaxes(0, 1).astype(float)  # from input i to input i + 8
-    np.testing.assert_allclose(ends, arrays["reconstructions"][:16].reshape(ends.shape), atol=1)
+    np.testing.assert_array_equal(inputs, quantise(clean / 255 + 0.4 * noise))
+
+
+def test_interpolations_go_from_an_input_to_the_one_eight_further_on(digits):
+    torch.manual_seed(0)
+    vae = build_vae("mlp", (1, 32, 32), 3, width=8)
+    for p in vae.parameters():
+        p.data *= 4  # reconstructions that differ
+    shown = train_images.pictures(vae, load_images("mnist", digits).test, 0.1, 0)
+    ends = shown["interpolations"][:, [0, -1]].swapaxes(0, 1).reshape(16, 1, 32, 32).astype(float)
+    np.testing.assert_allclose(ends, shown["reconstructions"][:16], atol=1)
+    assert np.ptp(ends, axis=0).max() > 20
 
 
 BEHAVIOUR = {  # a non-default value of each flag changes the weights of a two-epoch run
