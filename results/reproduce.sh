@@ -156,7 +156,7 @@ study_resnet() {  # ResNets of width 8 on mnist, 6000 updates, with N = 1 and 5:
     done
 }
 
-study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with batch norm and one without; B from 1 with batch norm: 20 runs of 8 min
+study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with batch norm and one without; B and DSM from 1 with batch norm: 21 runs of 8 min
     local budget="--net conv --width 8 --dim-z 32 --samples 5 --infer-samples 1 --inner-steps 1 --batch 25 --epochs 6 --eval-every 1 --test-limit 500"
     local seed pair
     for seed in 0 1; do for pair in "elbo" "swersky" "bao" "bao --estimator unbiased" "fd"; do
@@ -172,6 +172,7 @@ study_celeba() {  # ConvNets of width 8 on celeba, 4800 updates, two seeds with 
     for pair in "bao --seed 1 --lr 2e-3" "bao --estimator unbiased --lr 2e-3" "bao --seed 1 --lr 5e-4"; do  # the first epoch of runs in which B diverges
         python train_images.py --data celeba --data-root "$DATA" $budget --init-sd 1 --lr-half-life 3.75 --learn $pair
     done
+    python train_images.py --data celeba --data-root "$DATA" ${budget/samples 5 --infer-samples 1/samples 2 --one-pass} --lr 2e-3 --lr-half-life 3.75 --learn dsm --estimator unbiased
 }
 
 study_celeba_gpu() {  # ConvNets of width 32 on celeba from 1, 6000 updates in tf32: 14 runs of 23 to 110 s, four at once on an H200
@@ -190,14 +191,6 @@ models() {  # the trained ConvNets of results/models (the MLP there is of study_
     local brief="--width 16 --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --lr-half-life 1.5 --epochs 6 --eval-every 2 --test-limit 2000 --learn elbo"
     python train_images.py --data mnist --data-root "$DATA" $brief --dim-z 32 --samples 1
     python train_images.py --data celeba --data-root "$DATA" $brief --dim-z 64 --samples 1
-}
-
-study_celeba_quality() {  # ConvNets of width 32 on celeba with log gamma learnt from 1, N = 2, 900 updates: 5 runs of 10 to 20 min
-    local pair
-    for pair in "elbo --one-pass" "swersky --one-pass" "dsm --estimator unbiased --one-pass" "fd --one-pass" "bao"; do
-        python train_images.py --data celeba --data-root "$DATA" --width 32 --samples 2 --inner-steps 1 --batch 50 --lr 2e-3 --lr-half-life 1 \
-            --epochs 2 --eval-every 1 --test-limit 2000 --learn $pair
-    done
 }
 
 images_gpu() {  # ConvNets of the paper's size on mnist from 1, transients of 2400 updates: 8 runs of 80 s, four at once on an H200
@@ -311,6 +304,7 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python evaluate.py $runs/mnist-resnet-*-$budget-width8-* --images 200 --iw-samples 100 --out runs/evaluation/resnet
     python evaluate.py $runs/fashion-conv-*-$budget-width16-* --images 200 --iw-samples 100 --out runs/evaluation/fashion
     python evaluate.py $runs/mnist-mlp-*-limit20000-* --images 200 --iw-samples 100 --out runs/evaluation/mlp
+    python evaluate.py $runs/mnist-conv-*-gammafixed-*-one-pass-* --sampler mixture --images 20 --iw-samples 10 --out runs/evaluation/gamma
     python evaluate.py $runs/celeba-*-limit4000-* --images 100 --iw-samples 30 --out runs/evaluation/celeba
     python -m studies.gradient_snr --draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
     python -m studies.gradient_snr $runs/mnist-mlp-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-*-seed[23]
@@ -322,31 +316,14 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python -m studies.latent_scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
-wide="--data mnist --net conv --samples 5 --inner-steps 1 --batch 50 --lr 2e-3 --eval-every 1 --fid-every 1 --test-limit 2000"
-learners=("elbo --one-pass" "swersky --one-pass" "dsm --estimator unbiased --one-pass")  # bao has no --one-pass
-
-study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm: log gamma fixed at -3 (three seeds), -4 and -2, stationary, learnt; 24 runs of 6 to 15 min
-    local seed pair path
-    local brief="$wide --width 16 --lr-half-life 0.75 --epochs 3"  # 3600 updates
-    for path in "fixed --init-sd 0.2231" "fixed --init-sd 0.1353" "fixed --init-sd 0.3679" "stationary"; do
-        for pair in "${learners[@]}"; do python train_images.py $brief --data-root "$DATA" --gamma $path --learn $pair; done
-    done
-    for seed in 1 2; do for pair in "${learners[@]}"; do
-        python train_images.py $brief --data-root "$DATA" --gamma fixed --init-sd 0.2231 --learn $pair --seed $seed
+study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gamma fixed at -2, -3 and -4, 3600 updates; the ELBO at width 32: 10 runs of 8 to 25 min
+    local budget="--data mnist --net conv --samples 5 --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --lr-half-life 0.75 --epochs 3"
+    budget="$budget --eval-every 1 --fid-every 1 --test-limit 2000 --gamma fixed"
+    local pair sd
+    for sd in 0.3679 0.2231 0.1353; do for pair in "elbo" "swersky" "dsm --estimator unbiased"; do
+        python train_images.py $budget --data-root "$DATA" --width 16 --init-sd $sd --learn $pair
     done; done
-    for pair in "bao" "elbo" "swersky"; do  # two passes
-        python train_images.py $brief --data-root "$DATA" --gamma fixed --init-sd 0.2231 --learn $pair
-    done
-    for pair in "${learners[@]}"; do
-        python train_images.py $wide --data-root "$DATA" --width 16 --lr-half-life 1.5 --epochs 6 --learn $pair
-    done
-}
-
-study_width() {  # the same with log gamma fixed at -3, width 32 and 8: 6 runs of 4 to 25 min
-    local pair width
-    for width in 32 8; do for pair in "${learners[@]}"; do
-        python train_images.py $wide --data-root "$DATA" --width $width --lr-half-life 0.75 --epochs 3 --gamma fixed --init-sd 0.2231 --learn $pair
-    done; done
+    python train_images.py $budget --data-root "$DATA" --width 32 --init-sd 0.2231 --learn elbo
 }
 
 figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 15,000 updates (F with J = 5 also 45,000), three seeds: 13 runs of 2 to 40 min
@@ -379,7 +356,7 @@ speed_gpu() {  # the performance table of a GPU: 30 s on an H200
 }
 
 parts="figure1 spectrum toys study2d study2d_noise study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 encoder_step figure3_batch200"
-parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma study_width study_celeba_quality models"
+parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma models"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;
     *) echo "usage: results/reproduce.sh ${parts// /|} [-n]" >&2; exit 2 ;;

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vsm.cli import UserError
-from vsm.distributions_2d import DISTRIBUTIONS
+from vsm.distributions_2d import DISTRIBUTIONS, distribution
 from vsm.names import NOT_IDENTITY, pair_name, pair_order, refuse_twins
 from vsm.stored_runs import open_runs
 from vsm.tables import markdown_table, mean_and_error, number_text, with_error
@@ -73,14 +73,15 @@ def sweep_point(group):
 def truth_of(arrays):
     """NLL and score-matching loss of the data's law at the run's test points; if these are missing, its entropy and NaN."""
     if "test_data" in arrays:
-        return law_at(arrays["config"]["flags"]["data"], arrays["test_data"].tobytes())
+        flags = arrays["config"]["flags"]
+        return law_at(flags["data"], flags.get("noise", 0), arrays["test_data"].tobytes())
     return float(arrays.get("data_entropy", np.nan)), np.nan
 
 
 @cache
-def law_at(name, points):
-    """Mean NLL (nats) and score-matching loss of a law over float32 points [n, 2], given as bytes; NaN where unknown."""
-    law = DISTRIBUTIONS.get(name)
+def law_at(name, noise, points):
+    """Mean NLL (nats) and score-matching loss of a law with noise over float32 points [n, 2], given as bytes; NaN if unknown."""
+    law = distribution(name, noise) if name in DISTRIBUTIONS else None
     if law is None or law.log_prob is None:
         return np.nan, np.nan
     points = torch.tensor(np.frombuffer(points, np.float32).reshape(-1, 2)).double()

@@ -17,6 +17,7 @@ from models import build_ensemble
 from objectives import INFER, LEARN
 from small_runs import CPU, edit_arrays, main, run_steps, weights_of
 from studies import tables
+from studies.sweep_2d import law_at
 from train_synthetic import EnsembleTrainer
 from training import phi_loss, theta_loss
 from vsm import evaluation_2d
@@ -261,3 +262,10 @@ def test_members_are_told_apart_by_the_latents_they_use(tmp_path, fails):
     assert "(1 c, 1 h) |" in (run / "synthetic.md").read_text()
     twin = shutil.copytree(run, tmp_path / "twin")
     assert f"{run} and {twin} are the same experiment with the same seed 0" in fails(plots, "synthetic", run, twin)
+
+
+def test_the_truth_of_a_sweep_has_the_noise_of_its_data():
+    points = distribution("mixture", 0.1).sample(500, torch.Generator().manual_seed(0)).float()
+    for noise in (0, 0.1):
+        assert law_at("mixture", noise, points.numpy().tobytes())[0] == pytest.approx(
+            -distribution("mixture", noise).log_prob(points.double()).mean().item())
