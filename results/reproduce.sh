@@ -12,7 +12,7 @@ figure1() {  # Figure 1 and every rule: 1 min
     python param_recovery.py --stochastic --out runs/figure1
 }
 
-spectrum() {  # linear VAEs of MNIST, 22 models: 5 min
+spectrum() {  # linear VAEs of MNIST, 29 models: 15 min
     python -m studies.spectrum mnist --data-root "$DATA" --out runs/spectrum
 }
 
@@ -339,7 +339,7 @@ figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 
     python train_synthetic.py ${budget/epochs 150/epochs 450} --learn fd --bilevel-steps 5
 }
 
-audits() {  # the reports of docs/audit.md: 30 s each
+audits() {  # the reports of docs/extending.md: 30 s each
     local objective
     for objective in "elbo" "fd" "swersky" "swersky --estimator unbiased" "bao" "bao --estimator unbiased" "bao --estimator released" "dsm" "dsm --estimator unbiased" "fae"; do
         python audit.py $objective --data-root "$DATA"

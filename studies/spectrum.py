@@ -1,6 +1,6 @@
 """Linear VAEs on real images: which variances does each learning objective give its model?
 
-    python -m studies.spectrum mnist        # 22 models, by minibatches: 5 to 10 min on a CPU
+    python -m studies.spectrum mnist        # 29 models, by minibatches: 15 min on a CPU
 
 The data are the pixels less their mean, without the pixels that never change; gamma is given and stays fixed. Every model starts
 at the PCA solution, the maximum of the likelihood, so that a departure from its spectrum is due to the objective.

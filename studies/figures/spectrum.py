@@ -9,6 +9,7 @@ from vsm.stored_runs import open_runs
 
 LETTERS = {"elbo": "ELBO", "fd": "F", "swersky": "S", "bao": "B", "dsm": "DSM"}
 MARKERS = {"elbo": "s", "fd": "o", "swersky": "v", "bao": "D", "dsm": "P"}
+HIDDEN = (("swersky", "unbiased"), ("dsm", "plugin"))  # from the first panel, where they would lie on S and on plug-in B
 TEN = 10  # means are over so many of the largest directions
 ACTIVE = 1.05  # a latent is active if its direction has more than this times gamma of variance
 
@@ -47,7 +48,8 @@ def draw_variances(ax, arrays, N=5):
     ax.plot(component, v[:K], color="0.85", lw=6, solid_capstyle="round", label="data (PCA)")
     ax.axhline(gamma, color="0.4", lw=0.8, linestyle=":")
     ax.text(1, gamma * 0.95, r"$\gamma$: what a pruned latent leaves", va="top", color="0.4", fontsize=8)
-    for offset, (m, objective, estimator, samples) in enumerate(row for row in models_of(arrays) if row[3] == N):
+    shown_here = [row for row in models_of(arrays) if row[3] == N and row[1:3] not in HIDDEN]
+    for offset, (m, objective, estimator, _) in enumerate(shown_here):
         style = marker_style(objective, estimator)
         ax.plot(component, np.maximum(v[:K] / arrays["kappa"][m], gamma), color=style["color"], lw=1)
         shown = slice(offset % 3, None, 3)  # only every third component, so that equal spectra do not hide each other
@@ -78,7 +80,7 @@ def draw_ratios(ax, arrays):
     ax.text(2.25, 2 / 3, "S and B cross at $N = 2$", fontsize=8, color="0.3", va="center")
     ax.set_xscale("log")
     ax.minorticks_off()
-    ax.set(xlabel="posterior samples $N$", xticks=samples, xticklabels=samples, ylim=(0.45, 1.08), ylabel="learnt / data's",
+    ax.set(xlabel="posterior samples $N$", xticks=samples, xticklabels=samples, ylim=(0.45, 1.12), ylabel="learnt / data's",
            title=f"share of the data's variance, mean of the {TEN} largest")
     lines = [line_key(color="0.4", lw=1), line_key(color="0.4", marker="o", ls="none"),
              line_key(color="0.4", marker="o", mfc="white", ls="none")]
