@@ -72,16 +72,13 @@ study2d_variants() {  # the same with other initial standard deviations of p(x|z
 mnist_budget="--net mlp --width 128 --dim-z 16 --infer-samples 1 --inner-steps 1 --batch 50 --lr 1e-3 --lr-half-life 2 --epochs 8"
 mnist_budget="$mnist_budget --eval-every 1 --fid-every 1 --test-limit 2000"
 
-study_mnist() {  # mnist, MLP of width 128, 9600 updates, five or three seeds: 54 runs of 2 to 8 min
+study_mnist() {  # mnist, MLP of width 128, 9600 updates, five or three seeds: 49 runs of 2 to 8 min
     local seed pair
     for seed in 0 1 2 3 4; do
         for pair in "elbo kld" "swersky kld" "bao kld" "fd kld" "bao kld --estimator unbiased" "bao kld --estimator released" "fd fd-weighted" "fd fd"; do
             set -- $pair
             python train_images.py --data mnist --data-root "$DATA" --learn $1 --infer $2 ${3:-} ${4:-} $mnist_budget --samples 5 --init-sd 0.1 --seed $seed
         done
-    done
-    for seed in 0 1 2 3 4; do
-        python train_images.py --data mnist --data-root "$DATA" --learn dsm --estimator unbiased $mnist_budget --samples 5 --init-sd 0.1 --seed $seed
     done
     for seed in 0 1 2; do for pair in "fd fd-repar" "swersky fd" "bao fd"; do
         set -- $pair
@@ -185,12 +182,6 @@ study_celeba_gpu() {  # ConvNets of width 32 on celeba from 1, 6000 updates in t
     for pair in fd "bao --estimator unbiased"; do
         python train_images.py --data celeba --data-root "$DATA" $budget --learn $pair
     done
-}
-
-models() {  # the trained ConvNets of results/models (the MLP there is of study_mnist): 2 runs of 10 to 15 min
-    local brief="--width 16 --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --lr-half-life 1.5 --epochs 6 --eval-every 2 --test-limit 2000 --learn elbo"
-    python train_images.py --data mnist --data-root "$DATA" $brief --dim-z 32 --samples 1
-    python train_images.py --data celeba --data-root "$DATA" $brief --dim-z 64 --samples 1
 }
 
 images_gpu() {  # ConvNets of the paper's size on mnist from 1, transients of 2400 updates: 8 runs of 80 s, four at once on an H200
@@ -356,7 +347,7 @@ speed_gpu() {  # the performance table of a GPU: 30 s on an H200
 }
 
 parts="figure1 spectrum toys study2d study2d_noise study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 encoder_step figure3_batch200"
-parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma models"
+parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;
     *) echo "usage: results/reproduce.sh ${parts// /|} [-n]" >&2; exit 2 ;;
