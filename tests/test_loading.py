@@ -52,8 +52,9 @@ def test_the_published_2d_models_reproduce_their_recorded_metrics():
 
 
 @real("MNIST")
-def test_the_published_image_model_reproduces_its_recorded_metrics():
-    vae, (flags, arrays) = load_vae(PUBLISHED / "models" / "mnist-mlp-elbo"), recorded("mnist-mlp-elbo", "study_mnist.npz")
+@pytest.mark.parametrize("name, pack", [("mnist-mlp-elbo", "study_mnist.npz"), ("mnist-conv-elbo", "study_gamma.npz")])
+def test_the_published_image_models_reproduce_their_recorded_metrics(name, pack):
+    vae, (flags, arrays) = load_vae(PUBLISHED / "models" / name), recorded(name, pack)
     test = load_images("mnist", REAL, 0, flags["test_limit"]).test
     again = evaluate_images(vae, test, flags["noise"], seed=seed_of(flags["seed"], EVALUATION))
     for key in ("negative_elbo", "reconstruction_mse", "second_moment"):
