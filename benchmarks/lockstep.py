@@ -10,6 +10,7 @@ each run. The last three are choices of this benchmark alone until a GPU has mea
 import vsm.quiet  # noqa: F401  # isort: skip
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -18,6 +19,7 @@ from models import NETS, build_vae
 from training import ImageTrainer
 from vsm.cli import Parser, command_line, positive, positive_float
 from vsm.device import pick_device, set_precision, synchronise
+from vsm.flags import refuse_one_pass
 from vsm.many_runs import stream_of
 from vsm.runs import write_atomic
 from vsm.tables import markdown_table
@@ -43,6 +45,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if "grouped" in args.networks and args.net != "conv":
         parser.error("--networks grouped goes with --net conv, which has convolutions only")
+    if args.one_pass:
+        learn, infer = pairs()[args.pair]
+        refuse_one_pass(parser, SimpleNamespace(learn=learn, infer=infer, latent="gaussian", inner_steps=args.inner_steps,
+                                                samples=args.samples, infer_samples=args.samples))
     return args
 
 

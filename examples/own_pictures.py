@@ -2,7 +2,7 @@
 
     python -m examples.own_pictures folder:my_pictures                # one core: 20 minutes for 64 x 64 pixels
     python -m examples.own_pictures folder:my_pictures --width 64     # a GPU: minutes
-    python -m examples.own_pictures glyphs                            # drawn digits, without any files: six minutes
+    python -m examples.own_pictures glyphs                            # drawn digits, without any files: about six minutes
 
 It writes the run's folder under runs/own and a picture there, own_pictures.png, in four rows: pictures that the model has not
 seen, with the training noise; their reconstructions; samples with z from the prior; and samples with z from a mixture of

@@ -143,3 +143,8 @@ def test_grouped_networks_have_the_parameters_of_all_runs_and_every_way_has_a_ro
     for half in ("encoder", "decoder"):
         counts = [sum(p.numel() for p in getattr(vae, half).parameters()) for vae in (one, three)]
         assert counts[1] == 3 * counts[0]
+
+
+def test_one_pass_of_a_pair_that_needs_b_is_refused(fails, tmp_path):
+    argv = ("--one-pass", "--inner-steps", 1, "--pair", "KLD-B", "--save", tmp_path / "t.md")
+    assert "goes with --infer kld" in fails(lockstep, *argv)
