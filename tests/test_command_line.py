@@ -41,7 +41,7 @@ NO_WHOLE = "is not a whole number of 1 or more"
 MISTAKES = {
     train_images: {
         "--data nothing": "unknown data 'nothing'", "--learn fae --infer kld": "--learn fae goes with --infer fae",
-        "--data folder:/no/such/place": "/no/such/place cannot be read (No such file or directory); name a folder",
+        "--data folder:/no/such/place": "/no/such/place cannot be read (No such file or directory); --data folder:PATH names",
         "--infer fae": "--learn fae goes with --infer fae", "--learn swersky --estimator unbiased --samples 1": "at least 2",
         "--estimator released": "applies to --learn swersky, bao, dsm only", "--samples 0": f"0 {NO_WHOLE}",
         "--lr nan": "nan is not a number above 0", "--batch 301": "more than the 300 training images",

@@ -88,7 +88,8 @@ class Pictures:
             else:
                 raise UserError(f"{source} is neither a folder nor a file; name a folder of pictures or a zip of them")
         except OSError as error:
-            mend = "name a folder of pictures or a zip of them" if error.errno == errno.ENOENT else "mend it or take it away"
+            absent = error.errno == errno.ENOENT
+            mend = "--data folder:PATH names a folder of pictures, or a zip of them" if absent else "mend it or take it away"
             raise UserError(f"{error.filename} cannot be read ({error.strerror}); {mend}") from error
         self.names = [name for name, *_ in stamp]
         self.stamp = digest(np.frombuffer(json.dumps(stamp).encode(), np.uint8))
