@@ -55,13 +55,17 @@ tail -n 1 tests.txt
 for networks in $kinds; do
     limited 4 python -m benchmarks.lockstep $steps --precision $arithmetic --networks $networks $cpu --save "lockstep_$networks.md" || failed=1
 done
-study mnist 22 $digits --width $width $k1 --learn elbo fd swersky bao dsm --seed $seeds
+dsm="--learn dsm --estimator unbiased"
+study mnist 18 $digits --width $width $k1 --learn elbo fd swersky bao --seed $seeds
+study mnist_dsm 5 $digits --width $width $k1 $dsm --seed $seeds
 study mnist_fd 10 $digits --width $width $k1 --infer fd --learn fd swersky bao --seed $seeds
-study gamma_fixed 12 $digits --width $width $k1 --gamma fixed --init-sd 0.368 0.223 0.135 --learn elbo swersky bao dsm
-study gamma_stationary 6 $digits --width $width $k1 --gamma stationary --learn elbo swersky bao dsm
-study celeba 14 $faces $short --width $wide $k1 --learn elbo fd swersky bao dsm
-study fashion 10 $fashion --width $width $k1 --learn elbo fd swersky bao dsm
-study resnet 10 $digits --net resnet --width $wide $k1 --learn elbo fd swersky bao dsm
+study gamma_fixed 10 $digits --width $width $k1 --gamma fixed --init-sd 0.368 0.223 0.135 --learn elbo swersky bao
+study gamma_fixed_dsm 4 $digits --width $width $k1 --gamma fixed --init-sd 0.368 0.223 0.135 $dsm
+study gamma_stationary 6 $digits --width $width $k1 --gamma stationary --learn elbo swersky bao
+study celeba 12 $faces $short --width $wide $k1 --learn elbo fd swersky bao
+study celeba_dsm 4 $faces $short --width $wide $k1 $dsm
+study fashion 10 $fashion --width $width $k1 --learn elbo fd swersky bao
+study resnet 10 $digits --net resnet --width $wide $k1 --learn elbo fd swersky bao
 study resnet_fd 6 $digits --net resnet --width $wide $k1 --infer fd --learn fd swersky bao
 echo "done after $((SECONDS - began)) s"
 exit $failed
