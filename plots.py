@@ -10,7 +10,6 @@ The training scripts call the same functions when a run ends, so a figure can be
 import vsm.quiet  # noqa: F401  # isort: skip
 from pathlib import Path
 
-from benchmarks.figure import benchmark
 from studies.figures import audit, bilevel, gamma, spectrum, sweep_2d
 from vsm.cli import Parser, UserError, command_line
 from vsm.figures import images, latents, pictures, recovery, synthetic, toys
@@ -28,7 +27,6 @@ FIGURES = {  # script that makes the runs: its figures, each a function figure(r
     "param_recovery": [recovery.param_recovery, recovery.recovery_rules],
     "spectrum": [spectrum.spectrum],
     "toy_inference": [toys.toy_trajectories, toys.toy_basins, toys.toy_mixtures, toys.toy_gradients],
-    "benchmark": [benchmark],
     "audit": [audit.audit],
 }
 OF_MANY_RUNS = ("train_images", "train_synthetic")  # scripts whose figures draw several runs

@@ -3,13 +3,10 @@
 import platform
 import resource
 
-import numpy as np
 import pytest
 import torch
 
-import benchmarks.timing
-import plots
-from benchmarks import benchmark, figure, lockstep
+from benchmarks import benchmark, lockstep
 from benchmarks.benchmark import pairs
 from benchmarks.reference_step import INFERENCE, ReferenceStep, reference_loss
 from models import build_vae
@@ -17,7 +14,7 @@ from small_runs import CPU, image_trainer, main, run_steps
 from studies.auditing import flops_of
 from training import phi_loss, shared_losses, theta_loss
 from vsm.device import keep_freed_memory
-from vsm.runs import load_arrays, save_arrays
+from vsm.runs import load_arrays
 
 OPTIONS = {"samples": 3, "inner_steps": 2, "noise": 0.1, "batch": 8, "lr": 1e-4}
 
@@ -58,7 +55,7 @@ def test_the_trainer_computes_less_than_the_reference_step(pair):
 def short(monkeypatch):
     """Two steps a turn, and nothing compiled (tests/test_speed.py compiles)."""
     monkeypatch.setattr(benchmark, "cpp_compiler", lambda: False)
-    time_in_turns = benchmarks.timing.time_in_turns
+    time_in_turns = benchmark.time_in_turns
     monkeypatch.setattr(benchmark, "time_in_turns", lambda makers, calls, *rest: time_in_turns(makers, min(calls, 2), *rest))
 
 
@@ -70,11 +67,10 @@ def test_a_quick_run_prints_its_ratios_and_leaves_its_arrays(tmp_path, capsys, s
     arrays = load_arrays(tmp_path / "run" / "metrics.npz")
     rows = len(arrays["part"])
     assert arrays["seconds"].shape == (rows, 2) and (arrays["seconds"] > 0).all()
-    for name in ("image", "net", "pair", "size", "mode", "precision", "peak_memory"):
+    for name in ("image", "net", "pair", "size", "mode", "precision"):
         assert len(arrays[name]) == rows, name
     assert set(arrays["pair"][arrays["part"] == "images"]) == {"KLD-F", "FD-B", "FAE"}
-    assert set(arrays["part"]) == set(benchmark.PARTS) and (tmp_path / "run" / "benchmark.png").exists()
-    main(plots, "benchmark", tmp_path / "run", "--save", tmp_path / "again.png")
+    assert set(arrays["part"]) == set(benchmark.PARTS)
     main(benchmark, *flags)
     assert "finished before" in capsys.readouterr().out
 
@@ -95,39 +91,10 @@ def test_kept_memory_costs_no_page_faults():
     assert faults() < given_back / 10
 
 
-def test_quick_sets_defaults_only_and_bf16_alone_is_drawn(tmp_path, short):
-    argv = ["--quick", "--pairs", "FD-S", "--precision", "bf16", "--device", "cpu", "--out", tmp_path / "run"]
-    main(benchmark, *argv)
-    arrays, picture = load_arrays(tmp_path / "run" / "metrics.npz"), tmp_path / "run" / "benchmark.png"
+def test_quick_sets_defaults_only(tmp_path, short):
+    main(benchmark, "--quick", "--pairs", "FD-S", "--precision", "bf16", "--device", "cpu", "--out", tmp_path / "run")
+    arrays = load_arrays(tmp_path / "run" / "metrics.npz")
     assert set(arrays["pair"]) == {"FD-S"} and set(arrays["precision"][arrays["mode"] == "eager"]) == {"bf16"}
-    picture.unlink()
-    main(benchmark, *argv)
-    assert picture.exists()
-
-
-def test_every_precision_is_drawn_beside_the_reference(tmp_path, monkeypatch):
-    measured = [("reference", "float32"), ("eager", "bf16"), ("eager", "tf32")]
-    rows = [benchmark.small_model(part, "KLD-F", 10) | {"image": "1x32", "mode": mode, "precision": precision,
-                                                        "seconds": np.ones(2)}
-            for part in ("images", "batch") for mode, precision in measured]
-    save_arrays(tmp_path / "metrics.npz", {"device": "cpu"}, **{name: np.array([row[name] for row in rows]) for name in rows[0]})
-    drawn = []
-    monkeypatch.setattr("benchmarks.figure.save_figure", lambda figure, save: drawn.append(figure))
-    figure.benchmark([tmp_path], None)
-    panels = drawn[0].axes
-    assert [precision in ax.get_title() for ax, precision in zip(panels, 2 * ["bf16", "tf32"])] == 4 * [True] and len(panels) == 4
-    for ax in panels:
-        assert set(ax.get_legend_handles_labels()[1]) == {"reference step, float32", "eager"}
-
-
-def test_hours_of_table_1_are_of_its_recipe_alone_and_add_up():
-    assert benchmark.recipe_of_the_paper(benchmark.parse_args([]))
-    for argv in (["--width", "2"], ["--samples", "1"], ["--inner-steps", "1"], ["--dim-z", "2"]):
-        assert not benchmark.recipe_of_the_paper(benchmark.parse_args(argv))
-    rows = [{"part": "images", "image": image, "net": "conv", "pair": pair, "size": 100, "mode": "eager", "precision": "float32",
-             "seconds": np.array([1.0, 3.6, 9.0])} for image in benchmark.RUN_STEPS for pair in benchmark.TABLE1]
-    hours = 7 * (2 * 600 + 1627)  # at 3.6 s a step
-    assert benchmark.table1_hours(rows) == {("eager", "float32"): pytest.approx(hours)} and benchmark.table1_hours(rows[1:]) == {}
 
 
 def test_grouped_networks_have_the_parameters_of_all_runs_and_every_way_has_a_row(tmp_path):

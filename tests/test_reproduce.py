@@ -14,12 +14,13 @@ from vsm.names import NOT_IDENTITY
 from vsm.stored_runs import open_runs
 
 SCRIPT = ROOT / "results" / "reproduce.sh"
+GONE = ("batches", "importance_samples")  # flags of parts that the benchmark no longer has, in packs of older versions
 UNPACKED = ("evaluations", "audits", "speed", "speed_gpu")  # parts with commands whose results are in no pack of their own
 
 
 def identity(script, flags):
     """The script and the flags that make a run what it is, as something to compare."""
-    mine = {key: value for key, value in flags.items() if key not in (*NOT_IDENTITY, "module")}
+    mine = {key: value for key, value in flags.items() if key not in (*NOT_IDENTITY, *GONE, "module")}
     return script, json.dumps(mine, sort_keys=True)
 
 
