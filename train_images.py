@@ -106,7 +106,7 @@ def begin(args, data, device, stop, bar):
         print(note)
     if args.dry_run:
         return
-    with Run(args.out, "train_images", vars(args), device, args.overwrite, args.tensorboard, label=name, data=data.recipe) as run:
+    with Run(args.out, "train_images", vars(args), device, args.overwrite, label=name, data=data.recipe) as run:
         if not run.status:
             yield from fit(run, args, vae, data, device, stop, bar)
         draw_run(run.path)
@@ -129,8 +129,6 @@ def fit(run, args, vae, data, device, stop, bar):
     shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}
     features = {"fid_features": " ".join((reference.settings["name"], reference.settings["hash"]))} if reference else {}
     run.save_metrics(**stack(history), **shown, **features, status=status)
-    if shown:
-        run.show("samples", shown["samples"])
     print(f"{run.path}: {status}, negative ELBO {history['negative_elbo'][-1]:.1f} nats after {history['epoch'][-1]} epochs")
 
 

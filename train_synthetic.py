@@ -146,7 +146,7 @@ def main(args):
     announce(args, name_of(args), *describe(args, trainer))
     if args.dry_run:
         return
-    with Run(args.out, "train_synthetic", vars(args), device, args.overwrite, args.tensorboard, label=name_of(args)) as run:
+    with Run(args.out, "train_synthetic", vars(args), device, args.overwrite, label=name_of(args)) as run:
         if not run.status:
             fit(run, args, trainer)
         if not (run.path / "samples.png").exists():

@@ -18,7 +18,7 @@ import train_synthetic
 import vsm.cli
 from benchmarks import benchmark
 from objectives import LEARN
-from small_runs import IMAGES, ROOT, SMALL, environment, main, train_on
+from small_runs import IMAGES, ROOT, SMALL, environment, main
 from studies import spectrum
 from vsm.cli import command_line
 from vsm.names import LONGEST_NAME
@@ -145,25 +145,6 @@ def test_a_traceback_on_request(tmp_path, monkeypatch, capsys):
         command_line(lambda: train_synthetic.parse_args([*SMALL, "--out", str(tmp_path / "file" / "run")]), train_synthetic.main)
     text = capsys.readouterr().err
     assert ended.value.code == 2 and text.startswith("Traceback") and "error: cannot write" in text.splitlines()[-1]
-
-
-def test_tensorboard_gets_scalars_and_samples_or_says_how_it_is_installed(digits, tmp_path, fails, monkeypatch):
-    events = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            folder.mkdir(parents=True)
-            self.add_scalar = self.add_images = lambda name, value, *step: events.append((name, *step))
-            self.close = lambda: events.append("closed")
-
-    argv = ["--epochs", 2, "--tensorboard"]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    message = fails(train_images, *IMAGES, "--data-root", digits, *argv, "--out", tmp_path / "run")
-    assert "pip install tensorboard" in message and not (tmp_path / "run").exists()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    for _ in range(2):  # the second finds a finished run and writes nothing
-        train_on(digits, tmp_path / "run", *argv)
-    assert {("negative_elbo", 0), ("negative_elbo", 2), ("samples",)} <= {*events} and events.count("closed") == 1
 
 
 def test_a_reader_that_has_left_gets_no_traceback():

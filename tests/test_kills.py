@@ -48,8 +48,7 @@ def bare_run(out, value, overwrite=False):
 
 
 def values_in(folder):
-    files = [place / "metrics.npz" for place in (folder, folder / ".replaced")]
-    return {int(load_arrays(file)["value"]) for file in files if file.exists()}
+    return {int(load_arrays(file)["value"]) for file in folder.glob("metrics.npz")}
 
 
 @pytest.fixture
@@ -81,12 +80,12 @@ def test_an_overwrite_survives_two_kills_inside_any_writes(tmp_path, no_git, fir
                 codes.append(forked(lambda: bare_run(out, 2, overwrite=True), fatal))
                 assert values_in(out), (first, second)
             assert forked(lambda: bare_run(out, 2, overwrite=True)) == 0 and values_in(out) == {2}
-            assert not (out / ".replaced").exists() and not list(out.glob(".*.tmp"))
+            assert {file.name for file in out.iterdir()} == {".lock", "config.json", "metrics.npz", "checkpoint.pt"}
             if codes[1] == 0:
                 break
         if codes[0] == 0:
             break
-    assert codes[0] == 0 and first > 30
+    assert codes[0] == 0 and first > 20
 
 
 @contextlib.contextmanager

@@ -131,21 +131,19 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_written(tmp_path, fai
     with monkeypatch.context() as patch:
         patch.setattr(vsm.runs, "write_atomic", full)
         assert "the disk is full" in fails(train_synthetic, *again)
-    assert contents(tmp_path / "run") == before and not (tmp_path / "run" / ".replaced").exists()
+    assert contents(tmp_path / "run") == before
+    (tmp_path / "run" / "eval.npz").write_text("of the old run")
     assert train(tmp_path / "run", "--lr", 0.01, "--overwrite")["config"]["flags"]["lr"] == 0.01
-    assert not (tmp_path / "run" / ".replaced").exists()
+    assert contents(tmp_path / "run").keys() == before.keys()
 
 
-def test_an_overwrite_that_was_killed_before_it_began_is_undone(tmp_path, capsys):
+def test_an_overwrite_that_is_killed_before_it_writes_leaves_the_old_run(tmp_path, monkeypatch):
     train(tmp_path / "run")
     before = contents(tmp_path / "run")
-    (tmp_path / "run" / ".replaced").mkdir()
-    for name in before.keys() - {".lock"}:
-        os.replace(tmp_path / "run" / name, tmp_path / "run" / ".replaced" / name)
-    capsys.readouterr()
-    train(tmp_path / "run")
-    assert "finished before" in capsys.readouterr().out and not (tmp_path / "run" / ".replaced").exists()
-    assert contents(tmp_path / "run").keys() == before.keys()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, train_synthetic, 0, name="measure")
+        train(tmp_path / "run", "--lr", 0.01, "--overwrite")
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_run_of_another_script_or_of_other_data_is_refused(digits, tmp_path, fails):
@@ -242,7 +240,6 @@ def test_a_stopped_overwrite_resumes_without_the_flag(tmp_path, monkeypatch):
         stop_after(patch, train_synthetic, 0, lambda: os.kill(os.getpid(), signal.SIGTERM), name="measure")
         train(tmp_path / "run", "--lr", 0.01, "--overwrite")
     assert train(tmp_path / "run", "--lr", 0.01)["config"]["flags"]["lr"] == 0.01
-    assert not (tmp_path / "run" / ".replaced").exists()
 
 
 def test_the_last_row_of_a_run_killed_after_an_evaluation_off_the_grid_is_right(tmp_path, whole, monkeypatch):

@@ -28,13 +28,12 @@ def add_pair(flag, samples, datum):
     flag("--infer-samples", type=positive, metavar="M", help=f"posterior samples per {datum} in the encoder's loss (default: N)")
 
 
-def add_output(flag, folder, writes, dry_run=""):
-    """Where a run computes and what it leaves; `writes` is what TensorBoard gets."""
+def add_output(flag, folder, dry_run=""):
+    """Where a run computes and what it leaves."""
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
     flag("--out", type=os.path.expanduser, help=f"the run's folder (default: a name made of the flags, under {folder})")
     flag("--overwrite", action="store_true", help="replace a run that exists in the folder")
-    flag("--tensorboard", action="store_true", help=f"also write {writes} for TensorBoard into the run's folder")
     flag("--dry-run", action="store_true", help=f"print what would run, then stop{dry_run}")
 
 
@@ -76,7 +75,7 @@ def image_parser(description=None):
     flag("--eval-every", type=positive, default=10, help="epochs between evaluations on the test images")
     flag("--fid-every", type=count, default=0, metavar="EPOCHS",
          help="epochs between FIDs, a multiple of --eval-every; 0: no FID during training")
-    add_output(flag, "runs/images", "scalars and samples", " (data may be downloaded or converted)")
+    add_output(flag, "runs/images", " (data may be downloaded or converted)")
     flag("--jobs", type=positive, default=1, help="on a CPU, runs at once, where flags have several values")
     return parser
 
@@ -152,7 +151,7 @@ def synthetic_parser(description=None):
     flag("--compile", action="store_true",
          help="on a CPU, compile the updates and their derivatives with TorchInductor; it needs a C++ compiler and takes up to a "
          "minute, once per pair of objectives, N and J")
-    add_output(flag, "runs/synthetic", "scalars")
+    add_output(flag, "runs/synthetic")
     return parser
 
 

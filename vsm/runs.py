@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vsm.cli import Stopped, UserError
+from vsm.cli import UserError
 from vsm.names import BUDGET, NOT_IDENTITY
 
 
@@ -126,21 +126,19 @@ class Run:
                 return
             state = run.load_checkpoint(device)     # None at the first call
 
-    The flag `epochs` is a budget: a finished run with fewer epochs continues. overwrite=True moves the old run aside, removes it
-    when the new run writes its first arrays, and restores it if the new run fails earlier.
+    The flag `epochs` is a budget: a finished run with fewer epochs continues. The first write of a run takes the folder over: it
+    replaces config.json, and with overwrite=True it removes the old run, which a new run that fails earlier leaves as it was.
     Raises UserError if another process holds the folder, other flags or another script made it, or it cannot be written.
     """
 
-    def __init__(self, path, script, flags, device, overwrite=False, tensorboard=False, **extra):
-        self.path, self.aside = Path(path), Path(path) / ".replaced"
-        self.overwrite, self.status = overwrite, None
-        kept = {key: value for key, value in flags.items() if key not in ("overwrite", "dry_run", "tensorboard")}
+    def __init__(self, path, script, flags, device, overwrite=False, **extra):
+        self.path, self.overwrite, self.status = Path(path), overwrite, None
+        self._owned, self._outdated = False, []  # whether it has written; files of the old run, which go when it does
+        kept = {key: value for key, value in flags.items() if key not in ("overwrite", "dry_run")}
         self.config = {"script": script, "flags": kept, **environment(device), **extra}
-        self._open_board = tensorboard_writer() if tensorboard else None
 
     def __enter__(self):
-        files = self._files()
-        if files and not any((place / "config.json").exists() for place in (self.path, self.aside)):
+        if self._files() and not (self.path / "config.json").exists():
             raise UserError(f"{self.path} holds files but no config.json, so it is not a run folder; choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -153,95 +151,61 @@ class Run:
                             "another --out") from error
         try:
             self._claim()
-            if self._open_board and not self.status:
-                self._board = self._open_board(self.path / "tensorboard")
         except BaseException:
-            self._restore()
             self._lock.close()
             raise
         return self
 
-    def __exit__(self, kind, *_):
-        if self._board:
-            self._board.close()
-        if kind not in (None, Stopped) and self.aside.exists() and not (self.path / "metrics.npz").exists():
-            (self.path / "config.json").unlink(missing_ok=True)
-            self._restore()
-        elif kind is UserError and self._config_before:  # such as for fewer epochs than it has
-            with contextlib.suppress(UserError):
-                write_atomic(self.path / "config.json", self._config_before)
+    def __exit__(self, *_):
         self._lock.close()
 
-    _board = _config_before = None
-
     def _files(self):
-        """The files of the folder, without the lock, the run moved aside and the remains of a killed write."""
-        ours = (".lock", self.aside.name)
+        """The files of the folder, without the lock and the remains of a killed write."""
         try:
-            return [file for file in self.path.iterdir() if file.name not in ours and file.suffix != ".tmp"] \
+            return [file for file in self.path.iterdir() if file.name != ".lock" and file.suffix != ".tmp"] \
                 if self.path.exists() else []
         except OSError as error:
             raise UserError(f"cannot read the output folder {self.path}: {os.strerror(error.errno)}") from error
 
     def _claim(self):
-        """Take the folder over, or move its run aside, and write config.json unless the run has finished."""
+        """Begin a new folder by its config.json, or see what is to become of the run that is there."""
         for left in self.path.glob(".*.tmp"):
             left.unlink(missing_ok=True)
-        if not (self.path / "config.json").exists():
-            self._restore()  # undo an --overwrite that was killed before the new run began
-        files = self._files()
-        if files:
-            old = load_config(self.path)
-            if self.overwrite:
-                if old["script"] != self.config["script"]:
-                    raise UserError(f"{self.path} is a run of {old['script']}.py, "
-                                    f"which --overwrite of {self.config['script']}.py does not remove")
-                self._move_aside(files)
-            else:
-                self._take_over(old)
-                if self.status:
-                    return
-                self._config_before = (self.path / "config.json").read_bytes()
-        write_atomic(self.path / "config.json", json.dumps(self.config, indent=1).encode())
+        if not (files := self._files()):
+            self._take_over()
+            return
+        old = load_config(self.path)
+        if not self.overwrite:
+            self._go_on(old)
+        elif old["script"] == self.config["script"]:
+            self._outdated = files
+        else:
+            raise UserError(f"{self.path} is a run of {old['script']}.py, "
+                            f"which --overwrite of {self.config['script']}.py does not remove")
 
-    def _take_over(self, old):
+    def _go_on(self, old):
         """Set the status of a run that has ended. If it continues with a larger budget, delete its pictures instead."""
         self._refuse_other_flags(old)
-        status = status_of(self.path)
-        if status is None:
-            return
-        epochs, has = self.config["flags"].get("epochs"), None
-        if epochs and status == "ok":
-            has = int(load_arrays(self.path / "metrics.npz")["epoch"][-1])
-            if has < epochs:
-                for picture in self.path.glob("*.png"):
-                    picture.unlink()
-                return
-        self.status = status
-        more = f", and has {has} epochs already" if has and has > epochs else ""
-        longer = ", more --epochs continue it" if has else ""
-        print(f"{self.path}: finished before ({status}){more}; --overwrite redoes it{longer}")
+        status, epochs = status_of(self.path), self.config["flags"].get("epochs")
+        has = int(load_arrays(self.path / "metrics.npz")["epoch"][-1]) if epochs and status == "ok" else None
+        if has and has < epochs:
+            for picture in self.path.glob("*.png"):
+                picture.unlink()
+        elif status:
+            self.status = status
+            more = f", and has {has} epochs already" if has and has > epochs else ""
+            longer = ", more --epochs continue it" if has else ""
+            print(f"{self.path}: finished before ({status}){more}; --overwrite redoes it{longer}")
 
-    def _move_aside(self, files):
-        """Move the old run into `aside`, config.json first. `_restore` moves it back last and so completes a killed move."""
-        files = sorted(files, key=lambda file: file.name != "config.json")
-        if (self.aside / "config.json").exists() and not (self.path / "metrics.npz").exists():
-            for file in files:  # an --overwrite was killed before its first arrays; keep the run aside, not its remains
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-            return
-        if self.aside.exists():
-            shutil.rmtree(self.aside)
-        self.aside.mkdir()
-        for file in files:
-            os.replace(file, self.aside / file.name)
-
-    def _restore(self):
-        """Undo `_move_aside` if the new run has no config.json."""
-        if (self.aside / "config.json").exists() and not (self.path / "config.json").exists():
-            with contextlib.suppress(OSError):
-                for file in sorted(self.aside.iterdir(), key=lambda file: file.name == "config.json"):
-                    os.replace(file, self.path / file.name)
-                self.aside.rmdir()
+    def _take_over(self, written=None):
+        """Remove the old run under --overwrite, but for the file just `written`, and replace config.json, which comes last."""
+        for file in self._outdated:
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name not in ("config.json", written):
+                file.unlink()
+        write_atomic(self.path / "config.json", json.dumps(self.config, indent=1).encode())
+        self._owned, self._outdated = True, []
 
     def _refuse_other_flags(self, old):
         mine, theirs = (identity_of(config) for config in (json.loads(json.dumps(self.config)), old))
@@ -265,7 +229,7 @@ class Run:
     def load_checkpoint(self, device="cpu"):
         """The last checkpoint, or None. Raises UserError for a damaged file or other flags, and keeps the file."""
         path = self.path / "checkpoint.pt"
-        if not path.exists():
+        if self._outdated or not path.exists():
             return None
         state = load_checkpoint(path, device)
         if not isinstance(state, dict) or "identity" not in state:
@@ -277,11 +241,9 @@ class Run:
     def save_metrics(self, **arrays):
         """Write `metrics.npz`. A `status` among the arrays marks the run as finished."""
         self._write("metrics.npz", packed(self.config, arrays))
-        if self.aside.exists():
-            shutil.rmtree(self.aside, ignore_errors=True)
 
     def log(self, history, members=()):
-        """Write log.csv from {name: a list of tensors, one per evaluation}, and its last line to TensorBoard if that is on.
+        """Write log.csv from {name: a list of tensors, one per evaluation}.
 
         A line per evaluation holds the scalars, and for metrics of the shape `members` the mean over the finite ones.
         """
@@ -289,28 +251,13 @@ class Run:
                    for name, values in history.items() if values[0].shape in ((), members)}
         lines = [",".join(columns), *(",".join(f"{value:.9g}" for value in row) for row in zip(*columns.values()))]
         self._write("log.csv", ("\n".join(lines) + "\n").encode())
-        if self._board:
-            for name, values in columns.items():
-                self._board.add_scalar(name, values[-1], int(columns["epoch"][-1]))
-
-    def show(self, name, images):
-        """Write images, uint8 [n, C, H, W], to TensorBoard if --tensorboard is given."""
-        if self._board:
-            self._board.add_images(name, images)
 
     def _write(self, name, data):
         if not (self.path / "config.json").exists():
             raise UserError(f"{self.path} has been removed or emptied while the run went on; nothing more is written there")
         write_atomic(self.path / name, data)
-
-
-def tensorboard_writer():
-    """The class that writes TensorBoard events. Raises UserError if tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    return SummaryWriter
+        if not self._owned:
+            self._take_over(name)
 
 
 def load_checkpoint(path, device="cpu"):
