@@ -11,7 +11,6 @@ from objectives import INFER, LEARN
 from vsm.cli import UserError
 from vsm.cuda_graphs import Graphs
 from vsm.device import to_channels_last
-from vsm.forms import mismatch
 from vsm.gamma import StationaryGamma
 
 NEVER = torch.iinfo(torch.int64).max
@@ -97,13 +96,12 @@ class Resumable:
     @torch.no_grad()
     def load(self, saved):
         """Restore what save() returned. Raises UserError and changes nothing where `saved` does not fit."""
-        mine = self.save()
-        difference = mismatch(saved, {**mine, "generators": [torch.Tensor] * len(mine["generators"])})
-        if difference or saved["step"] < 0:
-            raise UserError(f"the checkpoint is not of what these flags train ({difference or 'its step is negative'}) and is "
+        state, tensors = self.state(), saved["tensors"]
+        if {name: tensor.shape for name, tensor in state.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise UserError("the checkpoint is not of what these flags train (its tensors have other names or shapes) and is "
                             "kept as it is; move it away or use --overwrite to start the run again")
-        for name, tensor in self.state().items():
-            tensor.copy_(saved["tensors"][name])
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
         self.step = saved["step"]
         for generator, state, seed in zip(self.generators, saved["generators"], self.seeds):
             if len(state) == len(generator.get_state()):

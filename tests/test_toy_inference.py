@@ -110,9 +110,7 @@ def test_basins_colour_every_start_by_its_end(monkeypatch):
 @pytest.mark.parametrize("change, complaint", [
     (lambda arrays: arrays.update(caught=arrays["caught"][..., 1:]), "the array caught of this run has shape [1, 1, 2, 3]"),
     (lambda arrays: arrays.update(axis=arrays["axis"][1:]), "the array axis of this run has shape [4]"),
-    (lambda arrays: arrays.update(location=arrays["location"][0]), "the array location of this run has shape [1, 1, 2, 4]"),
-    (lambda arrays: arrays["config"]["flags"].update(grid="two"), "grid is 'two', not of type int"),
-    (lambda arrays: arrays["config"]["flags"].pop("extent"), "it lacks 'extent'")])
+    (lambda arrays: arrays.update(location=arrays["location"][0]), "the array location of this run has shape [1, 1, 2, 4]")])
 def test_arrays_of_another_form_are_refused_in_one_sentence(change, complaint):
     arrays = ends_of_four_starts()
     change(arrays)
@@ -162,24 +160,20 @@ def test_a_checkpoint_of_another_form_is_refused_in_one_sentence_and_kept(half_r
     good = whole["trainer"]
     assert good["step"] == 1000
 
-    def refuses(saved):
-        torch.save(saved if saved in (None, [1], {}) else {**whole, "trainer": saved}, path)
+    def refuses(saved, words):
+        torch.save({**whole, "trainer": saved}, path)
         before = path.read_bytes()
-        with Run(path.parent, "toy_inference", vars(parsed(*argv)), CPU) as folder, pytest.raises(UserError) as error:
+        with Run(path.parent, "toy_inference", vars(parsed(*argv)), CPU) as folder, pytest.raises(UserError, match=words):
             loop.resume(folder, descent, 2500, 1)
-        assert re.search("not of what these flags train|not a checkpoint of this script|more than 2500 iterations",
-                         str(error.value)), saved
         assert path.read_bytes() == before
 
     descent = Descent(parsed(*argv), CPU)
     start, tensors, params = descent.params.clone(), good["tensors"], good["tensors"]["params"]
-    for wrong in (None, [1], {}, {**good, "more": 1}, {**good, "step": "1000"}, {**good, "step": -1},
-                  {**good, "generators": [None]},
-                  *({**good, "tensors": {**tensors, "params": value}} for value in (params[:, :1], params.long(), 3.0)),
-                  {**good, "tensors": {key: value for key, value in tensors.items() if key != "moment1"}}):
-        refuses(wrong)
+    for wrong in ({**tensors, "params": params[:, :1]}, {**tensors, "more": params},
+                  {key: value for key, value in tensors.items() if key != "moment1"}):
+        refuses({**good, "tensors": wrong}, "not of what these flags train")
     assert torch.equal(descent.params, start) and descent.step == 0
-    refuses({**good, "step": 2501})
+    refuses({**good, "step": 2501}, "more than 2500 iterations")
     assert "already" in fails(toy, *argv)
 
 

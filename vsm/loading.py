@@ -23,32 +23,23 @@ from models import NETS, VAE, build_ensemble, build_vae, mlp
 from vsm.cli import UserError, command_line
 from vsm.device import to_channels_last
 from vsm.flags import image_defaults, synthetic_defaults
-from vsm.forms import mismatch
 from vsm.names import flag_name
 from vsm.runs import load_checkpoint, load_config, refuse_other_images, write_atomic
 
 DEFAULTS = {"train_images": image_defaults, "train_synthetic": synthetic_defaults}
-MODEL_FLAGS = {  # the flags from which a model is built; their types are checked
-    "train_images": ("net", "dim_z", "width", "norm", "latent", "temperature", "init_sd", "precision"),
-    "train_synthetic": ("seeds", "hidden", "init_sd")}
 
 
 def flags_of(config):
     """The flags of a run from its config.json.
 
-    Raises UserError for a run of another script, for unknown flags, which might change how the model is built, and for flags of
-    the model that are missing or of a wrong type.
+    Raises UserError for a run of another script, and for unknown flags, which might change how the model is built.
     """
     script, flags = config["script"], config["flags"]
     if script not in DEFAULTS:
         raise UserError(f"it is a run of {script}.py, which trains no VAE")
-    defaults = DEFAULTS[script]()
-    if unknown := sorted(flags.keys() - defaults.keys()):
+    if unknown := sorted(flags.keys() - DEFAULTS[script]().keys()):
         names = ", ".join(f"--{flag_name(key)}" for key in unknown)
         raise UserError(f"it was made by another version of {script}.py; this version does not know its {names}")
-    for key in MODEL_FLAGS[script]:
-        if difference := mismatch(flags.get(key), defaults[key], f"--{flag_name(key)}"):
-            raise UserError(f"its config.json is damaged ({difference})")
     return flags
 
 
@@ -75,21 +66,21 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
     member or checkpoint that is missing, damaged or of another version.
     """
     folder, config = Path(folder), load_config(folder)
-    flags, tensors = flags_of(config), trainer_of(folder / checkpoint)["tensors"]
-    if config["script"] == "train_images":
-        if member is not None:
-            raise UserError(f"{folder} is an image run, which has one model; leave out member {member}")
-        vae = vae_of(flags, image_shape_of(config))
-    else:
-        vae = build_ensemble(2, 2, flags["hidden"], [0] * flags["seeds"], init_sd=flags["init_sd"])
+    flags, saved, is_image_run = flags_of(config), load_checkpoint(folder / checkpoint), config["script"] == "train_images"
+    if is_image_run and member is not None:
+        raise UserError(f"{folder} is an image run, which has one model; leave out member {member}")
     try:
-        vae.load_state_dict({name.removeprefix("vae."): value for name, value in tensors.items() if name.startswith("vae.")})
-    except RuntimeError as error:
-        raise UserError(f"its checkpoint does not hold the model of its config.json ({str(error).splitlines()[0]})") from error
+        vae = vae_of(flags, config["data"]["size"]) if is_image_run else \
+            build_ensemble(2, 2, flags["hidden"], [0] * flags["seeds"], init_sd=flags["init_sd"])
+        tensors = saved["trainer"]["tensors"].items()
+        vae.load_state_dict({name.removeprefix("vae."): value for name, value in tensors if name.startswith("vae.")})
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{folder / checkpoint} does not hold the model of its config.json ({type(error).__name__}: "
+                        f"{str(error).splitlines()[0]})") from error
     if member is not None:
         vae = member_of(vae, member)
     vae = vae.eval().requires_grad_(False).to(device)
-    return to_channels_last(vae, flags["learn"], flags["infer"]) if config["script"] == "train_images" else vae
+    return to_channels_last(vae, flags["learn"], flags["infer"]) if is_image_run else vae
 
 
 def export(run, folder):
@@ -100,7 +91,7 @@ def export(run, folder):
     load_vae(run)
     if (folder := Path(folder)).exists():
         raise UserError(f"{folder} exists and is kept as it is; name a new folder")
-    trainer = trainer_of(Path(run) / "checkpoint.pt")
+    trainer = load_checkpoint(Path(run) / "checkpoint.pt")["trainer"]
     tensors = {name: tensor for name, tensor in trainer["tensors"].items() if name.startswith("vae.")}
     buffer = io.BytesIO()
     torch.save({"trainer": {"step": trainer["step"], "tensors": tensors}}, buffer)
@@ -108,35 +99,10 @@ def export(run, folder):
     write_atomic(folder / "checkpoint.pt", buffer.getvalue())
 
 
-def trainer_of(path):
-    """The dict that a trainer saved in a checkpoint, with its "tensors" by name. Raises UserError for another kind of file."""
-    saved = load_checkpoint(path)
-    if not (isinstance(saved, dict) and isinstance(saved.get("trainer"), dict)):
-        raise UserError(f"{path} is not a checkpoint of a trainer")
-    tensors = saved["trainer"].get("tensors")
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{path} is not a checkpoint of a trainer: it holds no tensors")
-    return saved["trainer"]
-
-
 def epochs_trained(folder):
-    """Epochs of an image run at its last checkpoint, not always a whole number. Raises UserError for damaged files."""
-    folder = Path(folder)
-    config = load_config(folder)
-    data, batch, step = config.get("data"), flags_of(config)["batch"], trainer_of(folder / "checkpoint.pt").get("step")
-    images = data.get("counts", {}).get("train") if isinstance(data, dict) else None
-    if not all(isinstance(value, int) for value in (images, batch, step)) or not 0 < batch <= images:
-        raise UserError(f"{folder} is damaged: its config.json and its checkpoint do not tell how long it has trained")
-    return step / (images // batch)
-
-
-def image_shape_of(config):
-    """[C, H, W] of the images of a run, from its config.json. Raises UserError where it is not there."""
-    data = config.get("data")
-    size = data.get("size") if isinstance(data, dict) else None
-    if mismatch(size, [1, 1, 1]):
-        raise UserError(f"its config.json is damaged (its images have the size {size!r})")
-    return size
+    """Epochs of an image run at its last checkpoint, not always a whole number."""
+    config, saved = load_config(folder), load_checkpoint(Path(folder) / "checkpoint.pt")
+    return saved["trainer"]["step"] / (config["data"]["counts"]["train"] // config["flags"]["batch"])
 
 
 def place_of_images(run, config, args):

@@ -7,7 +7,6 @@ import torch
 
 from vsm.cli import Stopped, UserError, progress, stopping
 from vsm.device import peak_memory
-from vsm.forms import mismatch
 
 LOOK_SECONDS = 1  # the host waits for the device, to see whether the run has diverged, at most this often
 CHECKPOINT_SECONDS = 60  # between checkpoints within an epoch
@@ -102,9 +101,6 @@ def resume(run, trainer, epochs, eval_every):
     saved = run.load_checkpoint()
     if saved is None:
         return {}, 0.0
-    if difference := mismatch(saved, {"trainer": dict, "history": dict, "seconds": float}):
-        raise UserError(f"{run.path}/checkpoint.pt is not a checkpoint of this script ({difference}) and is kept as it is; "
-                        "move it away")
     trainer.load(saved["trainer"])
     done = trainer.step / trainer.steps_per_epoch
     if done > epochs:

@@ -7,7 +7,6 @@ import numpy as np
 
 from vsm.cli import UserError
 from vsm.figures.style import BLUE, ORANGE, RED, area_key, handles_of, legend_below, line_key, new_figure, save_figure
-from vsm.forms import mismatch
 from vsm.stored_runs import open_runs
 
 OBJECTIVE_TITLES = {"fd-repar": "FD, reparametrised", "fd": "FD, $z$ held fixed", "kld": "KLD, reparametrised",
@@ -16,14 +15,6 @@ OPTIMISER_TITLES = {"sgd": "SGD", "adam": "Adam"}
 SIDES, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), ORANGE, "0.6"  # ends where z1 + z2 > 0, < 0; in low density; diverged
 LOW_DENSITY = "caught: 99 % of the mass is denser"
 POSTERIOR = "exact posterior, down to 8 nats"  # in grey
-
-
-def typed_flags(arrays, **types):
-    """The flags that made the arrays. Raises UserError where a flag that `types` names is missing or of another type."""
-    flags = arrays["config"].get("flags", {})
-    if problem := mismatch({name: flags[name] for name in types if name in flags}, types):
-        raise UserError(f"the flags of this run are not those of a toy ({problem})")
-    return flags
 
 
 def check_axes(arrays, axes, **sizes):
@@ -41,8 +32,7 @@ def check_axes(arrays, axes, **sizes):
 def arrays_from_every_start(runs, **axes):
     """Arrays and flags of a run from every start, its axes checked: L likelihoods, I objectives, P optimisers, K starts."""
     arrays = open_runs(runs)[0].arrays()
-    flags = typed_flags(arrays, likelihoods=list, grid=int, extent=float)
-    flags = {"objectives": ["fd-repar", "fd", "kld"], **flags}
+    flags = {"objectives": ["fd-repar", "fd", "kld"], **arrays["config"]["flags"]}
     axes = {"location": "2LIPK", "caught": "LIPK", "diverged": "LIPK", "log_posterior": "LGG", "axis": "G", **axes}
     check_axes(arrays, axes, L=len(flags["likelihoods"]), I=len(flags["objectives"]), P=len(OPTIMISER_TITLES),
                K=flags["grid"] ** 2)
@@ -143,7 +133,7 @@ def toy_basins(runs, save):
 def toy_mixtures(runs, save):
     """Figure 5: every fitted mixture over the exact posterior, one or more rows per likelihood."""
     arrays = open_runs(runs)[0].arrays()
-    flags = typed_flags(arrays, likelihoods=list)
+    flags = arrays["config"]["flags"]
     likelihoods, repeats = flags["likelihoods"], arrays["kl"].shape[1] if arrays["kl"].ndim == 2 else 0
     check_axes(arrays, {"kl": "LR", "right_mass": "LR", "log_q": "LRGG", "mean": "2LRC", "weight": "LRC", "exact_right_mass": "L",
                         "log_posterior": "LGG", "axis": "G"}, L=len(likelihoods))
@@ -179,7 +169,7 @@ def toy_mixtures(runs, save):
 def toy_gradients(runs, save):
     """A.5.1: descent between two Gaussians by KLD, FD and FD with z held fixed; right: gradients over those of KLD."""
     arrays = open_runs(runs)[0].arrays()
-    target_sd = typed_flags(arrays, target_sd=float)["target_sd"]
+    target_sd = arrays["config"]["flags"]["target_sd"]
     check_axes(arrays, {"mean": "M", "sd": "S", "gradient": "32MS"})
     mean, sd, gradient = arrays["mean"], arrays["sd"], arrays["gradient"]
     figure, axes = new_figure(1, 4, size=(2.7, 2.7))
