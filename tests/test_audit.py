@@ -40,7 +40,8 @@ def test_the_numbers_of_the_released_estimator_are_those_of_images():
 
 def test_the_spectrum_and_the_short_run_train_by_the_audited_estimator(monkeypatch):
     """The released estimator of vectors couples the data of a minibatch, so its 2-D run has one sample."""
-    trained = []
+    trained, pixels = [], torch.rand(30, 20)
+    variances = torch.linalg.eigvalsh(pixels.T.double() @ pixels.double() / 30).flip(0)[:16].numpy()
 
     def record_model(pixels, C, start, args, *model):
         trained.append(model)
@@ -52,17 +53,19 @@ def test_the_spectrum_and_the_short_run_train_by_the_audited_estimator(monkeypat
 
     def record_data(args):
         trained.append((args.data, args.data_root))
-        return torch.rand(30, 20)
+        return pixels
 
     monkeypatch.setattr(auditing, "load_pixels", record_data)
-    monkeypatch.setattr(auditing, "CHECKS", ())
+    monkeypatch.setattr(auditing, "CHECKS", (lambda *of: trained.append(of) or ([], {}),))
     monkeypatch.setattr(auditing, "train_one_model", record_model)
     monkeypatch.setattr(auditing.train_synthetic, "EnsembleTrainer", record_run)
     monkeypatch.setattr(auditing.evaluation_2d, "evaluate", lambda *_: {"nll_excess": np.zeros(2)})
     for objective, estimator, samples, noise in (("bao", "released", 1, 0), ("dsm", "unbiased", 5, 0.1)):
         flags = f"{objective} --estimator {estimator} --data glyphs --data-root pictures --law ring --seeds 2 --updates 1"
-        assert len([*audit.results(audit.parse_args(flags.split()), {"estimator": estimator})]) == 2
-        assert trained == [("glyphs", "pictures"), (objective, estimator, 5), ("elbo", "plugin", 5, 2, "ring", noise),
+        (_, arrays), *others = audit.results(audit.parse_args([*flags.split(), "--seed", "3"]), {"estimator": estimator})
+        assert len(others) == 2 and arrays["spectrum_data"] == pytest.approx(variances + noise**2)
+        assert trained == [("glyphs", "pictures"), (objective, estimator, 5), (objective, {"estimator": estimator}, 3),
+                           ("elbo", "plugin", 5, 2, "ring", noise),
                            (objective, estimator, samples, 2, "ring", noise)]
         trained.clear()
 

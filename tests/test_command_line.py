@@ -125,6 +125,7 @@ def test_default_folders_of_a_sweep_never_collide(script, first, others):
     (train_images, "--latent bernoulli --temperature 0.3", "images/mnist-conv-kld-fd-latentbernoulli-temperature0.3-seed0"),
     (train_synthetic, "--samples 5", "synthetic/mixture-kld-fd-5-0-samples5-seed0"),
     (train_images, "--gamma stationary", "images/mnist-conv-kld-fd-gammastationary-seed0"),
+    (train_images, "--samples 2 --epochs 7 --jobs 2", "images/mnist-conv-kld-fd-samples2-seed0"),
     (toy_inference, "", "toy/gaussian-sym+soft-seed0"), (toy_inference, "--family mixture", "toy/mixture-sym+soft-seed0"),
     (toy_inference, "--gradients", "toy/gradients-sd0.5"),
     (toy_inference, "--likelihoods relu --lr 1e-3", "toy/gaussian-relu-lr0.001-seed0"),

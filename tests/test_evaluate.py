@@ -137,14 +137,6 @@ def test_a_run_whose_checkpoint_is_gone_keeps_its_evaluation(runs, tmp_path, cap
     assert load_arrays(tmp_path / "out" / "table.npz")["n"].tolist() == [1]
 
 
-def test_the_note_on_mmd_tells_latent_spaces_apart(runs, digits, tmp_path):
-    wide = train(tmp_path / "wide", "--data-root", digits, "--dim-z", 12, "--epochs", 1)
-    run_evaluate(tmp_path / "out", runs.a, wide)
-    sds = [f"{load_arrays(run / 'eval.npz')['latent_mmd_null_sd']:.2g} ({n} gaussian latents)"
-           for run, n in ((runs.a, 4), (wide, 12))]
-    assert f"standard deviation of {', '.join(sds)}" in (tmp_path / "out" / "table.md").read_text()
-
-
 def test_every_logarithmic_axis_has_numbers(tmp_path):
     figure, axes = new_figure(1, 3)
     for ax, top in zip(axes.flat, (800, 8, 7e6)):
@@ -211,25 +203,10 @@ def test_groups_differ_in_their_seed_alone():
     configs.append(config("F", seed=0, inner_steps=1))
     assert group_by_seed(folders, configs) == [("F, inner-steps 5", [0, 1]), ("S, inner-steps 5", [2]), ("F", [3]),
                                                ("F", [4]), ("F, inner-steps 1", [5])]
+    estimators = [config("B", seed=0, samples=N, infer_samples=1, estimator=name) for name, N in (("unbiased", 5), ("plugin", 2))]
+    assert group_by_seed(folders, estimators) == [("B unbiased, N = 5", [0]), ("B, N = 2", [1])]
     with pytest.raises(UserError, match="run5 and run6 are the same experiment with the same seed 0"):
         group_by_seed(folders, [*configs, configs[-1]])
-
-
-def test_values_of_different_features_are_in_no_mean(runs, tmp_path):
-    one, other = (shutil.copytree(run, tmp_path / run.name) for run in (runs.a, runs.b))
-    run_evaluate(tmp_path, one, other)
-    table = load_arrays(tmp_path / "table.npz")
-    assert table["features"].tolist() == ["LeNet-5 on mnist"] and np.isfinite(table["fid_infinite_mean"]).all()
-    config = load_arrays(other / "eval.npz")["config"]
-    config["evaluation"]["features"] = {"name": "Another", "hash": "0", "accuracy": None}
-    edit_arrays(other / "eval.npz", config=config)
-    for run in (one, other):
-        (run / "checkpoint.pt").unlink()
-    run_evaluate(tmp_path, one, other)
-    table = load_arrays(tmp_path / "table.npz")
-    assert table["features"].tolist() == ["Another, LeNet-5 on mnist"] and np.isfinite(table["negative_elbo_mean"]).all()
-    assert np.isnan([table[f"{key}_mean"] for key in ("fid", "fid_infinite", "kid_x1000", "fid_aggregate")]).all()
-    assert (tmp_path / "table.md").read_text().count("floor: 60 training images") == 2
 
 
 def test_changed_test_images_are_refused(runs, digits, tmp_path, capsys):
@@ -320,11 +297,15 @@ def test_all_numbers_of_an_unfinished_run_are_of_its_checkpoint_and_it_is_labell
 
 
 def test_a_floor_for_each_set_of_test_images_and_the_papers_numbers_for_its_models_alone():
-    run = SimpleNamespace(config={"flags": {"dim_z": 2, "latent": "gaussian"}})
+    runs = [SimpleNamespace(config={"flags": {"dim_z": n, "latent": "gaussian"}}) for n in (2, 2, 12)]
     settings = {"data": "mnist", "test_images": 60}
-    members = [Measured(run, "ok", {}, {"config": {"evaluation": settings | {"digest": digest}}, "latent_mmd_null_sd": 1.0,
-                                        "fid_floor": floor}) for digest, floor in (("a", 1.0), ("b", 2.0), ("a", 1.0))]
-    assert [reference["floor"]["fid_floor"] for reference in references_of(members)] == [1, 2]
+    members = [Measured(run, "ok", {}, {"config": {"evaluation": settings | {"digest": digest}}, "latent_mmd_null_sd": sd,
+                                        "fid_floor": floor})
+               for run, digest, floor, sd in zip(runs, "aba", (1.0, 2.0, 1.0), (0.5, 1.5, 2.5))]
+    found = references_of(members)
+    assert [reference["floor"]["fid_floor"] for reference in found] == [1, 2]
+    assert [reference["null_sd"] for reference in found] == [{"2 gaussian latents": 0.5, "12 gaussian latents": 2.5},
+                                                             {"2 gaussian latents": 1.5}]
     flags, others = {"data": "mnist", "net": "conv", "latent": "gaussian"}, ({"latent": "bernoulli"}, {"net": "mlp"})
     fids = [published({"label": "KLD-F", "flags": flags | more})["paper_fid"] for more in ({}, *others)]
     assert fids[0] == 5.22 and np.isnan(fids[1:]).all()

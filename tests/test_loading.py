@@ -245,12 +245,15 @@ def test_a_fitted_gaussian_has_the_moments_of_posterior_samples(run, digits):
     assert torch.allclose(drawn.T.cov(), z.T.cov(), rtol=0.35, atol=0.1)
 
 
-def test_a_sampler_is_fitted_to_the_images_of_its_run_with_its_noise(run, monkeypatch):
-    seen = []
-    monkeypatch.setattr(samplers, "posterior_samples", lambda vae, images, noise, seed: (
-        seen.append((len(images), noise, seed)), torch.randn(len(images), 3))[1])
-    load_sampler(limited(run, limit=200, noise=0.4, seed=3), "gaussian")
-    assert seen == [(200, 0.4, seed_of(3, samplers.STREAM))]
+def test_a_sampler_is_fitted_to_the_images_of_its_run_with_its_noise(run, digits, monkeypatch):
+    seen, seed, images = [], seed_of(3, samplers.STREAM), load_images("mnist", digits).train
+    monkeypatch.setattr(samplers, "IMAGES", 50)
+    monkeypatch.setattr(samplers, "posterior_samples", lambda vae, *of: seen.append(of) or torch.randn(len(of[0]), 3))
+    monkeypatch.setattr(Gaussians, "fit", lambda z, seed, components: seen.append((len(z), seed, components)) or {
+        "weights": [1.0], "means": torch.zeros(1, 3), "roots": torch.eye(3)[None]})
+    load_sampler(limited(run, limit=200, noise=0.4, seed=3), "mixture", components=7)
+    assert torch.equal(seen[0][0], images[torch.randperm(200, generator=generator(seed))[:50]])
+    assert seen[0][1:] == (0.4, seed) and seen[1] == (50, seed, 7)
 
 
 def test_the_number_of_components_is_that_of_the_file_unless_another_is_asked_for(run):

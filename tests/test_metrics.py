@@ -16,7 +16,6 @@ from metrics import evaluate_images, importance, latent_mmd, negative_elbo, obje
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN
 from small_runs import CPU, ROOT
-from studies.gradient_snr import squared_norms, unbiased_moments
 from vsm import evaluation_2d
 from vsm.distributions_2d import DISTRIBUTIONS, Distribution2D, distribution
 from vsm.features import LeNet5
@@ -141,13 +140,6 @@ def test_a_unit_is_active_by_its_variance(images):
         sds, layer = torch.cat([torch.tensor([0.05, 0.09, 0.11, 1]), torch.ones(4)]), vae.encoder[-1][-1]
         layer.weight *= (sds / vae.encoder(images.float() / 255).std(0))[:, None]
     assert evaluate_images(vae, images, 0.0)["active_units"] == 2
-
-
-def test_the_signal_of_two_gradients_is_their_product():
-    g = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)).double()
-    signal, variance = unbiased_moments(g.sum(0), squared_norms(g[0]) + squared_norms(g[1]), 2)
-    torch.testing.assert_close(signal, torch.stack([g[0, :-1] @ g[1, :-1], g[0, -1] * g[1, -1]]))
-    torch.testing.assert_close(variance, torch.stack([g[:, :-1].var(0).sum(), g[:, -1].var()]))
 
 
 def test_rescaling_a_lenet_changes_no_class_score():

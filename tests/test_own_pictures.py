@@ -110,7 +110,7 @@ def test_a_run_knows_its_pictures_wherever_they_lie(tmp_path, monkeypatch, capsy
     monkeypatch.chdir("/")
     assert "pics cannot be read" in fails(train_images, *flags, 5, "--out", run)
     arguments = [run, "--images", 4, "--iw-samples", 2, "--device", "cpu", "--out", tmp_path / "out"]
-    main(evaluate, *arguments, "--data", f"folder:{tmp_path}/elsewhere")
+    main(evaluate, *arguments, "--data", f"folder:{tmp_path}/elsewhere", "--sampler", "gaussian")
     main(train_images, *SMALL, "--data", f"folder:{tmp_path}/elsewhere", "--epochs", 5, "--out", run)
     main(evaluate, *arguments)  # the run knows where its pictures are now
     assert (run / "eval.npz").exists() and status_of(run) == "ok" and load_arrays(run / "metrics.npz")["epoch"].max() == 5

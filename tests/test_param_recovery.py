@@ -105,10 +105,10 @@ def test_held_and_following_rules_are_stationary_and_increase_beyond(rule, alpha
 @pytest.mark.parametrize("rule", ["held S", *(pytest.param(rule, marks=pytest.mark.slow) for rule in (
     "JFD", "JKLD", "following B", "held S, N = 2", "held B, N = 1"))])
 def test_samples_and_adam_reach_the_closed_forms(rule):
-    args = param_recovery.parse_args(["--stochastic", "--iterations", "1200", "--batch", "200", "--lr", "0.1"])
+    args = param_recovery.parse_args(["--stochastic", "--iterations", "1200", "--batch", "200", "--lr", "0.1", "--gamma", "0.5"])
     alpha, w_star = np.array([0.5, 2.0, 0.5]), np.array([1.5, 1.5, 0.5])
     w, phi = param_recovery.recover_from_samples(rule, alpha, w_star, args, CPU)
-    exact_w, exact_phi = recover(rule, alpha, 1.0, w_star)
+    exact_w, exact_phi = recover(rule, alpha, 0.5, w_star)
     assert np.abs(np.abs(w) - exact_w).max() < 0.06 and np.abs(phi * np.sign(w) - exact_phi).max() < 0.06
 
 
@@ -127,16 +127,11 @@ def test_the_script_writes_its_keys_and_figures_and_does_not_run_twice(tmp_path,
 
 
 def test_flags_change_what_they_name():
-    def closed(*argv):
-        return param_recovery.closed_forms(param_recovery.parse_args(["--points", "4", *argv]))
-
     def from_samples(*argv):
         args = param_recovery.parse_args(["--stochastic", "--iterations", "2", "--batch", "10", *argv])
         return param_recovery.stochastic(args, CPU)["sampled_w"]
-    base, sampled = closed(), from_samples()
-    assert not np.array_equal(closed("--gamma", "2")["w"], base["w"]) and closed("--w-star-max", "5")["w_star"][-1] == 5
-    assert not np.array_equal(closed("--alpha", "2")["example_w"], base["example_w"])
-    assert not np.array_equal(closed("--w-star", "2")["sweep_w"], base["sweep_w"]) and np.array_equal(from_samples(), sampled)
+    sampled = from_samples()
+    assert np.array_equal(from_samples(), sampled)
     for argv in (["--seed", "1"], ["--lr", "0.1"], ["--samples", "3"], ["--batch", "11"], ["--gamma", "2"]):
         assert not np.array_equal(from_samples(*argv), sampled)
     of_its_own = list(RULES).index("held S, N = 2")  # --samples is the N of the rules that name none

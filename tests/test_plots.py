@@ -237,13 +237,16 @@ def test_limits_follow_most_values_and_not_one():
 def test_colours_follow_the_flags_and_unknown_objectives_are_grey():
     flags = {"learn": "swersky", "samples": 1, "estimator": "plugin", "infer": "kld"}
     assert letter_of(flags) == "F" and letter_of(flags | {"samples": 5}) == "S" and color_of(flags) == "#0072B2"
-    assert letter_of(flags | {"learn": "new"}) == "new" and color_of(flags | {"learn": "new"}) == "tab:gray"
+    assert letter_of(flags | {"estimator": "released"}) == "S" and letter_of(flags | {"learn": "new"}) == "new"
+    assert color_of(flags | {"learn": "new"}) == "tab:gray"
 
 
 def test_tables_and_means():
     assert markdown_table(["a", "b"], [[1, None], ["x", 2.5]], "lr") == "| a | b |\n| --- | ---: |\n| 1 |  |\n| x | 2.5 |"
     mean, error, median = mean_and_error(np.array([1.0, 2, 6, np.nan]))
     assert (mean, median) == (3, 2) and error == pytest.approx(np.std([1, 2, 6], ddof=1) / 3**0.5)
+    assert shown_member(np.array([3.0, 1, np.nan, 2, 4])) == 3 and shown_member(np.array([np.nan])) is None
+    assert of_member({"grid": [5, 6, 7]}, "grid", 2) == of_member({"grid": [6, 7], "grid_of": [0, 2]}, "grid", 2) == 7
     assert with_error(1.2345, 0.0321, ".3g", ".1g") == "1.23 ± 0.03" and with_error(1.2345, np.nan, ".3g") == "1.23"
     assert np.isnan(mean_and_error(np.array([np.nan]))[0]) and np.isnan(mean_and_error(np.array([2.0]))[1])
 

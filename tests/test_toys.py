@@ -16,7 +16,7 @@ from small_runs import CPU, run_steps
 from test_toy_inference import fit, parsed, run
 from training import phi_loss
 from vsm.toys.descent import OPTIMISERS, Descent
-from vsm.toys.ends import best_fits, kl_and_fd, location_gradients, noise_quadrature
+from vsm.toys.ends import best_fits, kl_and_fd, location_gradients, noise_quadrature, wasserstein_distance
 from vsm.toys.gaussians import autograd_gradients, closed_gradients
 from vsm.toys.gradients import FAMILIES, GRADIENTS, gradients
 from vsm.toys.mixtures import Mixtures, how_well_mixtures_fit, log_components, mixture_score
@@ -203,6 +203,20 @@ def test_reparametrised_fd_stays_at_the_origin_of_sym_and_the_others_leave_it(tm
     assert np.abs(arrays["location"][:, 0, 0, 0, 0]).max() < 0.2
     assert end["fd-repar"]["excess_kl"] > 4 and -1e-9 < end["kld"]["excess_kl"] < 0.2
     assert end["fd-repar"]["distance"] > 1 and end["kld"]["distance"] < 0.3
+    half = arrays["trajectory"][arrays["iteration"].tolist().index(1500), 0]
+    np.testing.assert_allclose(arrays["moved"], np.linalg.norm(arrays["location"] - half, axis=0), atol=5e-3)
+
+
+@pytest.mark.parametrize("name, law", [("gaussian", Normal), ("laplace", Laplace)])
+def test_the_distance_of_two_laws_is_that_of_their_quantiles(name, law):
+    """W2^2 is the mean squared difference of quantiles, and adds up over the coordinates."""
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    one, other = randn(2, 2), randn(2, 2, seed=1)
+    square = sum((law(*a).icdf(u) - law(*b).icdf(u)).square().mean()
+                 for a, b in zip(torch.stack((one[0], one[1].exp())).T, torch.stack((other[0], other[1].exp())).T))
+    fits = torch.stack((other[0], other[1].exp())).view(2, 2, 1, 1)
+    found = wasserstein_distance(one.view(2, 2, 1, 1, 1, 1), fits, FAMILIES[name])
+    assert found.item() == pytest.approx(square.sqrt().item(), rel=1e-3)
 
 
 def test_a_diverged_start_is_a_result(tmp_path, capsys):

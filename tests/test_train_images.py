@@ -11,9 +11,7 @@ import torch
 
 import train_images
 from data import load_images
-from metrics import quantise
 from models import build_vae
-from objectives import INFER, LEARN, label
 from small_runs import CPU, IMAGES, assert_equal_runs, main, train_on, weights_of
 from training import EVALUATION, seed_of
 from vsm import loop
@@ -73,13 +71,6 @@ def test_an_evaluation_has_the_noise_and_the_seed_of_its_run(monkeypatch, epoch,
     assert row["fid"] == (0.3, seed_of(4, EVALUATION), "reference") if due else row["fid"].isnan()
 
 
-def test_the_inputs_that_a_run_keeps_have_its_noise(digits, tmp_path):
-    inputs = train(digits, tmp_path / "run", "--noise", 0.4, "--seed", 2, "--epochs", 1)["inputs"]
-    clean = load_images("mnist", digits).test
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed_of(2, EVALUATION)))
-    np.testing.assert_array_equal(inputs, quantise(clean / 255 + 0.4 * noise))
-
-
 def test_interpolations_go_from_an_input_to_the_one_eight_further_on(digits):
     torch.manual_seed(0)
     vae = build_vae("mlp", (1, 32, 32), 3, width=8)
@@ -89,47 +80,6 @@ def test_interpolations_go_from_an_input_to_the_one_eight_further_on(digits):
     ends = shown["interpolations"][:, [0, -1]].swapaxes(0, 1).reshape(16, 1, 32, 32).astype(float)
     np.testing.assert_allclose(ends, shown["reconstructions"][:16], atol=1)
     assert np.ptp(ends, axis=0).max() > 20
-
-
-BEHAVIOUR = {  # a non-default value of each flag changes the weights of a two-epoch run
-    "--limit": 200, "--learn": "elbo", "--infer": "fd", "--samples": 3, "--noise": 0.2, "--seed": 5, "--net": "mlp", "--width": 5,
-    "--norm": "none", "--dim-z": 4, "--init-sd": 0.2, "--gamma": "fixed", "--inner-steps": 1, "--batch": 30, "--lr": 1e-2,
-    "--epochs": 3, "--precision": "bf16"}
-
-
-@pytest.mark.slow
-def test_every_flag_changes_config_and_behaviour(digits, tmp_path):
-    train(digits, tmp_path / "base")
-    base, base_config = weights_of(tmp_path / "base"), load_config(tmp_path / "base")["flags"]
-    for flag, value in BEHAVIOUR.items():
-        out, key = tmp_path / flag.strip("-"), flag[2:].replace("-", "_")
-        train(digits, out, flag, value)
-        tensors = weights_of(out)
-        assert tensors.keys() != base.keys() or not all(torch.equal(tensors[name], base[name]) for name in base), flag
-        assert load_config(out)["flags"][key] == value != base_config[key]
-    for estimator in ("unbiased", "released"):
-        train(digits, tmp_path / estimator, "--learn", "bao", "--estimator", estimator)
-    train(digits, tmp_path / "plugin", "--learn", "bao")
-    losses = {name: load_arrays(tmp_path / name / "metrics.npz")["learn_loss"][-1] for name in ("plugin", "unbiased", "released")}
-    assert len(set(losses.values())) == 3
-    fewer = train(digits, tmp_path / "fewer", "--test-limit", 30)
-    assert fewer["negative_elbo"][-1] != load_arrays(tmp_path / "base" / "metrics.npz")["negative_elbo"][-1]
-
-
-def some_pairs():
-    """Each entry of LEARN and of INFER in at least one pair; tests/test_wiring.py has all pairs."""
-    learn, infer = ([name for name, entry in table.items() if not entry.joint] for table in (LEARN, INFER))
-    return [(learn[i % len(learn)], infer[i % len(infer)]) for i in range(max(len(learn), len(infer)))] + \
-        [(name, name) for name, entry in LEARN.items() if entry.joint]
-
-
-@pytest.mark.parametrize("learn, infer", some_pairs())
-def test_a_pair_trains_both_halves(digits, tmp_path, learn, infer):
-    arrays = train(digits, tmp_path / "run", "--learn", learn, "--infer", infer, "--epochs", 1, "--test-limit", 10)
-    assert arrays["status"] == "ok" and arrays["config"]["label"] == label(learn, infer, 2)
-    for name in ("infer_loss", "learn_loss", "infer_grad_norm", "learn_grad_norm"):
-        assert np.isfinite(arrays[name][1]) and (name.endswith("loss") or arrays[name][1] > 0), name
-    assert arrays["log_gamma"][1] != arrays["log_gamma"][0] and (arrays["posterior_sd"][1] != arrays["posterior_sd"][0]).all()
 
 
 def test_divergence_is_a_result(digits, tmp_path, capsys):
