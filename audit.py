@@ -20,7 +20,7 @@ from studies import auditing
 from studies.figures import audit as figures
 from vsm.cli import Parser, command_line, count, positive
 from vsm.device import pick_device
-from vsm.runs import Run, write_atomic
+from vsm.runs import Run
 from vsm.tables import markdown_table
 
 
@@ -61,7 +61,7 @@ def main(args):
             findings, arrays = findings + found, arrays | measured
         page = f"# Audit of `{args.objective}`, estimator {args.estimator}\n\n"
         page += markdown_table(["check", "verdict", "finding"], findings) + "\n"
-        write_atomic(run.path / "audit.md", page.encode())
+        run.write("audit.md", page.encode())
         run.save_metrics(**{name: np.asarray(value) for name, value in arrays.items()}, status="ok",
                          verdict=np.array([finding.verdict for finding in findings]),
                          finding=np.array([finding.text for finding in findings]))

@@ -146,6 +146,15 @@ def test_an_overwrite_that_is_killed_before_it_writes_leaves_the_old_run(tmp_pat
     assert contents(tmp_path / "run") == before
 
 
+def test_every_file_that_the_new_run_writes_stays(tmp_path):
+    for value in (1, 2):
+        with vsm.runs.Run(tmp_path / "run", "audit", {"value": value}, small_runs.CPU, overwrite=True) as run:
+            run.write("audit.md", f"{value}".encode())
+            run.save_metrics(status="ok")
+        (tmp_path / "run" / "old.png").write_text("")
+    assert (tmp_path / "run" / "audit.md").read_text() == "2" and status_of(tmp_path / "run") == "ok"
+
+
 def test_a_run_of_another_script_or_of_other_data_is_refused(digits, tmp_path, fails):
     train(tmp_path / "run")
     before = contents(tmp_path / "run")

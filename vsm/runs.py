@@ -224,7 +224,7 @@ class Run:
         """Write `state`, a dict of tensors, containers and plain Python values, so that it loads with weights_only=True."""
         buffer = io.BytesIO()
         torch.save(state | {"identity": self.identity()}, buffer)
-        self._write("checkpoint.pt", buffer.getbuffer())
+        self.write("checkpoint.pt", buffer.getbuffer())
 
     def load_checkpoint(self, device="cpu"):
         """The last checkpoint, or None. Raises UserError for a damaged file or other flags, and keeps the file."""
@@ -240,7 +240,7 @@ class Run:
 
     def save_metrics(self, **arrays):
         """Write `metrics.npz`. A `status` among the arrays marks the run as finished."""
-        self._write("metrics.npz", packed(self.config, arrays))
+        self.write("metrics.npz", packed(self.config, arrays))
 
     def log(self, history, members=()):
         """Write log.csv from {name: a list of tensors, one per evaluation}.
@@ -250,9 +250,10 @@ class Run:
         columns = {name: [value.double()[value.isfinite()].mean().item() for value in values]
                    for name, values in history.items() if values[0].shape in ((), members)}
         lines = [",".join(columns), *(",".join(f"{value:.9g}" for value in row) for row in zip(*columns.values()))]
-        self._write("log.csv", ("\n".join(lines) + "\n").encode())
+        self.write("log.csv", ("\n".join(lines) + "\n").encode())
 
-    def _write(self, name, data):
+    def write(self, name, data):
+        """Write bytes to a file of the run, whole or not at all. The first write takes the folder over."""
         if not (self.path / "config.json").exists():
             raise UserError(f"{self.path} has been removed or emptied while the run went on; nothing more is written there")
         write_atomic(self.path / name, data)
