@@ -17,13 +17,11 @@ from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
 
 FIGURES = {  # script that makes the runs: its figures, each a function figure(runs, save) of run folders, packs or opened runs
     "train_images": [
-        images.training_curves, images.trajectories, images.fid_curves, images.final_values, images.rate_distortion,
-        images.importance_bound, images.denoising, images.gradient_snr, pictures.samples, pictures.reconstructions,
-        pictures.interpolations, latents.posterior_sd, latents.posterior_mean, latents.aggregate_posterior,
-        gamma.fid_against_gamma],
+        images.training_curves, images.trajectories, images.fid_curves, images.importance_bound, images.denoising,
+        images.gradient_snr, pictures.samples, pictures.reconstructions, pictures.interpolations, latents.posterior_sd,
+        latents.posterior_mean, latents.aggregate_posterior, gamma.fid_against_gamma],
     "train_synthetic": [
-        synthetic.training_curves, sweep_2d.synthetic, sweep_2d.study, synthetic.synthetic_samples, synthetic.density,
-        bilevel.bilevel],
+        synthetic.training_curves, sweep_2d.synthetic, sweep_2d.study, synthetic.synthetic_samples, bilevel.bilevel],
     "param_recovery": [recovery.param_recovery, recovery.recovery_rules],
     "spectrum": [spectrum.spectrum],
     "toy_inference": [toys.toy_trajectories, toys.toy_basins, toys.toy_mixtures, toys.toy_gradients],

@@ -225,18 +225,6 @@ figure7() {  # Figure 7, transients, of which figure3 has those of mixture and s
     done
 }
 
-encoder_step() {  # transients with the encoder's default step and a fifth of it: 13 runs of 30 s to 10 min
-    local flags step learn
-    for flags in "fd" "swersky --samples 5" "bao --samples 5"; do
-        for step in "mixture --inner-lr 1e-3" "mixture --inner-lr 2e-4" "sparse --inner-lr 2e-4"; do
-            transient --data $step --batch 100 --test-size 1000 --compile --infer fd --learn $flags
-        done
-    done
-    for learn in swersky bao; do for step in 1e-2 2e-3; do
-        transient --data mixture --batch 100 --test-size 1000 --compile --learn $learn --samples 5 --bilevel-steps 5 --inner-lr $step
-    done; done
-}
-
 figure3_batch200() {  # transients of minibatch 200 on mixture: 17 runs of 1 to 9 min
     local flags
     for flags in "elbo" "elbo --samples 5" "fd" "fd --infer fd" "fd --infer fd --inner-lr 1e-2" \
@@ -349,7 +337,7 @@ speed_gpu() {  # the performance table of a GPU: 30 s on an H200
     python -m benchmarks.benchmark --net conv --pairs KLD-F --precision float32 tf32 bf16 --repeats 3
 }
 
-parts="figure1 spectrum toys study2d study2d_noise study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 encoder_step figure3_batch200"
+parts="figure1 spectrum toys study2d study2d_noise study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 figure3_batch200"
 parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;

@@ -12,7 +12,7 @@ import numpy as np
 
 from vsm.cli import Parser, UserError, command_line
 from vsm.runs import save_arrays
-from vsm.stored_runs import HEAVY, OF_MEMBERS, PARTS, add_run_flags, chosen_runs, open_runs, shown_member
+from vsm.stored_runs import HEAVY, PARTS, add_run_flags, chosen_runs, open_runs, shown_member
 
 
 def pack(paths, save, keep=(), keep_of="*", drop=()):
@@ -52,10 +52,10 @@ def _record(run, keep, drop):
         member = shown_member(arrays["nll"]) if "nll" in arrays else None
         for key, value in arrays.items():
             heavy = part == "metrics" and key in HEAVY or key.startswith("samples_")  # `samples` of gradient_snr.npz are numbers
-            if key in drop or heavy and key not in keep or key in OF_MEMBERS and member is None:
+            if key in drop or heavy and key not in keep or key == "model_samples" and member is None:
                 continue
-            if key in OF_MEMBERS and f"{key}_of" not in arrays:
-                record[f"{part}.{key}_of"], value = np.array([member]), value[member : member + 1]
+            if key == "model_samples" and "model_samples_of" not in arrays:
+                record[f"{part}.model_samples_of"], value = np.array([member]), value[member:member + 1]
             record[f"{part}.{key}"] = value
     return record
 
@@ -66,8 +66,7 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("--save", required=True, metavar="FILE.npz", help="the pack to write")
     flag("--keep", nargs="+", default=[], choices=HEAVY, metavar="KEY",
-         help=f"large arrays to keep, of {', '.join(HEAVY)}; of model_samples the pack has the member that figures show, of "
-              "density_grid the members that the run stored: those with the median and with the least NLL")
+         help=f"large arrays to keep, of {', '.join(HEAVY)}; of model_samples the pack has the member that figures show")
     flag("--keep-of", default="*", metavar="GLOB", help="keep the large arrays only in runs whose names match this pattern")
     flag("--drop", nargs="+", default=[], metavar="KEY", help="arrays to leave out")
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ from vsm.figures.run import draw_run
 from vsm.figures.style import color_of
 from vsm.names import letter_of
 from vsm.runs import save_arrays
-from vsm.stored_runs import HEAVY, of_member, open_runs, shown_member
+from vsm.stored_runs import HEAVY, open_runs, samples_of_member, shown_member
 from vsm.tables import markdown_table, mean_and_error, with_error
 
 
@@ -43,12 +43,11 @@ def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, 
     if finished:
         nll = rng.uniform(1, 2, seeds)
         nll[0] = np.nan
-        grid = rng.normal(size=(2, 9, 9)).astype(np.float16)
         arrays |= {
-            "nll": nll, "nll_excess": nll - 0.5, "second_moment": rng.uniform(0.5, 2, (seeds, 2)), "density_grid": grid,
+            "nll": nll, "nll_excess": nll - 0.5, "second_moment": rng.uniform(0.5, 2, (seeds, 2)),
             "fisher_divergence": rng.uniform(1, 2, seeds), "sm_loss": rng.uniform(1, 2, seeds), "status": np.array("ok"),
-            "diverged_at": np.array([7] + [-1] * (seeds - 1)), "density_grid_of": np.array([1, 2]),
-            "model_samples": rng.normal(size=(seeds, 50, 2)).astype(np.float32), "density_extent": np.array([-2.0, 2, -2, 2]),
+            "diverged_at": np.array([7] + [-1] * (seeds - 1)),
+            "model_samples": rng.normal(size=(seeds, 50, 2)).astype(np.float32),
             "test_data": np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)}
     return write_run(folder, "train_synthetic", flags, f"{infer.upper()}-{'B' if learn == 'bao' else 'F'}", **arrays)
 
@@ -93,9 +92,9 @@ def test_bilevel_draws_runs_of_one_length(tmp_path):
 
 
 FIGURES_OF = {
-    "2d": ("synthetic", "study", "bilevel", "training_curves", "synthetic_samples", "density"),
-    "images": ("training_curves", "trajectories", "fid_curves", "final_values", "rate_distortion", "importance_bound", "samples",
-               "denoising", "reconstructions", "interpolations", "posterior_sd", "aggregate_posterior")}
+    "2d": ("synthetic", "study", "bilevel", "training_curves", "synthetic_samples"),
+    "images": ("training_curves", "trajectories", "fid_curves", "importance_bound", "samples", "denoising",
+               "reconstructions", "interpolations", "posterior_sd", "aggregate_posterior")}
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "images" else ()) for kind in FIGURES_OF])
@@ -121,14 +120,14 @@ def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path, mo
     for folder, small, large in zip(*map(open_runs, (runs["2d"], [tmp_path / "small.npz"], [tmp_path / "large.npz"]))):
         arrays, kept = folder.arrays(), large.arrays()
         assert small.config == folder.config and small.name.endswith(":" + Path(folder.name).name)
-        assert {"model_samples", "test_data", "density_grid", "sm_loss"} & small.arrays().keys() == set()
+        assert {"model_samples", "test_data", "sm_loss"} & small.arrays().keys() == set()
         for key, value in small.arrays().items():
             assert key == "config" or np.array_equal(value, arrays[key], equal_nan=value.dtype.kind == "f")
         member = shown_member(arrays["nll"])
         if "b" in folder.name[-2:]:
-            assert np.array_equal(of_member(kept, "model_samples", member), arrays["model_samples"][member])
+            assert np.array_equal(samples_of_member(kept, member), arrays["model_samples"][member])
             with pytest.raises(KeyError):
-                of_member(kept, "model_samples", 0)
+                samples_of_member(kept, 0)
         else:
             assert "model_samples" not in kept
     assert not open_runs([tmp_path / "small.npz"])[0].has("eval")

@@ -1,7 +1,5 @@
 """The evaluation of an ensemble of VAEs on 2-D data: while it trains, and at its end by importance sampling."""
 
-import copy
-
 import numpy as np
 import torch
 
@@ -9,7 +7,6 @@ from metrics import importance, negative_elbo, posterior_fd
 from objectives import dot
 from training import EVALUATION, seed_of
 from vsm.device import evaluating
-from vsm.stored_runs import shown_member
 
 
 def evaluation_generator(device):
@@ -46,8 +43,7 @@ def evaluate(trainer, test, samples):
     fisher_divergence     only where the law's density is known, as the next two
     nll_excess, sm_excess nll and sm_loss less the law's own at the same points; their standard errors are of paired differences
     Others: ess [S, 3], the quantiles 0, 0.01 and 0.5 of the effective sample size over the data; model_samples [S, 1000, 2];
-    variance_ratio and second_moment [S, Dz] of `moments`; diverged_at, the step or -1; member_status; data_entropy, where known;
-    the arrays of `density_of_members`.
+    variance_ratio and second_moment [S, Dz] of `moments`; diverged_at, the step or -1; member_status; data_entropy, where known.
     """
     vae, law, S = trainer.vae, trainer.law, len(trainer.vae.log_gamma)
     x, generator = test.expand(S, -1, -1), evaluation_generator(test.device)
@@ -73,7 +69,7 @@ def evaluate(trainer, test, samples):
     result["member_status"] = np.array(["ok" if step < 0 else f"diverged@{step}" for step in result["diverged_at"]])
     if law.entropy is not None:
         result["data_entropy"] = np.array(law.entropy)
-    return result | density_of_members(vae, test, result["nll"], min(samples, 10_000))
+    return result
 
 
 def moments(vae, law, x, samples=20_000):
@@ -89,26 +85,3 @@ def moments(vae, law, x, samples=20_000):
         q = vae.encode(x)
         model_variance = g.var(1).sum(-1) + x.shape[-1] * vae.log_gamma.exp()
         return {"variance_ratio": model_variance / data_variance.to(x.device), "second_moment": (q.mean**2 + q.variance).mean(1)}
-
-
-def density_of_members(vae, test, nll, samples, side=81):
-    """Log densities, in nats, of the members with the median and the least NLL on a grid around the test data.
-
-    The figure `density` shows density_grid [M, side, side] (float16, first axis x1) of the members density_grid_of [M];
-    density_extent [4] is the grid's least and largest x1, then x2. M is 2, or 1 where one member has both NLLs, or 0 where all
-    members diverged.
-    """
-    low, high = np.quantile(test.cpu().numpy(), [0.002, 0.998], axis=0)
-    margin = 0.3 * (high - low).max()
-    extent = np.stack((low - margin, high + margin)).T  # [2, 2]
-    members = list(dict.fromkeys((shown_member(nll), int(np.nanargmin(nll))))) if np.isfinite(nll).any() else []
-    axes = [torch.linspace(*limits, side, device=test.device) for limits in extent.tolist()]
-    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, 2)
-    grids = np.full((len(members), side, side), np.nan, np.float16)
-    for grid, member in zip(grids, members):
-        one = copy.deepcopy(vae)
-        for p in one.parameters():
-            p.data = p.data[member:member + 1]
-        log_density = importance(one, points, samples, generator=evaluation_generator(test.device)).log_likelihood
-        grid[:] = log_density.clamp(min=-6e4).reshape(side, side).cpu().numpy()
-    return {"density_grid": grids, "density_grid_of": np.array(members, int), "density_extent": extent.ravel()}

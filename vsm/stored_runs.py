@@ -20,8 +20,7 @@ from vsm.cli import UserError
 from vsm.runs import load_arrays, load_config
 
 PARTS = ("metrics", "eval", "gradient_snr", "gradient_snr_train", "latent_scale")
-OF_MEMBERS = ("model_samples", "density_grid")  # arrays of 2-D runs, kept for the members that figures show
-HEAVY = (*OF_MEMBERS, "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept only on request
+HEAVY = ("model_samples", "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept only on request
 
 
 class StoredRun:
@@ -160,9 +159,9 @@ def shown_member(nll):
     return int(np.argsort(nll)[(alive - 1) // 2]) if alive else None
 
 
-def of_member(arrays, key, member):
-    """The array `key` of one member; a pack may keep it for the members in `KEY_of` only. Raises KeyError if it is not kept."""
-    kept = [int(i) for i in arrays.get(f"{key}_of", range(len(arrays[key])))]
+def samples_of_member(arrays, member):
+    """The model samples of one member; a pack has those of the member `model_samples_of` only. Raises KeyError for another."""
+    kept = arrays.get("model_samples_of", np.arange(len(arrays["model_samples"])))
     if member not in kept:
-        raise KeyError(f"{key} of member {member}")
-    return arrays[key][kept.index(member)]
+        raise KeyError(f"model_samples of member {member}")
+    return arrays["model_samples"][kept == member][0]

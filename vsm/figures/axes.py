@@ -7,9 +7,9 @@ import numpy as np
 from vsm.figures.style import wrapped
 
 
-def limit_robustly(ax, late, scale, linear=1, gap=3):
+def limit_robustly(ax, late, scale, linear=1):
     """Set robust limits of y around {name: values}; the panel lists the names of those that end outside."""
-    low, high = robust_limits(late, scale, linear, gap)
+    low, high = robust_limits(late, scale, linear)
     ends = {name: values[-1] for name, values in late.items() if len(values) and np.isfinite(values[-1])}
     if len(late) < 3:  # none is far from most others
         low, high = min([low, *ends.values()]), max([high, *ends.values()])
@@ -17,11 +17,11 @@ def limit_robustly(ax, late, scale, linear=1, gap=3):
     note_beyond(ax, [name for name, end in ends.items() if not low <= end <= high])
 
 
-def robust_limits(late, scale, linear=1, gap=3):
+def robust_limits(late, scale, linear=1):
     """Limits of an axis around {name: values} that leave out values far from most others.
 
     Distances are from the median, on the axis' scale. A value is far if it is beyond 7 median absolute deviations (on a
-    logarithmic scale also beyond a factor of 3), and `gap` times as far as the farthest value that is kept.
+    logarithmic scale also beyond a factor of 3), and three times as far as the farthest value that is kept.
     """
     forward, back = {"linear": (lambda y: y, lambda y: y),
                      "log": (lambda y: np.log10(np.maximum(y, 1e-300)), lambda y: 10.0**y),
@@ -35,7 +35,7 @@ def robust_limits(late, scale, linear=1, gap=3):
     reach = max(7 * np.median(distance), floor)
     for next_distance in np.sort(distance):
         if next_distance > reach:
-            if next_distance > gap * distance[distance <= reach].max():
+            if next_distance > 3 * distance[distance <= reach].max():
                 break
             reach = next_distance
     near = values[distance <= reach]

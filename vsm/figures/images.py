@@ -1,10 +1,10 @@
-"""Figures of image runs: curves against epochs, final values, rate against distortion, and what evaluate.py measured."""
+"""Figures of image runs: curves against epochs, and what evaluate.py and studies/gradient_snr.py measured."""
 
 import numpy as np
 
-from vsm.figures.axes import label_ticks, limit_robustly, note_beyond, robust_limits, set_scale, whole_ticks
+from vsm.figures.axes import label_ticks, limit_robustly, set_scale, whole_ticks
 from vsm.figures.groups import band_key, fate_of, grouped, markers_of, named_groups, seeds_of
-from vsm.figures.style import dot_style, handles_of, legend_below, letter_color, line_style, new_figure, new_panels, save_figure
+from vsm.figures.style import handles_of, legend_below, letter_color, line_style, new_figure, new_panels, save_figure
 from vsm.stored_runs import open_runs
 from vsm.tables import mean_and_error
 
@@ -26,7 +26,6 @@ CURVES = {  # metric: axis title, scale
     "learn_grad_norm": ("decoder's gradient norm", "log"),
 }
 LINEAR = {"latent_mmd": 100, "infer_loss": 100, "learn_loss": 100}  # a symlog axis is linear up to this value
-FEW_GAP = 6  # `gap` of robust_limits where there are few values
 
 
 def training_curves(runs, save):
@@ -51,7 +50,7 @@ def trajectories(runs, save):
     """
     panels = grouped(runs)
     names = ("negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
-    figure, axes = rows_of_metrics(panels, names, draw_curves, size=(2.9, 2.3))
+    figure, axes = rows_of_curves(panels, names, size=(2.9, 2.3))
     for ax in axes.flat:
         ax.set_visible(ax.has_data())  # Bernoulli latents have no posterior FD
     legend_below(figure, handles_of(axes) | band_key(panels.values()))
@@ -68,7 +67,7 @@ def fid_curves(runs, save):
     panels = grouped(runs, split=("norm", "init_sd", "gamma", "epochs"))
     if not any(measured(groups, "fid") for groups in panels.values()):
         raise KeyError("fid")
-    figure, axes = rows_of_metrics(panels, ("fid", "fid_aggregate", "active_second_moment"), draw_curves, size=(3.4, 2.8))
+    figure, axes = rows_of_curves(panels, ("fid", "fid_aggregate", "active_second_moment"), size=(3.4, 2.8))
     for ax in axes[:, -1]:
         ax.axhline(1, color="0.8", lw=4, zorder=0, label="the prior's $E z^2$")
         ax.set_ylim(min(0.95, ax.get_ylim()[0]))
@@ -76,13 +75,13 @@ def fid_curves(runs, save):
     save_figure(figure, save)
 
 
-def rows_of_metrics(panels, names, draw, size):
-    """A figure and its axes: a row per data set and network, a column per metric, drawn by draw(ax, groups, name, markers)."""
+def rows_of_curves(panels, names, size):
+    """A figure and its axes: a row per data set and network, a column per metric."""
     figure, axes = new_figure(len(panels), len(names), size)
     markers = markers_of(panels.values())
     for row, (title, groups) in zip(axes, panels.items()):
         for ax, name in zip(row, names):
-            draw(ax, groups, name, markers)
+            draw_curves(ax, groups, name, markers)
         row[0].set_ylabel(title, fontweight="bold")
     return figure, axes
 
@@ -136,84 +135,6 @@ def draw_lines(ax, groups, x, y, markers, start=0):
             ax.fill_between(longest[start:], mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
         lines[name] = mean
     return lines
-
-
-FINAL = ("negative_elbo", "reconstruction_mse", "kl", "latent_mmd", "posterior_fd", "fid")
-
-
-def final_values(runs, save):
-    """The last test metrics of every seed (dots) and their mean (bar) by pair of objectives, a row per data set and network.
-
-    Values far beyond most runs are left outside and named in the panel.
-    """
-    panels = grouped(runs)
-    names = [name for name in FINAL if any(measured(groups, name) for groups in panels.values())]
-    longest = max(len(name) for groups in panels.values() for name, _ in groups)
-    width = max(2.2, 0.2 * max(map(len, panels.values())) + 0.6)
-    figure, _ = rows_of_metrics(panels, names, draw_final_values, size=(width, 2 + 0.08 * longest))
-    save_figure(figure, save)
-
-
-def draw_final_values(ax, groups, metric, _):
-    """Draw the last value of one metric: a column per group with a dot per seed and a bar at the mean."""
-    title, scale = CURVES[metric]
-    finals = {name: np.array([last_finite(arrays[metric]) for arrays in members if metric in arrays]) for name, members in groups}
-    for k, (name, members) in enumerate(groups):
-        style = dot_style(members[0]["config"]["flags"])
-        seeds = len(finals[name])
-        x = k + np.linspace(-0.15, 0.15, seeds) if seeds > 1 else [k] * seeds
-        ax.plot(x, finals[name], marker="o", ms=4, **style)
-        if np.isfinite(finals[name]).any():
-            ax.hlines(np.nanmean(finals[name]), k - 0.3, k + 0.3, color=style["color"], lw=1.5)
-    limit_robustly(ax, finals, scale, LINEAR.get(metric, 1), FEW_GAP)
-    set_scale(ax, scale, LINEAR.get(metric, 1))
-    ax.set(title=title.split(",")[0] + (" (nats)" if metric == "reconstruction" else ""), xlim=(-0.6, len(groups) - 0.4))
-    ax.set_xticks(range(len(groups)), list(finals), rotation=90, fontsize=8)
-
-
-def last_finite(values):
-    known = values[np.isfinite(values)]
-    return known[-1] if len(known) else np.nan
-
-
-def rate_distortion(runs, save):
-    """Rate, KL(q || prior), against distortion, -E_q log p(x|z), of every seed at the end of training (dots).
-
-    Dotted lines are contours of the negative ELBO; a thin line is a seed's way over the second half of training. Runs far beyond
-    most others are left outside and named.
-    """
-    panels = grouped(runs)
-    figure, axes = new_figure(1, len(panels), size=(4.4, 3.4))
-    for ax, (title, groups) in zip(axes.flat, panels.items()):
-        draw_rates(ax, groups, markers_of(panels.values()))
-        rate, distortion = (np.linspace(*limits, 50) for limits in (ax.get_xlim(), ax.get_ylim()))
-        lines = ax.contour(rate, distortion, rate + distortion[:, None], levels=6, colors="0.75", linewidths=0.7,
-                           linestyles="dotted", zorder=0)
-        ax.clabel(lines, fmt="%g", fontsize=6.5)
-        ax.set(xlabel="rate: KL(q || prior) (nats)", title=title)
-    axes[0, 0].set_ylabel("distortion: $-E_q\\log p(x|z)$ (nats)")
-    named = handles_of(axes)
-    figure.set_figwidth(figure.get_figwidth() + 0.09 * max(map(len, named)) + 0.4)
-    figure.legend(named.values(), named.keys(), loc="outside right center")
-    save_figure(figure, save)
-
-
-def draw_rates(ax, groups, markers):
-    """Draw the ways and ends of all seeds; markers distinguish groups of the same colour and line."""
-    ends = {}
-    for name, members in groups:
-        flags = members[0]["config"]["flags"]
-        ways = [np.array([arrays["kl"], arrays["reconstruction"]]) for arrays in members]  # [2, T] each
-        for way in ways:
-            ax.plot(*way[:, way.shape[1] // 2:], lw=0.8, alpha=0.35, **line_style(flags))
-        ends[name] = np.array([way[:, -1] for way in ways])
-        marker = markers[name].replace(".", "o")
-        ax.plot(*ends[name].T, marker=marker, ms=6, label=f"{name}, {seeds_of(members)}", **dot_style(flags))
-    (left, right), (bottom, top) = (robust_limits({name: xy[:, i] for name, xy in ends.items()}, "linear", gap=FEW_GAP)
-                                    for i in range(2))
-    ax.set(xlim=(left, right), ylim=(bottom, top + 0.1 * (top - bottom)))  # room for the note
-    low, high = (left, bottom), (right, top)
-    note_beyond(ax, [name for name, xy in ends.items() if not ((low <= xy) & (xy <= high)).all()])
 
 
 def importance_bound(runs, save):

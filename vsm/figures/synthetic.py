@@ -1,13 +1,11 @@
-"""Figures of 2-D runs: learning curves, samples and densities."""
+"""Figures of 2-D runs: learning curves and samples."""
 
 import numpy as np
-import torch
 
-from vsm.distributions_2d import DISTRIBUTIONS, Distribution2D, distribution
 from vsm.figures.axes import limit_robustly, set_scale, whole_ticks
-from vsm.figures.style import RED, area_key, color_of, legend_below, line_key, line_style, new_panels, save_figure
+from vsm.figures.style import color_of, legend_below, line_key, line_style, new_panels, save_figure
 from vsm.names import letter_of, pair_name, pair_order
-from vsm.stored_runs import of_member, open_runs, shown_member
+from vsm.stored_runs import open_runs, samples_of_member, shown_member
 
 MARKERS = {"step": "D", "released": "X", "unbiased": "v", "N = ": "o", "": "^"}  # by the first of these parts in a pair's name
 
@@ -93,50 +91,12 @@ def synthetic_samples(runs, save):
         member = shown_member(arrays["nll"])
         ax.scatter(*data.T, s=3, c="0.75", lw=0)
         if member is not None:
-            ax.scatter(*of_member(arrays, "model_samples", member).T, s=3, color=color_of(flags), alpha=0.4, lw=0)
+            ax.scatter(*samples_of_member(arrays, member).T, s=3, color=color_of(flags), alpha=0.4, lw=0)
         frame_data(ax, arrays)
     colors = {"test data": "0.75"} | {f"samples, {letter_of(arrays['config']['flags'])}": color_of(arrays["config"]["flags"])
                                       for arrays in loaded}
     legend_below(figure, {name: line_key(color=color, marker="o", ms=4, ls="") for name, color in colors.items()})
     save_figure(figure, save)
-
-
-DEPTHS = np.array([8, 6, 4.5, 3.2, 2, 1, 0.4, 0])  # of contours, nats below the peak
-
-
-def density(runs, save):
-    """Log density of the member with the median NLL (grey, 8 nats deep) and test data (dots), a panel per run.
-
-    Red contours are 8 and 2 nats below the peak of the data's law, where its density is known.
-    """
-    figure, axes, loaded = panels_of_runs(runs)
-    for ax, arrays in zip(axes.flat, loaded):
-        member = shown_member(arrays["nll"])
-        flags = arrays["config"]["flags"]
-        if member is not None:
-            log_density = of_member(arrays, "density_grid", member).astype(float)
-            x, y = (np.linspace(*ends, len(log_density)) for ends in np.reshape(arrays["density_extent"], (2, 2)))
-            levels = log_density.max() - DEPTHS
-            ax.contourf(x, y, log_density.T, levels, cmap="Greys", vmin=levels[0], vmax=levels[-1] + 4)
-            truth = law_density(flags["data"], flags.get("noise", 0), x, y)
-            if truth is not None:
-                ax.contour(x, y, truth.T, truth.max() - DEPTHS[[0, 4]], colors=RED, linewidths=0.7, linestyles="solid")
-        ax.scatter(*arrays["test_data"][:500].T, s=1.5, color=color_of(flags), alpha=0.5, lw=0)
-        frame_data(ax, arrays)
-    handles = {"log density of the model, 8 nats deep": area_key("0.6"),
-               "the data's law, 8 and 2 nats below its peak": line_key(color=RED, lw=0.7),
-               "test data": line_key(color="0.3", marker="o", ms=2, ls="")}
-    legend_below(figure, handles, columns=2)
-    save_figure(figure, save)
-
-
-def law_density(name, noise, x, y):
-    """Log density of a law with noise on the grid of x and y, [len(x), len(y)], or None where it is unknown."""
-    law = distribution(name, noise) if name in DISTRIBUTIONS else Distribution2D()
-    if law.log_prob is None:
-        return None
-    points = np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)
-    return np.ma.masked_invalid(law.log_prob(torch.tensor(points)).reshape(len(x), len(y)).numpy())
 
 
 def panels_of_runs(runs):
