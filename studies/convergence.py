@@ -46,7 +46,8 @@ def row_name(arrays, settings):
 def table_of_2d_runs(loaded):
     """A row for each data set and pair: NLL above that of the data's law in nats, and what tells whether training converged.
 
-    Differences from KLD-ELBO are between members of the same seed and model, with the same N where KLD-ELBO has it.
+    Differences from KLD-ELBO are between members of the same seed and model, with the same N, K, J and epochs where KLD-ELBO
+    has them.
     """
     rows = []
     of_model, of_training = ("init_sd", "gamma", "hidden", "batch"), ("inner_steps", "bilevel_steps", "epochs")
@@ -57,10 +58,8 @@ def table_of_2d_runs(loaded):
                        key=lambda run: ([run[0]["config"]["flags"].get(key, 0) for key in of_model + of_training],
                                         pair_order(run[0]["config"]["flags"]), row_name(*run[:2])))
         for arrays, settings, model in group:
-            samples = arrays["config"]["flags"]["samples"]
-            elbos = {run["config"]["flags"]["samples"]: run for run, _, other in group
-                     if run["config"]["label"] == "KLD-ELBO" and other == model}
-            elbo = elbos.get(samples, next(iter(elbos.values()), None))
+            elbos = [run for run, _, other in group if run["config"]["label"] == "KLD-ELBO" and other == model]
+            elbo = nearest_run(elbos, arrays["config"]["flags"], ("samples", *of_training))
             unknown = np.full_like(arrays["nll"], math.nan)  # the law's density, or what older versions did not measure
             excess, curve = arrays.get("nll_excess", unknown), arrays.get("excess_curve", arrays["nll_curve"])
             quarter, sd = len(curve) - 1 - (len(curve) - 1) // 4, arrays["posterior_sd"][-1]
@@ -76,6 +75,11 @@ def table_of_2d_runs(loaded):
                 "KL from q to the posterior": interval_text(arrays["negative_elbo"][-1] - arrays["nll"]),
                 "Fisher divergence": number_text(mean_and_error(arrays.get("fisher_divergence", unknown))[0], ".3g")})
     return table_of(rows, names=2)
+
+
+def nearest_run(runs, flags, keys):
+    """The one of the runs that has the value of `flags` in the first of the `keys`, or else in the next; None without runs."""
+    return max(runs, default=None, key=lambda run: [run["config"]["flags"].get(key) == flags.get(key) for key in keys])
 
 
 def table_of_image_runs(loaded):

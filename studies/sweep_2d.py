@@ -1,4 +1,4 @@
-"""The points of a sweep of 2-D runs and the numbers behind them: what the figures `synthetic` and `study` draw."""
+"""The points of a sweep of 2-D runs: what the figures `synthetic` and `study` draw."""
 
 from functools import cache
 
@@ -9,7 +9,7 @@ from vsm.cli import UserError
 from vsm.distributions_2d import DISTRIBUTIONS, distribution
 from vsm.names import NOT_IDENTITY, pair_name, pair_order, refuse_twins
 from vsm.stored_runs import open_runs
-from vsm.tables import markdown_table, mean_and_error, number_text, with_error
+from vsm.tables import mean_and_error
 
 SWEEP_AXES = ("data", "learn", "infer", "estimator", "samples", "infer_samples", "inner_steps", "inner_lr", "bilevel_steps",
               "seed", "seeds", *NOT_IDENTITY)  # flags in which the runs of one figure may differ
@@ -24,8 +24,8 @@ def sweep_points(runs):
     """A list of dicts, one for each data set, J, name and K, over the members of all runs that share these.
 
     nll and divergence: (mean, standard error, median) over the members. members: the values behind them. truth: the values of the
-    data's law at the same test points. diverged, collapsed and half_collapsed: a flag for each member. Raises UserError for runs
-    of one data set that differ in more than SWEEP_AXES, or that share a seed.
+    data's law at the same test points. diverged: a flag for each member. Raises UserError for runs of one data set that differ in
+    more than SWEEP_AXES, or that share a seed.
     """
     opened = open_runs(runs)
     loaded = [run.finished() for run in opened]
@@ -52,7 +52,6 @@ def sweep_point(group):
     def of_members(key):
         return np.concatenate([arrays[key] for arrays in group])
 
-    unused = np.concatenate([arrays["posterior_sd"][-1] > 0.9 for arrays in group])  # [members, 2]
     divergence = "fisher_divergence" if "fisher_divergence" in group[0] else "sm_loss"
     members = {"nll": of_members("nll"), "divergence": of_members(divergence)}
     if all("variance_ratio" in arrays for arrays in group):
@@ -62,8 +61,6 @@ def sweep_point(group):
         "flags": group[0]["config"]["flags"],
         "members": members,
         "diverged": of_members("diverged_at") >= 0,
-        "collapsed": unused.all(-1),
-        "half_collapsed": unused.any(-1) & ~unused.all(-1),
         "truth": {"nll": nll, "divergence": loss if divergence == "sm_loss" else 0.0},
         "divergence_name": {"fisher_divergence": "Fisher divergence", "sm_loss": "score-matching loss"}[divergence],
         **{key: tuple(map(float, mean_and_error(values))) for key, values in members.items()},
@@ -86,27 +83,3 @@ def law_at(name, noise, points):
         return np.nan, np.nan
     points = torch.tensor(np.frombuffer(points, np.float32).reshape(-1, 2)).double()
     return -law.log_prob(points).mean().item(), law.score_matching_loss(points).mean().item()
-
-
-def sweep_table(runs):
-    """The numbers behind the figure `synthetic`, two Markdown tables: a row per data set, J and objective, a column per K."""
-    points = sweep_points(runs)
-    inner = sorted({point["K"] for point in points})
-    sections = ["Mean ± standard error / median over the members that did not diverge; d: members that diverged, c: members "
-                "whose posterior collapsed (sd above 0.9 at the end in both latents), h: half collapsed (in one of the two)."]
-    titles = {"nll": "NLL (nats)", "divergence": "Fisher divergence, or score-matching loss where the data's score is not known"}
-    found = {(point["data"], point["J"], name_order(point), point["K"]): point for point in points}
-    for metric, title in titles.items():
-        rows = [[data, J, order[-1], *(sweep_cell(found.get((data, J, order, K)), metric) for K in inner)]
-                for data, J, order in sorted({key[:3] for key in found})]
-        sections += [title, markdown_table(["data", "J", "objective", *(f"K = {K}" for K in inner)], rows)]
-    return "\n\n".join(sections) + "\n"
-
-
-def sweep_cell(point, metric):
-    """Mean ± standard error / median of a point's members, and how many of them did not end well."""
-    if point is None:
-        return ""
-    mean, error, median = point[metric]
-    ends = [f"{sum(point[fate])} {fate[0]}" for fate in ("diverged", "collapsed", "half_collapsed") if any(point[fate])]
-    return f"{with_error(mean, error, '.4g', '.2g')} / {number_text(median, '.4g')}" + (f" ({', '.join(ends)})" if ends else "")

@@ -1,14 +1,12 @@
-"""The numbers behind the figures of finished runs, as a Markdown table.
+"""The numbers behind the figures of finished runs, as a Markdown table: means, intervals, whether training converged.
 
-    python -m studies.tables runs/synthetic/* --save runs/study.md            # means, intervals, whether training converged
-    python -m studies.tables runs/synthetic/* --save runs/sweep.md --sweep    # a sweep over K and J of 2-D runs
+    python -m studies.tables runs/synthetic/* --save runs/study.md
 """
 
 import vsm.quiet  # noqa: F401  # isort: skip
 from pathlib import Path
 
 from studies.convergence import study_table
-from studies.sweep_2d import sweep_table
 from vsm.cli import Parser, command_line
 from vsm.runs import write_atomic
 from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
@@ -18,7 +16,6 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     add_run_flags(parser)
     parser.add_argument("--save", required=True, metavar="FILE.md", help="the table to write")
-    parser.add_argument("--sweep", action="store_true", help="a row for each objective and a column for each K")
     args = parser.parse_args(argv)
     if Path(args.save).suffix != ".md":
         parser.error(f"--save {args.save} must end in .md")
@@ -27,8 +24,8 @@ def parse_args(argv=None):
 
 def main(args):
     runs = chosen_runs(args)
-    refuse_other_scripts("this table", runs, ["train_synthetic"] if args.sweep else ["train_synthetic", "train_images"])
-    write_atomic(Path(args.save), (sweep_table if args.sweep else study_table)(runs).encode())
+    refuse_other_scripts("this table", runs, ["train_synthetic", "train_images"])
+    write_atomic(Path(args.save), study_table(runs).encode())
     print(args.save)
 
 

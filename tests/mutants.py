@@ -197,7 +197,7 @@ MUTANTS = {
         ("measured_kappa(name, samples, alpha, image=True, **options)", "measured_kappa(name, samples, alpha, **options)"),
         ('if LEARN[args.objective].takes("t") else []', 'if LEARN[name].takes("t") else []')],
     "studies/convergence.py": [
-        ("settings_of(configs, of_model)),", "settings_of(configs, of_model + of_training)),"), ("and other == model}", "}"),
+        ("settings_of(configs, of_model)),", "settings_of(configs, of_model + of_training)),"), ("and other == model]", "]"),
         ("run.finished() | latent", "run.arrays() | latent"), ("student.ppf(0.975,", "student.ppf(0.95,"),
         ('for arrays in runs if arrays["status"] == "ok"]', "for arrays in runs]"),
         ('"KLD-ELBO" and arrays["status"] == "ok":', '"KLD-ELBO":')],

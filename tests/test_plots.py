@@ -14,7 +14,7 @@ import plots
 from small_runs import ROOT, main
 from studies import packs, tables
 from studies.packs import pack
-from studies.sweep_2d import sweep_points, sweep_table
+from studies.sweep_2d import sweep_points
 from vsm.figures.axes import robust_limits
 from vsm.figures.groups import grouped
 from vsm.figures.run import draw_run
@@ -107,7 +107,6 @@ def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
             draw(figure, *runs[kind], "--save", tmp_path / "b.png")
             assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes(), figure
     if kind == "2d":
-        assert sweep_table(runs[kind]) == sweep_table([packed])
         others = ("--only", "b1", "f5", "--without", "f*")
         draw("synthetic", packed, runs["2d"][0].parent / "b5", *others, "--save", tmp_path / "c.png")
 
@@ -186,7 +185,6 @@ def test_bad_input_gets_one_sentence(runs, tmp_path, fails):
     assert "must end in" in fails(plots, "synthetic", synthetic, "--save", tmp_path / "a.gif")
     assert "must end in .npz" in fails(packs, synthetic, "--save", save)
     assert "must end in .md" in fails(tables, synthetic, "--save", save)
-    assert "this table draws runs of train_synthetic.py" in fails(tables, image, "--sweep", "--save", tmp_path / "a.md")
     assert "leave no run" in fails(plots, "study", synthetic, "--only", "nothing")
     assert "named b5" in fails(packs, synthetic, synthetic_run(tmp_path / "b5"), "--save", tmp_path / "twins.npz")
     assert not save.exists()
