@@ -243,7 +243,8 @@ def test_tables_and_means():
     mean, error, median = mean_and_error(np.array([1.0, 2, 6, np.nan]))
     assert (mean, median) == (3, 2) and error == pytest.approx(np.std([1, 2, 6], ddof=1) / 3**0.5)
     assert shown_member(np.array([3.0, 1, np.nan, 2, 4])) == 3 and shown_member(np.array([np.nan])) is None
-    assert of_member({"grid": [5, 6, 7]}, "grid", 2) == of_member({"grid": [6, 7], "grid_of": [0, 2]}, "grid", 2) == 7
+    every, packed = {"model_samples": np.arange(5, 8)}, {"model_samples": np.array([7]), "model_samples_of": np.array([2])}
+    assert samples_of_member(every, 2) == samples_of_member(packed, 2) == 7
     assert with_error(1.2345, 0.0321, ".3g", ".1g") == "1.23 ± 0.03" and with_error(1.2345, np.nan, ".3g") == "1.23"
     assert np.isnan(mean_and_error(np.array([np.nan]))[0]) and np.isnan(mean_and_error(np.array([2.0]))[1])
 
