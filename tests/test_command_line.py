@@ -48,6 +48,7 @@ MISTAKES = {
         "--test-limit 1": "compare pairs of images", "--batch 1e3": f"1e3 {NO_WHOLE}", "--precision tf32": "GPU",
         "--learn sliced": "invalid choice", "--one-pass --learn bao --inner-steps 1": "--one-pass goes with --infer kld",
         "--one-pass --inner-steps 1 --samples 2 --infer-samples 1": "--infer-samples equal to --samples",
+        "--learn fae --samples 2 --infer-samples 1": "--infer-samples must equal --samples",
         "--temperature 0.3": "--latent bernoulli only",
         "--latent bernoulli --learn fae": "--latent bernoulli goes with --infer kld",
         "--latent bernoulli --infer fd": "--latent bernoulli goes with --infer kld",

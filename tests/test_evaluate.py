@@ -19,12 +19,12 @@ from studies.packs import pack
 from training import EVALUATION, seed_of
 from vsm import features
 from vsm.cli import UserError
-from vsm.fid import fids, mmd_nulls, reference_set
+from vsm.fid import mmd_nulls, reference_set
 from vsm.figures.axes import label_ticks
 from vsm.figures.style import new_figure
 from vsm.flags import image_defaults
 from vsm.image_table import Measured, budget_notes, published, references_of
-from vsm.loading import load_vae, vae_of
+from vsm.loading import load_vae
 from vsm.names import group_by_seed
 from vsm.runs import load_arrays, load_config, save_arrays
 
@@ -155,13 +155,6 @@ def test_the_reference_is_of_the_runs_images_and_the_weights_that_are_given(runs
     weights.write_text("")
     fails(evaluate, runs.a, "--inception-weights", weights, "--device", "cpu", "--out", tmp_path / "out")
     assert asked == [("mnist", str(digits), 0, str(weights), CPU)]
-
-
-def test_training_lowers_the_fid_and_the_floor_is_below(runs, digits):
-    reference = reference_set("mnist", str(digits), 0, None, CPU)
-    found = [fids(vae, reference, 0.1, torch.Generator().manual_seed(0))["fid"].item()
-             for vae in (vae_of(load_config(runs.a)["flags"], (1, 32, 32)), load_vae(runs.a))]
-    assert found[0] > found[1] > reference.floor["fid_floor"] > 0
 
 
 def test_lenet_is_the_same_each_time_and_its_features_are_of_order_one(digits, monkeypatch, tmp_path, capsys):

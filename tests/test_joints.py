@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,7 @@ from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.fid import Reference, sampler_metrics
 from vsm.image_table import Measured, reference_note, row_of, samplers_table, table_of
 from vsm.loading import epochs_trained, load_vae, vae_of
+from vsm.pictures import Pictures
 from vsm.recovery import RULES, joint_fd, joint_kld, recover
 from vsm.runs import load_arrays
 
@@ -145,16 +147,17 @@ def test_the_distances_of_features_are_those_of_their_definitions():
 
 
 def test_nearest_is_of_the_first_images_alone_and_samples_are_the_first_of_a_sampler(monkeypatch):
-    """Of 40 images the first 6 are copies of training images, and `nearest` is of 10."""
+    """Of 40 images the first 6 are copies of training images, and `nearest` is of 10; it is 1 where they are test images."""
     monkeypatch.setattr(fid, "NEIGHBOURS", 10)
     images = torch.randint(256, (80, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    train_part, made = images[:40], torch.cat([images[:6], 255 - images[6:40]])
+    made = torch.cat([images[:6], 255 - images[6:40], images[40:]])
     vae = torch.nn.Module()
     vae.decode = lambda z: made[z[:, 0].long()] / 255
-    law = SimpleNamespace(sample=lambda n, generator: torch.arange(n)[:, None])
+    copies, tests = (SimpleNamespace(sample=lambda n, generator, first=first: first + torch.arange(n)[:, None])
+                     for first in (0, 40))
     reference = Reference(images[40:], None, None, None, {}, {})
-    found = sampler_metrics(vae, {"prior": law, "two-stage": law}, reference, train_part, None, shown=3)
-    assert found["nearest"] == found["nearest_two_stage"] == 0
+    found = sampler_metrics(vae, {"prior": tests, "two-stage": copies}, reference, images[:40], None, shown=3)
+    assert found["nearest"] == 1 and found["nearest_two_stage"] == 0
     assert torch.equal(found["samples_two_stage"], made[:3]) and "samples" not in found
 
 
@@ -223,10 +226,14 @@ def test_numbers_of_features_that_differ_are_in_no_mean():
 @pytest.mark.parametrize("name", ["mixture", "two-stage"])
 def test_the_seed_of_a_law_changes_its_fit(name, monkeypatch):
     monkeypatch.setattr(samplers, "EPOCHS", 1)
+    trainer, seeds = samplers.LatentTrainer, []
+    monkeypatch.setattr(samplers, "LatentTrainer",
+                        lambda *of, **options: seeds.append(options["seed"]) or trainer(*of, **options))
     z = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
     fits = [samplers.LAWS[name].fit(z, seed, 4) for seed in (1, 1, 2)]
     first, again, other = (torch.as_tensor(fit["means" if name == "mixture" else "encoder.1.0.weight"]) for fit in fits)
     assert torch.equal(first, again) and not torch.allclose(first, other)
+    assert seeds == ([] if name == "mixture" else [1, 1, 2])
 
 
 def test_samples_of_a_second_vae_have_the_noise_of_its_decoder():
@@ -321,3 +328,12 @@ def test_sampled_recoveries_stand_where_the_closed_forms_do(monkeypatch):
     closed, sampled = param_recovery.closed_forms(args), param_recovery.stochastic(args, CPU)
     np.testing.assert_allclose(sampled["sampled_w"], closed["checked_w"])
     np.testing.assert_allclose(sampled["sampled_phi"], np.where(closed["checked_w"] > 0, closed["checked_phi"], 0))
+
+
+def test_a_zip_of_other_pixels_in_files_of_the_same_names_and_sizes_has_another_stamp(tmp_path):
+    stamps = []
+    for content in (b"one", b"two", b"one"):
+        with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as file:
+            file.writestr("a.png", content)
+        stamps.append(Pictures(tmp_path / "pictures.zip").stamp)
+    assert stamps[0] == stamps[2] != stamps[1]

@@ -17,7 +17,7 @@ from training import EVALUATION, seed_of
 from vsm import evaluation_2d, samplers
 from vsm.cli import UserError
 from vsm.distributions_2d import DISTRIBUTIONS
-from vsm.fid import Reference, fids, reference_of, sampler_metrics
+from vsm.fid import fids, reference_of, sampler_metrics
 from vsm.loading import epochs_trained, export, load_vae, place_of_images
 from vsm.runs import NOT_IDENTITY, load_arrays, load_checkpoint, load_config
 from vsm.samplers import SAMPLERS, Gaussians, SecondVAE, load_sampler, posterior_samples
@@ -313,18 +313,6 @@ def test_bernoulli_latents_have_their_prior_and_evaluate_names_them(folders, cac
     assert "its latents are 0 or 1, which mixture cannot be fitted to" in capsys.readouterr().err
     assert trained_on == [200]  # `nearest` is among the images of the training
     assert "precision" in (arrays := load_arrays(tmp_path / "run" / "eval.npz")) and "fid_mixture" not in arrays
-
-
-def test_copies_of_training_images_are_told_from_new_ones(digits):
-    """nearest is 0 for a decoder that returns training images, whatever z is."""
-    data = load_images("mnist", digits)
-    vae = SimpleNamespace(decode=lambda z: data.train[:len(z)] / 255, training=False, parameters=lambda: [],
-                          train=lambda mode: None, eval=lambda: SimpleNamespace(requires_grad_=lambda flag: None))
-    sampler = SimpleNamespace(sample=lambda n, generator: torch.zeros(n, 3))
-    reference = Reference(data.test, None, None, None, {}, {})
-    assert sampler_metrics(vae, {"prior": sampler}, reference, data.train, None)["nearest"] == 0
-    vae.decode = lambda z: data.test[:len(z)] / 255
-    assert sampler_metrics(vae, {"prior": sampler}, reference, data.train, None)["nearest"] == 1
 
 
 def test_nearest_distances_do_not_depend_on_blocks():

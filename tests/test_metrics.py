@@ -10,13 +10,11 @@ from torch.distributions import MultivariateNormal
 
 import evaluate
 import metrics
-import train_synthetic
 from linear_models import affine_vae, closed_forms, objectives_of
 from metrics import evaluate_images, importance, latent_mmd, negative_elbo, objective_terms, reconstruction_mse
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN
-from small_runs import CPU, ROOT
-from vsm import evaluation_2d
+from small_runs import ROOT
 from vsm.distributions_2d import DISTRIBUTIONS, Distribution2D, distribution
 from vsm.features import LeNet5
 
@@ -87,13 +85,6 @@ def test_a_row_of_metrics_by_its_definitions(vae, images):
     assert row["active_units"] == len((q.mean.double().var(0) > 0.01).nonzero().flatten())
 
 
-def test_block_sizes_and_repetition_change_nothing_but_the_draws(vae, images):
-    first, again = evaluate_images(vae, images, 0.0, seed=1), evaluate_images(vae, images, 0.0, seed=1)
-    assert all(torch.equal(first[name], again[name]) or first[name].isnan().all() for name in first)
-    torch.testing.assert_close(evaluate_images(vae, images, 0.0, seed=1, block=7)["reconstruction_mse"],
-                               first["reconstruction_mse"])
-
-
 def test_reconstruction_mse_takes_the_target_it_is_given(vae, images):
     x = images.float() / 255
     with torch.no_grad():
@@ -111,25 +102,6 @@ def test_denoising_is_against_the_clean_image_and_bounds_are_means(vae, images):
         assert error == pytest.approx(reconstruction_mse(vae, clean + level * e, clean).mean().item(), rel=1e-6)
     elbo = negative_elbo(vae, clean + 0.1 * e, 200, torch.Generator().manual_seed(1)).mean()
     assert found["negative_iw_bound"][0] == pytest.approx(elbo.item(), rel=0.05)
-
-
-def test_the_2d_fisher_divergence_has_the_factor_one_half():
-    """evaluate() of an ensemble whose decoder is constant: p(x) = N(b, gamma I), so its score is known."""
-    args = train_synthetic.parse_args(["--seeds", "2", "--hidden", "4", "--batch", "10", "--init-sd", "0.7", "--device", "cpu"])
-    trainer = train_synthetic.EnsembleTrainer(args, CPU)
-    with torch.no_grad():
-        trainer.vae.decoder.weights[-1].zero_()
-        trainer.vae.decoder.biases[-1].copy_(torch.tensor([0.3, -0.2])[:, None].expand(2, 2, 1))
-    test = trainer.law.sample(200, torch.Generator().manual_seed(0))
-    result, x = evaluation_2d.evaluate(trainer, test, 50), test.double()
-    score, gamma = -(x - torch.tensor([0.3, -0.2]).double()) / 0.49, 0.49
-    gap = (trainer.law.score(x) - score).square().sum(-1) / 2
-    assert result["fisher_divergence"] == pytest.approx([gap.mean().item()] * 2, rel=1e-5)
-    loss = score.square().sum(-1) / 2 - 2 / gamma
-    assert result["sm_loss"] == pytest.approx([loss.mean().item()] * 2, rel=1e-5)
-    nll = math.log(2 * math.pi * gamma) + score.square().sum(-1) * gamma / 2
-    assert result["nll"] == pytest.approx([nll.mean().item()] * 2, rel=1e-5)
-    assert result["nll_excess"] == pytest.approx([(nll + trainer.law.log_prob(x)).mean().item()] * 2, rel=1e-4)
 
 
 def test_a_unit_is_active_by_its_variance(images):
