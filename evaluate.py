@@ -15,7 +15,6 @@ named and skipped; the exit code is 2 if no run could be evaluated. docs/metrics
 
 import vsm.quiet  # noqa: F401  # isort: skip
 import contextlib
-import hashlib
 import os
 import sys
 import traceback
@@ -34,7 +33,7 @@ from vsm.figures import images, latents, pictures
 from vsm.image_table import COLUMNS, Measured, by_data_and_pair, write_table
 from vsm.loading import epochs_trained, flags_of, load_vae, place_of_images
 from vsm.names import group_by_seed
-from vsm.runs import save_arrays
+from vsm.runs import checkpoint_hash, load_arrays, save_arrays
 from vsm.samplers import COMPONENTS, SAMPLERS, load_sampler
 from vsm.stored_runs import StoredRun, open_runs
 from vsm.tables import failed
@@ -80,13 +79,12 @@ def of_each_run(paths, measure):
 
     Raises UserError where all of them fail.
     """
-    runs, results = [], []
+    results = []
     for path in dict.fromkeys(paths):
         with skipping(path):
-            runs += open_runs([path])
-    for run in runs:
-        with skipping(run):
-            results.append(measure(run))
+            for run in open_runs([path]):
+                with skipping(run):
+                    results.append(measure(run))
     if not results:
         raise UserError("none of these runs could be evaluated")
     return results
@@ -108,23 +106,21 @@ def measured_run(run, args, device):
 
     A failed run is not evaluated; the table only counts it. Raises UserError for a run that cannot be evaluated.
     """
-    config = checked_config(run)
-    status = run_status(run)
+    config, status, folder = checked_config(run), run_status(run), Path(run.name)
     if not failed(status):
-        if (Path(run.name) / "checkpoint.pt").exists():
-            evaluate_run(Path(run.name), config, status, args, device)
-        elif not run.has("eval") and not (Path(run.name) / "eval.npz").exists():
+        if (folder / "checkpoint.pt").exists():
+            evaluate_run(folder, config, status, args, device)
+            (run,) = open_runs([folder])
+        elif not run.has("eval"):
             raise UserError("it has no checkpoint.pt, so there is no model to evaluate")
         else:
-            print(f"{run}: evaluated before" + (", and its checkpoint is gone" if Path(run.name).is_dir() else ""))
-    label = config["label"] + (f" {status}" if status.startswith("unfinished@") else "")
-    run = with_label(run, label)
-    curves = {key: value for key, value in run.arrays().items() if key != "config" and value.ndim == 1}
-    lengths = {len(curves.get(key, ())) for key in CURVES}
-    if len(lengths) > 1 or 0 in lengths:
+            print(f"{run}: evaluated before" + (", and its checkpoint is gone" if folder.is_dir() else ""))
+    if status.startswith("unfinished@"):
+        run = with_label(run, f"{config['label']} {status}")
+    last = {key: value[-1] for key, value in run.arrays().items() if key != "config" and value.ndim == 1 and len(value)}
+    if not {*CURVES} <= last.keys():
         raise UserError("its metrics.npz is damaged; delete it, and the command of its folder makes it again from the checkpoint")
-    last = {key: value[-1] for key, value in curves.items() if len(value)}
-    return Measured(run, status, last, {} if failed(status) else evaluation_of(run))
+    return Measured(run, status, last, {} if failed(status) else run.arrays("eval"))
 
 
 def checked_config(run):
@@ -157,57 +153,29 @@ def with_label(run, label):
         loaded = run.arrays(part)
         return {**loaded, "config": {**loaded["config"], "label": label}}
 
-    parts = [part for part in ("metrics", "eval") if run.has(part) or (Path(run.name) / f"{part}.npz").exists()]
-    return StoredRun(run.name, lambda: {**run.config, "label": label}, arrays, parts)
-
-
-def evaluation_of(run):
-    """The arrays of eval.npz. Raises UserError where it is damaged; it can be made again from the checkpoint."""
-    try:
-        arrays = run.arrays("eval")
-        settings = arrays["config"]["evaluation"]
-        whole = ({"data", "test_images", "images", "iw_samples"} <= settings.keys() and arrays["negative_iw_bound"].ndim == 1
-                 and arrays["latent_mmd_null_sd"].ndim == 0 and ("fid_floor" in arrays) == ("kid_floor" in arrays))
-    except (UserError, KeyError, AttributeError, TypeError):
-        whole = False
-    if not whole:
-        place = f"{run}/eval.npz" if Path(run.name).is_dir() else "it"
-        raise UserError(f"its eval.npz is damaged; delete {place} and evaluate the run again")
-    return arrays
+    return StoredRun(run.name, lambda: {**run.config, "label": label}, arrays, ["metrics", "eval"])
 
 
 def evaluate_run(folder, config, status, args, device):
-    """Write eval.npz of a run folder, unless it is there for the same checkpoint and settings.
-
-    An eval.npz of the same checkpoint that has FID and KID is kept, too, where these cannot be computed now.
-    """
-    flags, save, old = flags_of(config), folder / "eval.npz", None
+    """Write eval.npz of a run folder, unless it is there for the same checkpoint and settings."""
+    flags, save = flags_of(config), folder / "eval.npz"
     place = place_of_images(folder, config, args)
     reference = reference_set(*place, flags["test_limit"], args.inception_weights, device)
     names = [name for name in SAMPLERS if name == "prior" or name in args.sampler and flags["latent"] == "gaussian"]
-    settings = {"checkpoint": hashlib.sha256((folder / "checkpoint.pt").read_bytes()).hexdigest()[:12], "images": args.images,
-                "iw_samples": args.iw_samples, "samplers": names, **reference.settings}
+    settings = {"checkpoint": checkpoint_hash(folder), "images": args.images, "iw_samples": args.iw_samples, "samplers": names,
+                **reference.settings}
     if "mixture" in names:
         settings["components"] = args.components
     if missing := {*args.sampler} - {*names}:
         print(f"{folder}: its latents are 0 or 1, which {', '.join(sorted(missing))} cannot be fitted to", file=sys.stderr)
-    if save.exists():
-        try:
-            old = evaluation_of(open_runs([folder])[0])
-        except UserError:
-            print(f"{folder}: its eval.npz is damaged and is made again", file=sys.stderr)
-    if old:
-        old_settings = old["config"]["evaluation"]
-        if old_settings == settings and not args.overwrite:
+    with contextlib.suppress(UserError):  # a damaged one is made again
+        if load_arrays(save)["config"].get("evaluation") == settings and not args.overwrite:
             print(f"{folder}: evaluated before")
-            return
-        if "fid" in old and not reference.network and old_settings.get("checkpoint") == settings["checkpoint"]:
-            print(f"{folder}: its eval.npz has FID and KID, which cannot be computed now, and is kept", file=sys.stderr)
             return
     print(f"{folder}: evaluating")
     vae, seed = load_vae(folder, device), seed_of(flags["seed"], EVALUATION)
     generator = torch.Generator(device).manual_seed(seed)
-    result = fids(vae, reference, flags["noise"], generator, kid=True) | reference.floor if reference.network else {}
+    result = fids(vae, reference, flags["noise"], generator, kid=True) | reference.floor
     generator.manual_seed(seed)
     result |= mmd_nulls(vae, len(reference.images), generator)
     samplers = {name: load_sampler(folder, name, device, args.components, args.data_root, args.data) for name in names}

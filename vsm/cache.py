@@ -1,5 +1,6 @@
 """Arrays that are made once and kept, and digests that tell one array from another."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from vsm.cli import UserError
-from vsm.runs import write_atomic
+from vsm.runs import load_arrays, save_arrays, write_atomic
 
 
 def cache_folder():
@@ -25,6 +26,24 @@ def digest(*arrays):
     for array in arrays:
         sha.update(np.ascontiguousarray(array.cpu() if isinstance(array, torch.Tensor) else array))
     return sha.hexdigest()[:12]
+
+
+def load_or_make(path, make, settings=None):
+    """The arrays at `path`, made with these settings, as a dict, or else those that make() returns, which are written there.
+
+    Where writing fails, stderr says so.
+    """
+    settings = settings or {}
+    with contextlib.suppress(UserError):
+        arrays = load_arrays(path)
+        if arrays.pop("config") == settings:
+            return arrays
+    arrays = {key: np.asarray(value) for key, value in make().items()}
+    try:
+        save_arrays(path, settings, **arrays)
+    except UserError as error:
+        print(f"the result is not cached and will be computed again next time: {error}", file=sys.stderr)
+    return arrays
 
 
 def cached(path, recipe, shape, rows):

@@ -5,22 +5,19 @@ in the cache. For all other images it is Inception where its weights are at hand
 a package carries. Another network gives other numbers, so every table has the name and the hash of its own.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from data import load_images
-from vsm.cache import cache_folder, digest
+from vsm.cache import cache_folder, digest, load_or_make
 from vsm.cli import UserError, progress
 from vsm.device import evaluating
-from vsm.runs import load_arrays, save_arrays
 
 
 class Features(NamedTuple):
@@ -48,18 +45,6 @@ def features_of(name, root, device, inception_weights=None):
     else:
         network, description = efficientnet()
     return Features(network.to(device), {**description, "hash": digest(*network.state_dict().values())})
-
-
-def load_or_make(path, make):
-    """The arrays at `path` as a dict, or those that make() returns, which are written there; stderr says if writing fails."""
-    with contextlib.suppress(UserError):
-        return load_arrays(path)
-    arrays = {key: np.asarray(value) for key, value in make().items()}
-    try:
-        save_arrays(path, {}, **arrays)
-    except UserError as error:
-        print(f"the result is not cached and will be computed again next time: {error}", file=sys.stderr)
-    return arrays
 
 
 class LeNet5(nn.Module):
@@ -92,7 +77,8 @@ def lenet5(name, root):
     data = load_images(name, root)
     low, high = torch.cat([data.train_labels, data.test_labels]).aminmax()
     if low < 0 or high > 9:
-        raise UserError(f"the labels of {name} lie in {low}..{high}; the LeNet-5 behind its FID has ten classes, 0..9")
+        raise UserError(f"the labels of {name} lie in {low}..{high}; the LeNet-5 behind its FID has ten classes, 0..9; "
+                        "without labels its FID uses another network")
 
     def make():
         network = train_lenet5(data.train, data.train_labels, name)

@@ -1,6 +1,5 @@
 """The quality of generated images: FID and KID against test images, whose features are computed once and kept."""
 
-import sys
 from functools import cache
 from typing import NamedTuple
 
@@ -9,10 +8,9 @@ from torch.distributions import Bernoulli, Independent, Normal
 
 import metrics
 from data import load_images
-from vsm.cache import cache_folder, digest
-from vsm.cli import UserError
+from vsm.cache import cache_folder, digest, load_or_make
 from vsm.device import evaluating
-from vsm.features import Features, features_of, load_or_make
+from vsm.features import Features, features_of
 
 NEIGHBOURS = 1000  # images whose nearest training image is sought, in all training images
 FIDS = ("fid", "fid_aggregate", "fid_reconstruction")
@@ -22,12 +20,11 @@ class Reference(NamedTuple):
     """Test images, uint8 [n, C, H, W] on the device, and their features [n, d] with mean and covariance.
 
     floor: FID and KID of as many training images against the test images. settings: the data and the network, for the table.
-    Without a network there are no features and no floor.
     """
     images: torch.Tensor
-    network: Features | None
-    features: torch.Tensor | None
-    statistics: tuple | None
+    network: Features
+    features: torch.Tensor
+    statistics: tuple
     floor: dict
     settings: dict
 
@@ -43,16 +40,11 @@ def reference_of(images, name, root):
 def reference_set(name, root, test_limit, inception_weights, device):
     """The reference of a data set's test images, with its floor, from the cache; it is computed and cached where it is not there.
 
-    Raises UserError where the data are missing. Where the feature network cannot be had, stderr says why, and there is none.
+    Raises UserError where the data are missing or the feature network cannot be had.
     """
     data = load_images(name, root, test_limit, test_limit)
     train, test = (part[:len(data.test)].to(device) for part in (data.train, data.test))
-    settings = {"data": name, "test_images": len(test), "digest": digest(test)}
-    try:
-        network = features_of(name, root, device, inception_weights)
-    except UserError as error:
-        print(f"no FID and KID for {name}: {error}", file=sys.stderr)
-        return Reference(test, None, None, None, {}, settings)
+    network = features_of(name, root, device, inception_weights)
 
     def make():
         features = network(test)
@@ -61,7 +53,7 @@ def reference_set(name, root, test_limit, inception_weights, device):
     arrays = load_or_make(cache_folder() / f"quality-{digest(train, test)}-{network.description['hash']}.npz", make)
     features = torch.from_numpy(arrays["features"])
     floor = {key: value for key, value in arrays.items() if key.endswith("_floor")}
-    settings["features"] = network.description
+    settings = {"data": name, "test_images": len(test), "digest": digest(test), "features": network.description}
     return Reference(test, network, features, metrics.feature_statistics(features), floor, settings)
 
 
@@ -94,8 +86,7 @@ def sampler_metrics(vae, samplers, reference, train, generator, shown=64):
             images = torch.cat([metrics.quantise(vae.decode(z)) for z in zs])
         measured = {"nearest": to_nearest(images) / of_test}
         if name != "prior":
-            measured |= {"samples": images[:shown]}
-            measured |= distances(reference.network(images), reference.features) if reference.network else {}
+            measured |= {"samples": images[:shown], **distances(reference.network(images), reference.features)}
         result |= {f"{key}{ending_of(name)}": value.cpu() for key, value in measured.items()}
     return result
 

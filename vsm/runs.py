@@ -12,6 +12,7 @@ The same command again resumes an unfinished run, skips a finished one, and refu
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -93,6 +94,11 @@ def status_of(folder):
     return str(load_arrays(path).get("status", "")) or None if path.exists() else None
 
 
+def checkpoint_hash(folder):
+    """What tells the checkpoint of a run from others: the first 12 hexadecimal digits of its file's SHA-256."""
+    return hashlib.sha256((Path(folder) / "checkpoint.pt").read_bytes()).hexdigest()[:12]
+
+
 def environment(device):
     """Versions, commit and device: what the numbers may depend on, beside the flags."""
     git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
@@ -134,7 +140,7 @@ class Run:
     def __init__(self, path, script, flags, device, overwrite=False, **extra):
         self.path, self.overwrite, self.status = Path(path), overwrite, None
         self._owned, self._outdated = False, []  # whether it has written; files of the old run, which go when it does
-        kept = {key: value for key, value in flags.items() if key not in ("overwrite", "dry_run")}
+        kept = {key: value for key, value in flags.items() if key != "overwrite"}
         self.config = {"script": script, "flags": kept, **environment(device), **extra}
 
     def __enter__(self):
@@ -161,11 +167,8 @@ class Run:
 
     def _files(self):
         """The files of the folder, without the lock and the remains of a killed write."""
-        try:
-            return [file for file in self.path.iterdir() if file.name != ".lock" and file.suffix != ".tmp"] \
-                if self.path.exists() else []
-        except OSError as error:
-            raise UserError(f"cannot read the output folder {self.path}: {os.strerror(error.errno)}") from error
+        found = self.path.iterdir() if self.path.exists() else []
+        return [file for file in found if file.name != ".lock" and file.suffix != ".tmp"]
 
     def _claim(self):
         """Begin a new folder by its config.json, or see what is to become of the run that is there."""

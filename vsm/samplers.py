@@ -14,9 +14,6 @@ It is kept beside the run as plain arrays, in sampler-<name>.npz, and fitted aga
     two-stage    a second VAE, of z (Dai and Wipf 2019): u ~ N(0, I), then z ~ p(z|u)
 """
 
-import contextlib
-import hashlib
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,10 +23,11 @@ import torch
 from data import load_images
 from models import build_vae
 from training import ImageTrainer, seed_of
+from vsm.cache import load_or_make
 from vsm.cli import UserError
 from vsm.device import evaluating
 from vsm.loading import flags_of, load_vae, place_of_images
-from vsm.runs import load_arrays, load_config, save_arrays
+from vsm.runs import checkpoint_hash, load_arrays, load_config
 
 IMAGES, COMPONENTS = 20_000, 10
 WIDTH, EPOCHS, BATCH, RATE = 256, 30, 200, 1e-3  # of the second VAE
@@ -138,21 +136,18 @@ def load_sampler(folder, name="mixture", device="cpu", components=None, data_roo
         return Prior(load_vae(folder, device))
     if flags["latent"] != "gaussian":
         raise UserError(f"the sampler {name} is continuous, and the latents of {folder} are 0 or 1; they have the prior only")
-    path, kept = folder / f"sampler-{name}.npz", {"config": {}}
-    with contextlib.suppress(UserError):
-        kept = load_arrays(path)
-    settings = {"sampler": name, "checkpoint": hashlib.sha256((folder / "checkpoint.pt").read_bytes()).hexdigest()[:12],
-                "components": (components or kept["config"].get("components", COMPONENTS)) if name == "mixture" else 1}
-    arrays = {key: value for key, value in kept.items() if key != "config"}
-    if kept["config"] != settings:
+    path = folder / f"sampler-{name}.npz"
+    if name != "mixture":
+        components = 1
+    elif components is None:
+        components = load_arrays(path)["config"].get("components", COMPONENTS) if path.exists() else COMPONENTS
+
+    def fit():
         place = place_of_images(folder, config, SimpleNamespace(data=data, data_root=data_root))
-        images = load_images(*place, flags["limit"]).train
-        arrays = fit_sampler(LAWS[name], load_vae(folder, device), images, flags, settings["components"])
-        try:
-            save_arrays(path, settings, **arrays)
-        except UserError as error:
-            print(f"the sampler is not kept and will be fitted again: {error}", file=sys.stderr)
-    tensors = {key: torch.as_tensor(value, device=device) for key, value in arrays.items()}
+        return fit_sampler(LAWS[name], load_vae(folder, device), load_images(*place, flags["limit"]).train, flags, components)
+
+    settings = {"sampler": name, "checkpoint": checkpoint_hash(folder), "components": components}
+    tensors = {key: torch.as_tensor(value, device=device) for key, value in load_or_make(path, fit, settings).items()}
     centre, scale = tensors.pop("centre"), tensors.pop("scale")
     return Scaled(LAWS[name](**tensors), centre, scale)
 
