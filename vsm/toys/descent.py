@@ -5,13 +5,11 @@ longer than a step of one. All runs of a start see the same noise. `vsm.toys.gra
 """
 
 import bisect
-import time
 
 import numpy as np
 import torch
 
 from training import Resumable
-from vsm.device import synchronise
 from vsm.toys.gradients import FAMILIES, gradients
 from vsm.toys.posteriors import Posterior
 
@@ -36,7 +34,6 @@ class Descent(Resumable):
         self.moment1, self.moment2 = (torch.zeros_like(self.params[..., 1, :]) for _ in range(2))
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.generators, self.seeds = [self.generator], [args.seed]
-        self.seconds = torch.zeros((), dtype=torch.float64)
         kept = np.geomspace(1, args.iterations, args.frames).round()
         self.frames = sorted({0, args.iterations // 2, args.iterations, *kept.astype(int).tolist()})
         self.trajectory = torch.zeros(len(self.frames), *self.params.shape, device=device)  # float32: for pictures
@@ -51,13 +48,9 @@ class Descent(Resumable):
     def run_step(self, noise=None):
         """One step for each entry of `noise`, by default a block of new noise."""
         noise = self.noise() if noise is None else noise
-        synchronise(self.params.device)
-        began = time.perf_counter()
         for e, score in zip(noise, self.family.score(noise)):
             self.update(gradients(self.params, e, score, self.family, self.posterior, self.args.objectives).mean(3))
             self.keep_frame()
-        synchronise(self.params.device)
-        self.seconds += time.perf_counter() - began
 
     def update(self, gradient):
         """One step of both optimisers by the gradients [2, 2, L, I, P, K]."""
@@ -76,12 +69,7 @@ class Descent(Resumable):
             self.trajectory[index] = self.params
 
     def state(self):
-        return {name: getattr(self, name) for name in ("params", "moment1", "moment2", "trajectory", "seconds")}
-
-    @property
-    def rate(self):
-        """Runs x iterations per second."""
-        return self.params[0, 0].numel() * self.step / self.seconds.item()
+        return {name: getattr(self, name) for name in ("params", "moment1", "moment2", "trajectory")}
 
     @property
     def status(self):
@@ -92,4 +80,4 @@ class Descent(Resumable):
     def arrays(self):
         """Starts, ends and trajectories, by their names in metrics.npz."""
         return {"location": self.params[0], "log_scale": self.params[1], "starts": self.starts,
-                "iteration": torch.tensor(self.frames), "trajectory": self.trajectory.half(), "rate": torch.tensor(self.rate)}
+                "iteration": torch.tensor(self.frames), "trajectory": self.trajectory.half()}

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from vsm.tables import markdown_table, number_text
 from vsm.toys.descent import OPTIMISERS
 from vsm.toys.gradients import gradients, sample
 
@@ -100,21 +101,19 @@ def location_gradients(descent, grid):
 
 
 def print_ends(arrays, args):
-    """Print a table with a line for each likelihood, objective and optimiser, and the meaning of its columns."""
-    K, keys = arrays["starts"].shape[1], ("kl", "excess_kl", "distance", "fd", "moved")
-    print(f"{'':5} {'':11} {'':4} {'caught':>9} {'diverged':>9}" + "".join(f"{key:>10}" for key in keys))
+    """Print a table with a row for each likelihood, objective and optimiser, and the meaning of its columns."""
+    keys, rows = ("kl", "excess_kl", "distance", "fd", "moved"), []
     names = itertools.product(*map(enumerate, (args.likelihoods, args.objectives, OPTIMISERS)))
     for (l, likelihood), (i, objective), (p, optimiser) in names:
         ended = ~arrays["diverged"][l, i, p]
-        caught, diverged = int(arrays["caught"][l, i, p].sum()), K - int(ended.sum())
-        medians = [arrays[key][l, i, p][ended].median().item() for key in keys] if diverged < K else []
-        print(f"{likelihood:5} {objective:11} {optimiser:4} {caught:4} of {K:<3} {diverged:8}"
-              + "".join(f"{median:10.3f}" for median in medians))
+        medians = [number_text(arrays[key][l, i, p][ended].median(), ".3f") for key in keys]
+        rows.append([likelihood, objective, optimiser, int(arrays["caught"][l, i, p].sum()), int((~ended).sum()), *medians])
+    print(f"{arrays['starts'].shape[1]} starts:")
+    print(markdown_table(["", "", "", "caught", "diverged", *keys], rows, "lll" + "r" * (len(keys) + 2)))
     print(f"caught: starts that end where {LOW_DENSITY:.0%} of the posterior is denser. The other columns are medians over the\n"
           f"starts that did not diverge. kl: KL divergence from the posterior, nats; excess_kl: the same less that of the best\n"
           f"{args.family} fit; distance: 2-Wasserstein distance from that fit; fd: Fisher divergence from the posterior;\n"
           "moved: distance that q's location moved in the second half of the steps.")
-    print(f"{arrays['rate']:,.0f} runs x iterations per second")
     if "location_gradient" in arrays:
         biased, unbiased, differences = arrays["location_gradient"]
         print(f"gradient of FD by the location at the starts: biased at most {biased.abs().max():g}, unbiased "

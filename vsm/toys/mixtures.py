@@ -8,6 +8,7 @@ import math
 import torch
 
 from training import Resumable
+from vsm.tables import markdown_table, with_error
 from vsm.toys.gradients import normal_noise
 from vsm.toys.posteriors import Posterior
 
@@ -108,16 +109,11 @@ def how_well_mixtures_fit(fit, posterior, grid):
 
 
 def print_mixtures(arrays, args):
-    """Print a line for each likelihood with the numbers of its fits; mean +- sd where there are several."""
+    """Print a table with a row for each likelihood: the numbers of fits, and mean ± standard deviation over those on the grid."""
+    keys, rows = ("kl", "kl_between_sides", "kl_within_sides", "right_mass", "fd"), []
     for l, likelihood in enumerate(args.likelihoods):
         known = arrays["kl"][l].isfinite()
-        n, lost = int(known.sum()), int((~known).sum())
-        columns = {key: arrays[key][l][known] for key in ("kl", "kl_between_sides", "kl_within_sides", "right_mass", "fd")}
-        line = f"{likelihood}: {n} run{'s' * (n != 1)}" + (f" ({lost} more diverged or left the grid)" if lost else "")
-        if n == 1:
-            line += ", " + ", ".join(f"{key} {value.item():.3f}" for key, value in columns.items())
-        elif n > 1:
-            texts = [f"{key} {value.mean():.3f} +- {value.std():.3f}" for key, value in columns.items()]
-            line += ", mean +- sd of " + ", ".join(texts)
-        fitted = f", fitted {columns['right_mass'].min():.2f} to {columns['right_mass'].max():.2f}" if n > 1 else ""
-        print(f"{line} (exact right mass {arrays['exact_right_mass'][l]:.3f}{fitted})")
+        columns = [arrays[key][l][known] for key in keys]
+        cells = [with_error(values.mean(), values.std() if len(values) > 1 else math.nan, ".3f") for values in columns]
+        rows.append([likelihood, int(known.sum()), int((~known).sum()), *cells, f"{arrays['exact_right_mass'][l]:.3f}"])
+    print(markdown_table(["", "fits", "diverged or off the grid", *keys, "exact right mass"], rows, "l" + "r" * (len(keys) + 3)))
