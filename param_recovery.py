@@ -56,9 +56,6 @@ def report_recovery(arrays):
         print("from samples, largest |w - closed form|:", ", ".join(f"{rule} {e:.3f}" for rule, e in zip(RULES, error)))
 
 
-DEFAULTS_OF_STOCHASTIC = {"iterations": 4000, "lr": 0.2, "batch": 500, "samples": 4, "seed": 0}
-
-
 def parse_args(argv=None):
     parser = Parser(description=f"{__doc__}\n{recovery.__doc__}")
     flag = parser.add_argument_group("experiment").add_argument
@@ -71,25 +68,21 @@ def parse_args(argv=None):
     flag("--w-star", type=positive_float, default=1.5, help="w* of the contours and of the comparison of all rules")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--stochastic", action="store_true", help="find every w also from samples, at w* = 0.5, 1, 1.5, 2, 3")
-    flag("--iterations", type=positive, help="Adam steps (default: 4000)")
-    flag("--lr", type=positive_float, help="Adam's step size, annealed to 0 by a cosine (default: 0.2)")
-    flag("--batch", type=positive, help="data per step (default: 500)")
-    flag("--samples", type=positive, help="posterior samples per datum, N, of the unbiased estimators, at least 2 (default: 4)")
-    flag("--seed", type=count, help="seed of the data and the posterior samples (default: 0)")
+    flag("--iterations", type=positive, default=4000, help="Adam steps")
+    flag("--lr", type=positive_float, default=0.2, help="Adam's step size, annealed to 0 by a cosine")
+    flag("--batch", type=positive, default=500, help="data per step")
+    flag("--samples", type=positive, default=4, help="posterior samples per datum, N, of the unbiased estimators, at least 2")
+    flag("--seed", type=count, default=0, help="seed of the data and the posterior samples")
     flag = parser.add_argument_group("output").add_argument
     flag("--device", default="cpu", help="auto | cpu | cuda | cuda:1 ... (the models are so small that a CPU is as fast)")
     flag("--out", help="the run's folder (default: runs/param_recovery/ and the flags that matter)")
     flag("--overwrite", action="store_true", help="redo a run that is there")
-    flag("--dry-run", action="store_true", help="say what would run, compute nothing, write nothing")
     args = parser.parse_args(argv)
-    for key, value in DEFAULTS_OF_STOCHASTIC.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-        elif not args.stochastic:
-            parser.error("--iterations, --lr, --batch, --samples and --seed have a meaning with --stochastic only")
+    of_stochastic = ("iterations", "lr", "batch", "samples", "seed")
+    if not args.stochastic and any(getattr(args, key) != parser.get_default(key) for key in of_stochastic):
+        parser.error("--iterations, --lr, --batch, --samples and --seed have a meaning with --stochastic only")
     check_ranges(parser, args)
-    defaults = vars(parser.parse_args([])) | DEFAULTS_OF_STOCHASTIC
-    args.out = args.out or f"runs/param_recovery/{run_name(args, ('seed',), defaults)}"
+    args.out = args.out or f"runs/param_recovery/{run_name(args, ('seed',), vars(parser.parse_args([])))}"
     return args
 
 
@@ -105,11 +98,6 @@ def check_ranges(parser, args):
 
 def main(args):
     device = pick_device(args.device)
-    if args.dry_run:
-        print(f"{len(RULES)} rules, {len(args.alphas)} alphas, {args.points} w* by closed forms"
-              + (f", {len(CHECKED)} w* by {args.iterations} Adam steps on {device}" if args.stochastic else "")
-              + f"\nwould write {args.out}")
-        return
     with Run(args.out, "param_recovery", vars(args), device, args.overwrite) as run:
         if not run.status:
             arrays = closed_forms(args) | (stochastic(args, device) if args.stochastic else {})

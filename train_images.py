@@ -21,7 +21,7 @@ from data import load_images
 from metrics import evaluate_images, quantise
 from objectives import LEARN, label
 from training import EVALUATION, INIT, ImageTrainer, decay, seed_of
-from vsm.cli import UserError, command_line, progress, stopping, while_slow
+from vsm.cli import UserError, command_line, progress, stopping
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.fid import FIDS, fids, reference_of
 from vsm.figures.run import draw_run
@@ -51,9 +51,8 @@ def main_of_runs(runs):
     """Train each of the runs, several at once."""
     device, images = pick_device(runs[0].device), {}
     set_precision(runs[0].precision, device)
-    if len(runs) == 1 or runs[0].dry_run:
-        for args in runs:
-            train_one(args, load(args), device)
+    if len(runs) == 1:
+        train_one(runs[0], load(runs[0]), device)
         return
     for args in runs:  # every data set once, and on a GPU, where all runs are in this process, on the device
         if data_of(args) not in images:
@@ -104,8 +103,6 @@ def begin(args, data, device, stop, bar):
     announce(args, name, *describe(args, vae, data, device))
     if note := reach_note(args, data):
         print(note)
-    if args.dry_run:
-        return
     with Run(args.out, "train_images", vars(args), device, args.overwrite, label=name, data=data.recipe) as run:
         if not run.status:
             yield from fit(run, args, vae, data, device, stop, bar)
@@ -120,11 +117,8 @@ def fit(run, args, vae, data, device, stop, bar):
     test = data.test.to(device)
     reference = reference_of(test, args.data, args.data_root) if args.fid_every else None
 
-    def evaluate():
-        with while_slow(f"evaluating {len(test):,} images"):
-            return measure(trainer, args, test, reference)
-
-    status, history = yield from updates(run, trainer, args.epochs, args.eval_every, evaluate, stop, bar)
+    status, history = yield from updates(run, trainer, args.epochs, args.eval_every,
+                                         lambda: measure(trainer, args, test, reference), stop, bar)
     # A failed run has no pictures: a diverged model depends on when the loop noticed the divergence.
     shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}
     features = {"fid_features": " ".join((reference.settings["name"], reference.settings["hash"]))} if reference else {}

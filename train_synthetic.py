@@ -144,8 +144,6 @@ def main(args):
         refuse_to_compile(device)
     trainer = EnsembleTrainer(args, device)
     announce(args, name_of(args), *describe(args, trainer))
-    if args.dry_run:
-        return
     with Run(args.out, "train_synthetic", vars(args), device, args.overwrite, label=name_of(args)) as run:
         if not run.status:
             fit(run, args, trainer)

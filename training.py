@@ -179,13 +179,11 @@ class ImageTrainer(TrainingState):
     """Trains a VAE on images, uint8 [n, C, H, W] on the device, by Adam on each group.
 
     The keywords are the flags of train_images.py. On a GPU each kind of update is captured in a CUDA graph at its first call and
-    replayed afterwards, unless graph=False. Raises UserError for fewer images than one minibatch.
+    replayed afterwards, unless graph=False.
     """
 
     def __init__(self, vae, images, *, learn, infer, estimator, samples, inner_steps, noise, batch, lr, seed, graph=True,
                  infer_samples=None, lr_half_life=None, one_pass=False, gamma="learned"):
-        if len(images) < batch:
-            raise UserError(f"{len(images)} training images are fewer than one minibatch of {batch}; use a smaller --batch")
         to_channels_last(vae, learn, infer)
         self.images, self.learn, self.infer, self.estimator = images, learn, infer, estimator
         self.samples, self.infer_samples, self.inner_steps = samples, infer_samples or samples, inner_steps

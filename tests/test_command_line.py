@@ -18,7 +18,7 @@ import train_synthetic
 import vsm.cli
 from benchmarks import benchmark
 from objectives import LEARN
-from small_runs import IMAGES, ROOT, SMALL, environment, main
+from small_runs import IMAGES, ROOT, SMALL, environment
 from studies import spectrum
 from vsm.cli import command_line
 from vsm.names import LONGEST_NAME
@@ -101,14 +101,6 @@ def test_a_stationary_gamma_without_a_closed_form_is_refused(script, learn, fail
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(digits, fails):
     assert "finds no CUDA GPU" in fails(train_images, *IMAGES, "--data-root", digits, "--device", "cuda")
-
-
-@pytest.mark.parametrize("script, words", [(train_images, "12 encoder and 6 decoder updates"),
-                                           (train_synthetic, "8 decoder updates"), (param_recovery, "would write")])
-def test_dry_run_writes_nothing(digits, tmp_path, capsys, script, words):
-    usual = {train_images: [*IMAGES, "--data-root", digits, "--epochs", 2], train_synthetic: [*SMALL, "--epochs", 2]}
-    main(script, *usual.get(script, []), "--out", tmp_path / "run", "--dry-run")
-    assert not (tmp_path / "run").exists() and words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script, first, others", [

@@ -28,13 +28,12 @@ def add_pair(flag, samples, datum):
     flag("--infer-samples", type=positive, metavar="M", help=f"posterior samples per {datum} in the encoder's loss (default: N)")
 
 
-def add_output(flag, folder, dry_run=""):
+def add_output(flag, folder):
     """Where a run computes and what it leaves."""
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
     flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
     flag("--out", type=os.path.expanduser, help=f"the run's folder (default: a name made of the flags, under {folder})")
     flag("--overwrite", action="store_true", help="replace a run that exists in the folder")
-    flag("--dry-run", action="store_true", help=f"print what would run, then stop{dry_run}")
 
 
 def image_parser(description=None):
@@ -75,7 +74,7 @@ def image_parser(description=None):
     flag("--eval-every", type=positive, default=10, help="epochs between evaluations on the test images")
     flag("--fid-every", type=count, default=0, metavar="EPOCHS",
          help="epochs between FIDs, a multiple of --eval-every; 0: no FID during training")
-    add_output(flag, "runs/images", " (data may be downloaded or converted)")
+    add_output(flag, "runs/images")
     flag("--jobs", type=positive, default=1, help="on a CPU, runs at once, where flags have several values")
     return parser
 
@@ -103,12 +102,11 @@ def image_args(argv=None, description=None):
 
 def refuse_one_pass(parser, args):
     """End the program where one forward pass cannot serve encoder and decoder."""
-    if args.infer != "kld" or LEARN[args.learn].needs_b or args.latent != "gaussian":
+    same_samples = args.infer == "kld" and args.latent == "gaussian" and args.infer_samples == args.samples
+    if LEARN[args.learn].needs_b or not same_samples or args.inner_steps > 1:
         names = ", ".join(name for name, entry in LEARN.items() if not entry.needs_b)
-        parser.error(f"--one-pass goes with --infer kld, Gaussian latents and --learn {names}")
-    if args.inner_steps > 1 or args.infer_samples != args.samples:
-        parser.error("--one-pass uses the same samples for encoder and decoder; it needs --inner-steps 1, "
-                     "and --infer-samples equal to --samples")
+        parser.error(f"--one-pass goes with --infer kld, --learn {names}, Gaussian latents, --inner-steps 1 and --infer-samples "
+                     "equal to --samples")
 
 
 def image_defaults(net="conv", samples=5):
@@ -208,6 +206,6 @@ def resolve_pair(parser, args):
 
 def announce(args, name, data, model):
     """Print what a run will do: the `name` of its pair of objectives, its data, model, folder, and which objective it equals."""
-    print(f"{name} on {data}\n{model}\n{'would write' if args.dry_run else 'writes'} {args.out}", flush=True)
+    print(f"{name} on {data}\n{model}\nwrites {args.out}", flush=True)
     if alias := LEARN[args.learn].alias(args.samples, args.estimator):
         print(f"{LEARN[args.learn].letter} with N = {args.samples} equals {alias}", flush=True)

@@ -95,26 +95,16 @@ def in_a_process(train, arguments, threads, done, connection):
     os._exit(code)
 
 
-class Counted:
-    """Stands in for a progress bar: writes the numbers of updates, done and in all, to shared memory."""
-
-    format_dict = {"rate": None}
+class Counted(tqdm):
+    """A progress bar that is not shown: it writes the numbers of updates, done and in all, to shared memory."""
 
     def __init__(self, done, total, initial):
+        super().__init__(total=total, initial=initial, disable=True)
         self.done = done
         done[:] = initial, total
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
     def update(self, n=1):
         self.done[0] += n
-
-    def set_postfix(self, *numbers, **options):
-        pass
 
 
 def in_lockstep(runs, begin, device):

@@ -14,7 +14,7 @@ from objectives import INFER, LEARN
 from vsm.cli import UserError
 
 # Flags that say where and how to compute, not what. They may change between two calls on one folder.
-NOT_IDENTITY = ("out", "overwrite", "dry_run", "device", "data_root", "no_graph", "compile", "jobs")
+NOT_IDENTITY = ("out", "overwrite", "device", "data_root", "no_graph", "compile", "jobs")
 BUDGET = "epochs"  # the flag in which a run may differ from the one that it continues
 LONGEST_NAME = 200  # characters of a run's name; file systems allow 255
 
