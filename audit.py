@@ -10,8 +10,6 @@ The audit prints its findings, each behind its verdict: `ok`, `note` (true of so
 metrics.npz, audit.md and audit.png to a folder under runs/audit. The exit code is 1 if a finding is WRONG.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
-
 import numpy as np
 import torch
 

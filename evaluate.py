@@ -13,7 +13,6 @@ A run that has not ended is evaluated at its last checkpoint and labelled unfini
 named and skipped; the exit code is 2 if no run could be evaluated. docs/metrics.md says what the numbers mean.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 import contextlib
 import os
 import sys

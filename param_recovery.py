@@ -5,7 +5,6 @@
     python param_recovery.py --stochastic --iterations 200 --batch 100     # the same, not converged: 15 s
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 import numpy as np
 from tqdm import tqdm
 

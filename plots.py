@@ -7,7 +7,6 @@ A RUN is a run folder or a pack of many runs (.npz), and the two may be mixed:
 The training scripts call the same functions when a run ends, so a figure can be redrawn at any time without a model or a GPU.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 from pathlib import Path
 
 from studies.figures import audit, bilevel, gamma, spectrum, sweep_2d

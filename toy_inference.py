@@ -16,8 +16,6 @@ a Gaussian) starts from 0. "z held fixed" means that the gradient does not go th
 the parts: posteriors, gradients, descent, and the numbers at the end.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
-
 from vsm.cli import Parser, command_line, positive, positive_float, seed_number
 from vsm.device import pick_device
 from vsm.figures import toys

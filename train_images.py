@@ -12,7 +12,6 @@ Flags with several values train every combination, on a CPU --jobs at once, on a
 A run writes config.json, checkpoint.pt, metrics.npz and PNGs into a folder under runs/images. The same command resumes it.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 import math
 
 import torch

@@ -8,7 +8,6 @@ A small run (seconds):
 A run writes config.json, checkpoint.pt, metrics.npz and PNGs into a folder under runs/synthetic. The same command resumes it.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 import math
 
 import torch

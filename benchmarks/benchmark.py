@@ -10,7 +10,6 @@ turns, with the smallest and the largest. The mode `reference` is the step as on
 `eager` is the step of train_images.py, and `captured` the same as a CUDA graph.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 import math
 import os
 import time

@@ -7,7 +7,6 @@ captured update on a GPU; `contiguous` keeps the channels first; `grouped` train
 each run. The last three are choices of this benchmark alone until a GPU has measured them.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 import time
 from pathlib import Path
 from types import SimpleNamespace

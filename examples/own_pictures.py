@@ -9,7 +9,6 @@ seen, with the training noise; their reconstructions; samples with z from the pr
 Gaussians that is fitted to the latents. Running it again goes on where it was stopped.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 from pathlib import Path
 
 import torch

@@ -6,7 +6,6 @@ The paper asks in its discussion whether the variance of the gradient explains t
 measured at its last checkpoint; its folder gets gradient_snr.npz (gradient_snr_train.npz with --mode train) and the figure.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 import copy
 import math
 from collections import defaultdict

@@ -6,7 +6,6 @@ docs/theory.md has the proposition (equation 6) under "The scale of the latents,
 measured at its last checkpoint; its folder gets latent_scale.npz.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 import math
 
 import torch

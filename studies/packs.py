@@ -3,7 +3,6 @@
     python -m studies.packs runs/synthetic/* --save runs/mine.npz --keep test_data
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 import fnmatch
 import json
 from pathlib import Path

@@ -6,7 +6,6 @@ The data are the pixels less their mean, without the pixels that never change; g
 at the PCA solution, the maximum of the likelihood, so that a departure from its spectrum is due to the objective.
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 import math
 
 import numpy as np

@@ -3,7 +3,6 @@
     python -m studies.tables runs/synthetic/* --save runs/study.md
 """
 
-import vsm.quiet  # noqa: F401  # isort: skip
 from pathlib import Path
 
 from studies.convergence import study_table

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import numpy as np
@@ -124,18 +123,6 @@ def test_a_signal_ends_a_process_with_its_code_and_the_run_resumes(digits, tmp_p
         main(train_images, *argv, tmp_path / name)
     for name in ("SIGTERM", "SIGKILL"):
         assert_equal_runs(tmp_path / name, tmp_path / "whole")
-
-
-def test_ctrl_c_during_the_imports_is_one_sentence():
-    command = [sys.executable, "-X", "importtime", str(ROOT / "train_images.py"), "--help"]  # which reports each import on stderr
-    with subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
-        while (line := process.stderr.readline()) and not line.endswith(" vsm.quiet\n"):
-            pass
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        text = process.stderr.read()
-    assert process.returncode == -signal.SIGINT and "Traceback" not in text and "interrupted\n" in text
 
 
 @pytest.mark.slow

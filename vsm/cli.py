@@ -102,6 +102,7 @@ def command_line(parse_args, main):
     $VSM_IMPORT names modules to import first, which can register objectives, laws, networks or data.
     Exit codes: 2 for an error, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 141 for a closed pipe.
     """
+    os.environ["MPLBACKEND"] = "agg"  # no display, whatever backend is named there; Matplotlib is imported later, to draw
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as by 2>&-
             setattr(sys, name, open(os.devnull, "w"))
