@@ -280,7 +280,7 @@ images_mlp() {  # claim 8, an MLP with 100 latents, transients of 4000 updates, 
 }
 
 evaluations() {  # tables, gradient SNR and scale of the latents of finished runs: seconds a run, 2 min for the SNR
-    local runs=runs/images budget=limit10000-test-limit1000 mode
+    local runs=runs/images budget=limit10000-test-limit1000
     python evaluate.py $runs/mnist-conv-*-$budget-width16-dim-z16-* --images 200 --iw-samples 100 --out runs/evaluation/mnist
     python evaluate.py $runs/mnist-conv-{kld-elbo,fd-fd,kld-bao}-$budget-width16-* --images 200 --iw-samples 100 --out runs/evaluation/group
     python evaluate.py $runs/mnist-resnet-*-$budget-width8-* --images 200 --iw-samples 100 --out runs/evaluation/resnet
@@ -290,9 +290,7 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python evaluate.py $runs/celeba-*-limit4000-* --images 100 --iw-samples 30 --out runs/evaluation/celeba
     python -m studies.gradient_snr --draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
     python -m studies.gradient_snr $runs/mnist-mlp-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-*-seed[23]
-    for mode in eval train; do
-        python -m studies.gradient_snr --mode $mode $runs/mnist-conv-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-width8-dim-z16-init-sd0.1-*-seed0
-    done
+    python -m studies.gradient_snr $runs/mnist-conv-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-width8-dim-z16-init-sd0.1-*-seed0
     python -m studies.latent_scale $runs/mnist-{mlp,conv,resnet}-kld-*-test-limit2000-*
     python -m studies.latent_scale $runs/celeba-conv-kld-*-test-limit1000-* $runs/mnist-conv-fd-fd-test-limit2000-infer-samples1-inner-steps1-*
     python -m studies.latent_scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*

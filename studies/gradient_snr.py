@@ -3,7 +3,7 @@
     python -m studies.gradient_snr runs/images/RUN
 
 The paper asks in its discussion whether the variance of the gradient explains the failures of swersky and bao. Each image run is
-measured at its last checkpoint; its folder gets gradient_snr.npz (gradient_snr_train.npz with --mode train) and the figure.
+measured at its last checkpoint; its folder gets gradient_snr.npz and the figure.
 """
 
 import copy
@@ -23,12 +23,10 @@ from vsm.cli import Parser, UserError, command_line, positive
 from vsm.device import pick_device, set_precision
 from vsm.figures import images as figures
 from vsm.loading import flags_of, load_vae, place_of_images
-from vsm.runs import load_arrays, save_arrays
-from vsm.stored_runs import StoredRun
+from vsm.runs import save_arrays
 from vsm.tables import failed, with_error
 
 SAMPLES = (1, 2, 5, 10)
-MODES = ("eval", "train")
 BLOCKS = 10  # the jackknife leaves out one block of draws at a time
 
 
@@ -44,20 +42,20 @@ class Moments(NamedTuple):
     snr_se: torch.Tensor
 
 
-def measure_gradient_snr(vae, images, flags, draws, mode="eval", tell=lambda line: None):
+def measure_gradient_snr(vae, images, flags, draws, tell=lambda line: None):
     """Statistics of the decoder's gradient g = d loss / d theta at `vae`, arrays [objectives, len(SAMPLES)] by name.
 
     The keys objectives and samples name the axes; undefined entries are NaN. snr is ||E g||^2 / tr Var(g) over minibatches with
     fresh noise and posterior draws; snr_log_gamma is that of log gamma alone. Each has its standard error over draws, by the
     jackknife, in a key that ends in _se. cosine_to_elbo is the cosine between E g and the negative ELBO's E g.
 
-    images: uint8 training images on the model's device. flags: a run's batch, noise and seed. mode: "eval", in which batch norm
-    couples no data, or "train", as in training; the model is left as it was. tell: gets a line of text for each entry.
+    images: uint8 training images on the model's device. flags: a run's batch, noise and seed. Batch norm is in evaluation mode,
+    in which it couples no data; the model is left as it was. tell: gets a line of text for each entry.
     """
     objectives = compared_objectives(vae.latent, flags["noise"])
     names = [LEARN[name].letter + (f" {estimator}" if LEARN[name].takes("estimator") else "") for name, estimator in objectives]
     result = defaultdict(lambda: np.full((len(objectives), len(SAMPLES)), np.nan))
-    vae = differentiable_decoder(vae, mode)
+    vae = differentiable_decoder(vae, "eval")
     for column, samples in enumerate(SAMPLES):
         for row, (learn, estimator) in enumerate(objectives):
             if estimator == "unbiased" and samples < 2:
@@ -179,7 +177,6 @@ def measure_models(args, name, settings, measure):
 def parse_args(argv=None):
     parser = parser_of_runs(__doc__)
     parser.add_argument("--draws", type=positive, default=100, help="minibatches that the mean and variance are taken over")
-    parser.add_argument("--mode", choices=MODES, default="eval", help="batch norm: eval, in which it couples no data, or train")
     args = parser.parse_args(argv)
     if args.draws < 2:
         parser.error("--draws must be at least 2: the variance divides by the number of draws less one")
@@ -188,13 +185,10 @@ def parse_args(argv=None):
 
 def main(args):
     def measure(run, vae, images, flags):
-        return measure_gradient_snr(vae, images, flags, args.draws, args.mode, lambda line: print(f"{run}: {line}", flush=True))
+        return measure_gradient_snr(vae, images, flags, args.draws, lambda line: print(f"{run}: {line}", flush=True))
 
-    name = "gradient_snr" if args.mode == "eval" else "gradient_snr_train"
-    for save in measure_models(args, name, {"draws": args.draws, "mode": args.mode}, measure):
-        arrays = load_arrays(save)
-        only = StoredRun(str(save.parent), lambda: arrays["config"], lambda part: arrays, ["gradient_snr"])
-        figures.gradient_snr([only], save.with_suffix(".png"))
+    for save in measure_models(args, "gradient_snr", {"draws": args.draws}, measure):
+        figures.gradient_snr([save.parent], save.with_suffix(".png"))
         print(save.with_suffix(".png"))
 
 

@@ -210,7 +210,7 @@ MUTANTS = {
     "vsm/evaluation_2d.py": [
         ("log_density[:500].mean()", "log_density.mean()")],
     "studies/gradient_snr.py": [
-        ("args.draws, args.mode, lambda", 'args.draws, "eval", lambda')]}
+        ("flags, args.draws, lambda", "flags, 2, lambda")]}
 
 
 def copy_of_the_repository(folder):

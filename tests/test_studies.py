@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 
 from data import load_images
 from small_runs import edit_arrays, main
@@ -18,7 +17,6 @@ from studies.gradient_snr import differentiable_decoder, gradient_moments
 from studies.latent_scale import measure_latent_scale
 from test_evaluate import train
 from vsm.cli import UserError
-from vsm.figures import images as figures
 from vsm.linear import linear_vae, set_posterior
 from vsm.loading import load_vae
 from vsm.names import settings_of
@@ -197,22 +195,18 @@ def test_gradient_snr(trained, half, monkeypatch, tmp_path, fails):
     monkeypatch.setattr("studies.gradient_snr.SAMPLES", (1, 2))
     assert "at least 2" in fails(gradient_snr, trained, "--draws", "1")
     measured, measure = [], gradient_snr.measure_gradient_snr
-    monkeypatch.setattr(gradient_snr, "measure_gradient_snr", lambda *args: (measured.append(args[3:5]), measure(*args))[1])
+    monkeypatch.setattr(gradient_snr, "measure_gradient_snr", lambda *args: (measured.append(args[3]), measure(*args))[1])
     main(gradient_snr, trained, "--draws", 2, "--device", "cpu")
     arrays = load_arrays(trained / "gradient_snr.npz")
     names = ["ELBO", "F", "S plugin", "S unbiased", "B plugin", "B unbiased", "B released", "DSM plugin", "DSM unbiased", "FAE"]
     assert arrays["objectives"].tolist() == names and arrays["samples"].tolist() == [1, 2]
     assert [name for name, snr in zip(names, arrays["snr"]) if np.isnan(snr[0])] == ["S unbiased", "B unbiased", "DSM unbiased"]
     assert np.isfinite(arrays["snr"][:, 1:]).all() and (trained / "gradient_snr.png").exists()
-    main(gradient_snr, half, "--draws", 3, "--mode", "train", "--device", "cpu")
-    assert measured == [(2, "eval"), (3, "train")]
-    by_training = load_arrays(half / "gradient_snr_train.npz")
-    assert by_training["status"] == "unfinished@8" and by_training["config"]["evaluation"] == {"draws": 3, "mode": "train"}
-    assert np.isfinite(by_training["snr_se"][:, 1:]).all() and (by_training["snr_se"][:, 1:] > 0).all()
-    assert not (half / "gradient_snr.npz").exists()
-    parts = {"gradient_snr": arrays, "gradient_snr_train": by_training}  # a run with both has a row for each
-    figures.gradient_snr([StoredRun("both", lambda: arrays["config"], parts.get, parts)], tmp_path / "both.png")
-    assert len(imread(tmp_path / "both.png")) > 1.5 * len(imread(trained / "gradient_snr.png"))
+    main(gradient_snr, half, "--draws", 3, "--device", "cpu")
+    assert measured == [2, 3]
+    unfinished = load_arrays(half / "gradient_snr.npz")
+    assert unfinished["status"] == "unfinished@8" and unfinished["config"]["evaluation"] == {"draws": 3}
+    assert np.isfinite(unfinished["snr_se"][:, 1:]).all() and (unfinished["snr_se"][:, 1:] > 0).all()
 
 
 def test_latent_scale(trained, half, capsys, monkeypatch):

@@ -19,7 +19,7 @@ import numpy as np
 from vsm.cli import UserError
 from vsm.runs import load_arrays, load_config
 
-PARTS = ("metrics", "eval", "gradient_snr", "gradient_snr_train", "latent_scale")
+PARTS = ("metrics", "eval", "gradient_snr", "latent_scale")
 HEAVY = ("model_samples", "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept only on request
 
 

@@ -5,7 +5,6 @@ import numpy as np
 from vsm.figures.axes import label_ticks, limit_robustly, set_scale, whole_ticks
 from vsm.figures.groups import band_key, fate_of, grouped, markers_of, named_groups, seeds_of
 from vsm.figures.style import handles_of, legend_below, letter_color, line_style, new_figure, new_panels, save_figure
-from vsm.stored_runs import open_runs
 from vsm.tables import mean_and_error
 
 CURVES = {  # metric: axis title, scale
@@ -179,14 +178,10 @@ ESTIMATOR_DASHES = {"plugin": "-", "unbiased": "--", "released": ":"}
 def gradient_snr(runs, save):
     """Signal-to-noise ratio of the decoder's gradient against N by learning objective, two rows per group of seeds.
 
-    The first row has the plug-in estimators, the second the others beside the ELBO. Runs that were also measured with batch norm
-    in training mode have two more rows. Bars go from the smallest to the largest of several seeds; for one seed they are one
-    standard error over draws, if stored.
+    The first row has the plug-in estimators, the second the others beside the ELBO. Bars go from the smallest to the largest of
+    several seeds; for one seed they are one standard error over draws, if stored.
     """
-    runs = open_runs(runs)
     groups = named_groups(grouped(runs, "gradient_snr"))
-    if also := [run for run in runs if run.has("gradient_snr_train")]:
-        groups += [(f"{name},\nin training mode", each) for name, each in named_groups(grouped(also, "gradient_snr_train"))]
     names = [str(name) for name in groups[0][1][0]["objectives"]]
     others = [name for name in names if name.endswith(("unbiased", "released"))]
     rows = [(*group, shown) for group in groups for shown in ([name for name in names if name not in others], ["ELBO", *others])]
