@@ -149,8 +149,10 @@ def test_nearest_is_of_the_first_images_alone_and_samples_are_the_first_of_a_sam
     vae.decode = lambda z: made[z[:, 0].long()] / 255
     copies, tests = (SimpleNamespace(sample=lambda n, generator, first=first: first + torch.arange(n)[:, None])
                      for first in (0, 40))
-    reference = Reference(images[40:], None, None, None, {}, {})
+    reference = Reference(images[40:], lambda part: part.flatten(1) / 255, images[40:].flatten(1) / 255, None, {}, {})
     found = sampler_metrics(vae, {"prior": tests, "two-stage": copies}, reference, images[:40], None, shown=3)
+    distances = fid.distances(made[:40].flatten(1) / 255, reference.features)
+    assert {key: found[f"{key}_two_stage"] for key in distances} == distances and distances["precision"] != distances["recall"]
     assert found["nearest"] == 1 and found["nearest_two_stage"] == 0
     assert torch.equal(found["samples_two_stage"], made[:3]) and "samples" not in found
 

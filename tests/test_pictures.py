@@ -231,7 +231,7 @@ def test_folder_of_any_pictures(tmp_path):
     np.testing.assert_array_equal(images.test[0], pictures.resize_and_crop(picture(0, 80, 120), 64))  # a00.png, the first by path
     np.testing.assert_array_equal(images.test[1], pictures.resize_and_crop(picture(9, 89, 120).convert("L").convert("RGB"), 64))
     assert torch.equal(data.load_images(f"folder:{folder}", limit=5, test_limit=1).train, images.train[:5])
-    small = write_pictures(tmp_path / "small", range(2), width=40, height=36)
+    small = write_pictures(tmp_path / "small", range(2), width=80, height=36)
     assert data.load_images(f"folder:{small}").train.shape == (1, 3, 32, 32)
 
 

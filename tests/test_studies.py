@@ -57,11 +57,12 @@ def test_a_row_of_the_2d_table():
 
 def test_a_run_is_compared_with_the_elbo_of_the_same_seeds_settings_and_samples():
     runs = [plane(), plane(nll=(2.0, 3.0, 4.0), samples=1), plane("KLD-B", "bao", nll=(3.0, 4.0, 5.0), samples=1),
-            plane(nll=(4.0, 5.0, 6.0), init_sd=0.4), plane("KLD-S", "swersky", nll=(6.0, 7.0, 8.5), init_sd=0.4)]
-    assert settings_of([run["config"] for run in runs], ("init_sd",)) == ["init sd 0.1"] * 3 + ["init sd 0.4"] * 2
-    table = table_of_2d_runs(runs)
-    found = {cells(table, i)[1]: cells(table, i)[5] for i in range(5)}
-    assert found["KLD-B, N = 1, init sd 0.1"] == "1.000 ± 0.000" and found["KLD-S, N = 5, init sd 0.4"].startswith("2.167 ±")
+            plane("KLD-B", "bao", nll=(3.5, 4.5, 5.5)), plane(nll=(4.0, 5.0, 6.0), init_sd=0.4),
+            plane("KLD-S", "swersky", nll=(6.0, 7.0, 8.5), init_sd=0.4)]
+    assert settings_of([run["config"] for run in runs], ("init_sd",)) == ["init sd 0.1"] * 4 + ["init sd 0.4"] * 2
+    found = {row[1]: row[5] for row in (cells(table_of_2d_runs(runs), i) for i in range(6))}
+    assert found["KLD-B, N = 1, init sd 0.1"] == "1.000 ± 0.000" and found["KLD-B, N = 5, init sd 0.1"] == "2.500 ± 0.000"
+    assert found["KLD-S, N = 5, init sd 0.4"].startswith("2.167 ±")
     assert found["KLD-ELBO, N = 5, init sd 0.4"] == ""
 
 

@@ -309,6 +309,8 @@ def test_a_mixture_that_diverges_leaves_the_others_as_they_are(tmp_path, monkeyp
     capsys.readouterr()
     arrays = fit(tmp_path / "poisoned", *argv)
     assert "| sym | 2 | 1 | " in (out := capsys.readouterr().out) and "±" in out and "nan" not in out
+    for line, mass in zip(out.splitlines()[-2:], arrays["exact_right_mass"], strict=True):
+        assert line.endswith(f" | {mass:.3f} |")
     assert arrays["status"] == "ok" and np.isnan(arrays["kl"][:, 1]).all()
     for name in ("kl", "fd", "right_mass"):
         assert np.array_equal(arrays[name][:, [0, 2]], whole[name][:, [0, 2]]), name
