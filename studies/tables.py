@@ -1,14 +1,164 @@
-"""The numbers behind the figures of finished runs, as a Markdown table: means, intervals, whether training converged.
+"""The numbers behind the figures of finished runs of one script, as a Markdown table.
 
     python -m studies.tables runs/synthetic/* --save runs/study.md
+
+A row has final values, means over seeds with their intervals, paired differences from the ELBO, and what tells whether training
+has converged.
 """
 
+import math
 from pathlib import Path
 
-from studies.convergence import study_table
+import numpy as np
+
 from vsm.cli import Parser, command_line
+from vsm.names import pair_name, pair_order, settings_of
 from vsm.runs import write_atomic
 from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
+from vsm.tables import count_failures, failures_text, markdown_table, mean_and_error, number_text, with_error
+
+COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over the data, is not in use
+
+
+def study_table(runs):
+    """The Markdown table of finished runs of one script, 2-D or image runs. Intervals are 95 %, by Student's t over seeds."""
+    loaded = [run.finished() | latent_scale_of(run) for run in runs]
+    table = table_of_2d_runs(loaded) if loaded[0]["config"]["script"] == "train_synthetic" else table_of_image_runs(loaded)
+    return table + "\n"
+
+
+def latent_scale_of(run):
+    """What studies/latent_scale.py measured of a run, under names of their own; nothing where it did not."""
+    names = {"second_moment": "training_moment", "predicted_moment": "predicted_moment"}
+    return {mine: run.arrays("latent_scale")[key] for key, mine in names.items()} if run.has("latent_scale") else {}
+
+
+def interval(values):
+    """Mean and half-width of the 95 % interval of the finite values among `values` [n]; NaN for what is undefined."""
+    from scipy.stats import t as student  # slow to import
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return (values.mean() if len(values) else math.nan), math.nan
+    return values.mean(), student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+
+
+def interval_text(values, digits=3):
+    """The mean ± half the 95 % interval, in `digits` decimals."""
+    return with_error(*interval(values), f".{digits}f")
+
+
+def row_name(arrays, settings):
+    """The name of a row: "KLD-B unbiased, N = 5", with the settings that vary."""
+    return ", ".join(filter(None, (pair_name(arrays["config"], one_sample=True), settings)))
+
+
+def table_of_2d_runs(loaded):
+    """A row for each data set and pair: NLL above that of the data's law in nats, and what tells whether training converged.
+
+    Differences from KLD-ELBO are between members of the same seed and model, with the same N, K, J and epochs where KLD-ELBO
+    has them.
+    """
+    rows = []
+    of_model, of_training = ("init_sd", "gamma", "hidden", "batch"), ("inner_steps", "bilevel_steps", "epochs")
+    for data in dict.fromkeys(arrays["config"]["flags"]["data"] for arrays in loaded):
+        mine = [arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data]
+        configs = [arrays["config"] for arrays in mine]
+        group = sorted(zip(mine, settings_of(configs, of_model + of_training), settings_of(configs, of_model)),
+                       key=lambda run: ([run[0]["config"]["flags"].get(key, 0) for key in of_model + of_training],
+                                        pair_order(run[0]["config"]["flags"]), row_name(*run[:2])))
+        for arrays, settings, model in group:
+            elbos = [run for run, _, other in group if run["config"]["label"] == "KLD-ELBO" and other == model]
+            elbo = nearest_run(elbos, arrays["config"]["flags"], ("samples", *of_training))
+            unknown = np.full_like(arrays["nll"], math.nan)  # the law's density, or what older versions did not measure
+            excess, curve = arrays.get("nll_excess", unknown), arrays.get("excess_curve", arrays["nll_curve"])
+            quarter, sd = len(curve) - 1 - (len(curve) - 1) // 4, arrays["posterior_sd"][-1]
+            unused, moment = (sd > COLLAPSED).sum(-1), arrays.get("second_moment", np.full_like(sd, math.nan))
+            rows.append({
+                "data": data, "pair": row_name(arrays, settings), "n": np.isfinite(arrays["nll"]).sum(),
+                "NLL above the truth": interval_text(excess), "median": number_text(mean_and_error(excess)[2], ".3f"),
+                "less KLD-ELBO's (paired)": "" if elbo is None or arrays is elbo else interval_text(arrays["nll"] - elbo["nll"]),
+                "change in the last quarter": number_text(mean_and_error(curve[-1] - curve[quarter])[0], "+.3f"),
+                "members with 1, 2 unused latents": f"{(unused == 1).sum()}, {(unused == 2).sum()}",
+                "variance / data's": interval_text(arrays.get("variance_ratio", unknown)),
+                "E z^2, latents in use": interval_text(moment[sd <= COLLAPSED], 2),
+                "KL from q to the posterior": interval_text(arrays["negative_elbo"][-1] - arrays["nll"]),
+                "Fisher divergence": number_text(mean_and_error(arrays.get("fisher_divergence", unknown))[0], ".3g")})
+    return table_of(rows, names=2)
+
+
+def nearest_run(runs, flags, keys):
+    """The one of the runs that has the value of `flags` in the first of the `keys`, or else in the next; None without runs."""
+    return max(runs, default=None, key=lambda run: [run["config"]["flags"].get(key) == flags.get(key) for key in keys])
+
+
+def table_of_image_runs(loaded):
+    """A row for each pair and setting: final metrics over seeds, and how they changed in the last quarter of training.
+
+    Runs with --fid-every have FIDs, FID's change in %, and FID over KLD-ELBO's: of two runs of the same seed and setting, with
+    the same N where KLD-ELBO has it. Runs without have the change of the negative ELBO, in nats. A failed run is in no mean.
+    """
+    groups, elbos = {}, {}
+    configs = [arrays["config"] for arrays in loaded]
+    apart = ("data", "net", "width", "norm", "init_sd", "gamma", "lr", "epochs")
+    for arrays, settings in zip(loaded, settings_of(configs, apart)):
+        flags = arrays["config"]["flags"]
+        groups.setdefault((settings, *pair_order(flags), row_name(arrays, settings)), []).append(arrays)
+        if arrays["config"]["label"] == "KLD-ELBO" and arrays["status"] == "ok":
+            elbos.setdefault((settings, flags["seed"]), {})[flags["samples"]] = final(arrays, "fid")
+
+    def ratio(arrays, settings):
+        flags = arrays["config"]["flags"]
+        found = elbos.get((settings, flags["seed"]), {})
+        return final(arrays, "fid") / found.get(flags["samples"], next(iter(found.values()), math.nan))
+
+    with_fid = any("fid" in arrays for arrays in loaded)
+    of_change, form, unit = ("fid", "+.0f", " %") if with_fid else ("negative_elbo", "+.1f", "")
+    scale = {"training_moment": "E z^2, training images", "predicted_moment": "its end by equation (6)"}
+    scale = scale if any("predicted_moment" in arrays for arrays in loaded) else {}
+    rows = []
+    for (settings, *_, name), runs in sorted(groups.items()):
+        members = [arrays for arrays in runs if arrays["status"] == "ok"]
+        failures = failures_text(count_failures([str(arrays["status"]) for arrays in runs]))
+        others = f" (+{failures})" if failures else ""
+
+        def over_seeds(key, digits, factor=1):
+            return interval_text([factor * final(arrays, key) for arrays in members], digits)
+
+        ends = [(before_the_last_quarter(arrays, of_change), final(arrays, of_change)) for arrays in members]
+        change = interval([100 * (end / before - 1) if with_fid else end - before for before, end in ends])[0]
+        change = number_text(change, form) + (unit if np.isfinite(change) else "")
+        row = {"pair": name, "n": f"{len(members)}{others}"}
+        if with_fid:
+            row |= {"FID": over_seeds("fid", 2), "FID, aggregate posterior": over_seeds("fid_aggregate", 2),
+                    "FID, reconstructions": over_seeds("fid_reconstruction", 2),
+                    "FID / KLD-ELBO's": "" if runs[0]["config"]["label"] == "KLD-ELBO" else
+                    interval_text([ratio(arrays, settings) for arrays in members], 2),
+                    "change in the last quarter": change}
+        row |= {"E z^2": over_seeds("second_moment", 2), **{title: over_seeds(key, 2) for key, title in scale.items()},
+                "negative ELBO": over_seeds("negative_elbo", 1)}
+        if not with_fid:
+            row["its change in the last quarter"] = change
+        row |= {"MSE x 100": over_seeds("reconstruction_mse", 2, 100), "latent MMD^2": over_seeds("latent_mmd", 1),
+                "posterior FD": over_seeds("posterior_fd", 0)}
+        rows.append(row)
+    return table_of(rows, names=1)
+
+
+def table_of(rows, names):
+    """The Markdown table of rows {title: cell}, whose first columns are names."""
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows], "l" * names + "r" * (len(rows[0]) - names))
+
+
+def final(arrays, key, at=-1):
+    """The value at the end of training, a mean over latents where there is one of each; NaN where it was not measured."""
+    return float(np.mean(np.atleast_1d(arrays[key])[at])) if key in arrays else math.nan
+
+
+def before_the_last_quarter(arrays, key):
+    """The value a quarter of the evaluations before the end; NaN where there are too few."""
+    quarter = (len(arrays["epoch"]) - 1) // 4
+    return final(arrays, key, -1 - quarter) if quarter else math.nan
 
 
 def parse_args(argv=None):

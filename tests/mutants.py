@@ -34,7 +34,7 @@ TESTS = {file: [f"tests/{test if '::' in test else f'test_{test}.py'}" for test 
     "train_synthetic.py": ["wiring", "speed", "capture"], "train_images.py": ["wiring"], "vsm/loop.py": ["wiring", "runs"],
     "vsm/device.py": ["wiring"], "vsm/fid.py": ["quality"], "studies/auditing.py": ["audit"], "vsm/gamma.py": ["gamma"],
     "evaluate.py": ["quality", "evaluate"], "vsm/image_table.py": ["evaluate"], "vsm/cuda_graphs.py": ["speed", STAND_IN],
-    "vsm/linear.py": ["theory"], "studies/convergence.py": ["studies"], "data.py": ["data"], "metrics.py": ["metrics"],
+    "vsm/linear.py": ["theory"], "studies/tables.py": ["studies"], "data.py": ["data"], "metrics.py": ["metrics"],
     "vsm/pictures.py": ["own_pictures", "pictures"], "objectives.py": ["wiring", "objectives"], "models.py": ["models", "wiring"],
     "vsm/samplers.py": ["test_loading.py::test_a_sampler_is_fitted_to_the_images_of_its_run_with_its_noise"],
     "vsm/features.py": ["test_data.py::test_a_lenet_is_of_its_labels_and_has_its_accuracy_on_test_images"],
@@ -196,7 +196,7 @@ MUTANTS = {
         ("split_kappa(name, 1.0, image=True, **options)", "split_kappa(name, 1.0, **options)"),
         ("measured_kappa(name, samples, alpha, image=True, **options)", "measured_kappa(name, samples, alpha, **options)"),
         ('if LEARN[args.objective].takes("t") else []', 'if LEARN[name].takes("t") else []')],
-    "studies/convergence.py": [
+    "studies/tables.py": [
         ("settings_of(configs, of_model)),", "settings_of(configs, of_model + of_training)),"), ("and other == model]", "]"),
         ("run.finished() | latent", "run.arrays() | latent"), ("student.ppf(0.975,", "student.ppf(0.95,"),
         ('for arrays in runs if arrays["status"] == "ok"]', "for arrays in runs]"),

@@ -13,8 +13,8 @@ from matplotlib.image import imread
 import plots
 from small_runs import ROOT, main
 from studies import packs, tables
+from studies.figures.sweep_2d import sweep_points
 from studies.packs import pack
-from studies.sweep_2d import sweep_points
 from vsm.figures.axes import robust_limits
 from vsm.figures.groups import grouped
 from vsm.figures.run import draw_run

@@ -12,9 +12,9 @@ import torch
 from data import load_images
 from small_runs import edit_arrays, main
 from studies import gradient_snr, latent_scale, spectrum
-from studies.convergence import interval, latent_scale_of, study_table, table_of_2d_runs, table_of_image_runs
 from studies.gradient_snr import differentiable_decoder, gradient_moments
 from studies.latent_scale import measure_latent_scale
+from studies.tables import interval, latent_scale_of, study_table, table_of_2d_runs, table_of_image_runs
 from test_evaluate import train
 from vsm.cli import UserError
 from vsm.linear import linear_vae, set_posterior

@@ -17,8 +17,8 @@ from models import build_ensemble
 from objectives import INFER, LEARN
 from small_runs import CPU, edit_arrays, main, run_steps
 from studies import tables
-from studies.convergence import interval_text
-from studies.sweep_2d import law_at
+from studies.figures.sweep_2d import law_at
+from studies.tables import interval_text
 from train_synthetic import EnsembleTrainer
 from training import phi_loss, theta_loss
 from vsm import evaluation_2d

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from studies.convergence import COLLAPSED
+from studies.tables import COLLAPSED
 from vsm.cli import UserError
 from vsm.figures.axes import round_ticks
 from vsm.figures.style import color_of, handles_of, legend_below, line_key, new_figure, save_figure
