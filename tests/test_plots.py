@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+import param_recovery
 import plots
 from small_runs import ROOT, main
 from studies import packs, tables
 from studies.figures.sweep_2d import sweep_points
 from studies.packs import pack
+from vsm.figures import images, latents, recovery
 from vsm.figures.axes import robust_limits
 from vsm.figures.groups import grouped
 from vsm.figures.run import draw_run
 from vsm.figures.style import color_of
 from vsm.names import letter_of
-from vsm.runs import save_arrays
+from vsm.runs import load_arrays, save_arrays
 from vsm.stored_runs import HEAVY, open_runs, samples_of_member, shown_member
 from vsm.tables import markdown_table, mean_and_error, with_error
 
@@ -205,6 +207,60 @@ def gamma_run(folder, learn, gamma, init_sd, seed=0, width=16):
     write_run(folder, "train_images", flags, f"KLD-{learn}", "eval", fid=9.0 + seed, fid_mixture=1.0 + seed)
     return write_run(folder, "train_images", flags, f"KLD-{learn}", log_gamma=np.array([0, -3.0]), kl=np.array([1, 40.0]),
                      fid_features="LeNet-5 on mnist 0a1b", status="ok")
+
+
+@pytest.fixture
+def axes_of(monkeypatch, tmp_path):
+    """axes_of(figure, run, ...) draws stored runs, and returns the axes in place of a file."""
+    def draw(figure, *runs):
+        drawn = []
+        with monkeypatch.context() as patch:
+            patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+            figure(runs, tmp_path / "nothing.svg")
+        return drawn[0].axes
+    return draw
+
+
+def test_the_ellipses_and_lines_of_the_recovery_are_those_of_its_arrays(axes_of, tmp_path):
+    args = param_recovery.parse_args("--points 4 --gamma 0.5 --alpha 2 --w-star 0.7 --alphas 0.5 2".split())
+    arrays = param_recovery.closed_forms(args)
+    run = write_run(tmp_path / "run", "param_recovery", vars(args), "", **arrays)
+    left, *joints = axes_of(recovery.param_recovery, run)
+    for line, w in zip(left.lines, [row for rule in arrays["w"][:2] for row in rule], strict=True):  # JKLD, JFD by alpha
+        assert np.array_equal(line.get_ydata(), w)
+    for ax, w, phi in zip(joints, arrays["example_w"], arrays["example_phi"], strict=True):
+        t, v = 0.5 + w**2, 0.5 + 0.7**2
+        found = [(line.get_xdata().max(), line.get_ydata().max()) for line in ax.lines]  # of p, then q, at 1, 2 and 3 sd
+        ends = np.array([(t**0.5, 1), (v**0.5, (phi**2 * v + 2 * 0.5 / t) ** 0.5)])
+        np.testing.assert_allclose(found, [sd * end for end in ends for sd in (1, 2, 3)], rtol=1e-3)
+    rules = dict(zip(arrays["rule"], arrays["sweep_w"]))
+    for ax, how in zip(axes_of(recovery.recovery_rules, run), ("held", "held", "following"), strict=True):
+        for line in ax.lines[1:]:
+            name = f"{how} {line.get_label()}".replace("$", "")
+            rule = {"held FAE": "JFD", "following FAE": "JFD", "following ELBO": "JKLD"}.get(name, name)
+            assert np.array_equal(line.get_ydata(), rules[rule]), rule
+
+
+def test_every_curve_of_the_gradients_noise_is_that_of_its_name(axes_of, tmp_path):
+    names = ["ELBO", "F", "S plugin", "S unbiased", "B plugin", "B released"]
+    keys = ("snr", "snr_log_gamma", "cosine_to_elbo")
+    arrays = {key: np.random.default_rng(i).uniform(0.1, 1, (len(names), 3)) for i, key in enumerate(keys)}
+    flags = {"data": "mnist", "net": "conv", "learn": "elbo", "infer": "kld", "estimator": "plugin", "samples": 5, "seed": 0}
+    arrays |= {"objectives": names, "samples": [1, 2, 5]}
+    run = write_run(tmp_path / "run", "train_images", flags, "KLD-ELBO", "gradient_snr", **arrays)
+    axes = axes_of(images.gradient_snr, run)
+    for ax, key, shown in zip(axes, 2 * keys, 3 * [["ELBO", "F", "S plugin", "B plugin"]] + 3 * [["ELBO", names[3], names[5]]]):
+        assert [bars.get_label() for bars in ax.containers] == shown
+        for bars in ax.containers:
+            assert np.array_equal(bars.lines[0].get_ydata(), arrays[key][names.index(bars.get_label())]), key
+
+
+def test_the_aggregate_posterior_is_a_density_and_its_moments_fall(axes_of, tmp_path):
+    run = image_run(tmp_path / "run")
+    left, right = axes_of(latents.aggregate_posterior, run)
+    values, edges, _ = left.patches[0].get_data()
+    assert values @ np.diff(edges) == pytest.approx(1) and edges[[0, -1]].tolist() == [-4, 4]
+    assert right.lines[0].get_ydata().tolist() == sorted(load_arrays(run / "metrics.npz")["second_moment"][-1])[::-1]
 
 
 def test_fid_against_gamma_is_of_one_network(tmp_path, fails):

@@ -17,7 +17,7 @@ from models import build_ensemble
 from objectives import INFER, LEARN
 from small_runs import CPU, edit_arrays, main, run_steps
 from studies import tables
-from studies.figures.sweep_2d import law_at
+from studies.figures.sweep_2d import truth_of
 from studies.tables import interval_text
 from train_synthetic import EnsembleTrainer
 from training import phi_loss, theta_loss
@@ -235,5 +235,6 @@ def test_members_are_told_apart_by_the_latents_they_use(tmp_path, fails):
 def test_the_truth_of_a_sweep_has_the_noise_of_its_data():
     points = distribution("mixture", 0.1).sample(500, torch.Generator().manual_seed(0)).float()
     for noise in (0, 0.1):
-        assert law_at("mixture", noise, points.numpy().tobytes())[0] == pytest.approx(
+        config = {"flags": {"data": "mixture", "noise": noise}}
+        assert truth_of({"config": config, "test_data": points.numpy()})[0] == pytest.approx(
             -distribution("mixture", noise).log_prob(points.double()).mean().item())
