@@ -26,20 +26,24 @@ import torchvision.models.resnet  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = "test_cuda.py::test_what_capture_does_besides_cuda"
+GAMMA = "test_gamma.py::test_stationary_gamma_arrives_within_some_updates"
 DENSITIES = [f"test_metrics.py::{name}" for name in ("test_densities_integrate_to_one_and_match_their_samples",
                                                      "test_integrated_densities_are_those_of_their_samples",
                                                      "test_known_values_of_the_laws")]
 TESTS = {file: [f"tests/{test if '::' in test else f'test_{test}.py'}" for test in tests] for file, tests in {
-    "vsm/flags.py": ["wiring", "speed"], "vsm/bilevel.py": ["wiring", "speed"], "training.py": ["wiring", STAND_IN, "capture"],
-    "train_synthetic.py": ["wiring", "speed", "capture"], "train_images.py": ["wiring"], "vsm/loop.py": ["wiring", "runs"],
-    "vsm/device.py": ["wiring"], "vsm/fid.py": ["quality"], "studies/auditing.py": ["audit"], "vsm/gamma.py": ["gamma"],
+    "vsm/flags.py": ["wiring", "speed"], "vsm/bilevel.py": ["wiring", "speed"], "vsm/loop.py": ["wiring", "runs"],
+    "training.py": ["wiring", STAND_IN, GAMMA, "capture"], "train_synthetic.py": ["wiring", "speed", GAMMA, "capture"],
+    "train_images.py": ["wiring"], "vsm/device.py": ["wiring"], "vsm/fid.py": ["quality"], "vsm/gamma.py": ["gamma"],
     "evaluate.py": ["quality", "evaluate"], "vsm/image_table.py": ["evaluate"], "vsm/cuda_graphs.py": ["speed", STAND_IN],
+    "studies/auditing.py": ["audit"], "vsm/toys/mixtures.py": ["toys"],
     "vsm/linear.py": ["theory"], "studies/tables.py": ["studies"], "data.py": ["data"], "metrics.py": ["metrics"],
     "vsm/pictures.py": ["own_pictures", "pictures"], "objectives.py": ["wiring", "objectives"], "models.py": ["models", "wiring"],
     "vsm/samplers.py": ["test_loading.py::test_a_sampler_is_fitted_to_the_images_of_its_run_with_its_noise"],
     "vsm/features.py": ["test_data.py::test_a_lenet_is_of_its_labels_and_has_its_accuracy_on_test_images"],
     "vsm/loading.py": ["test_loading.py::test_an_exported_model_is_the_same_and_replaces_nothing"],
     "vsm/evaluation_2d.py": ["test_synthetic.py::test_the_moments_are_those_of_samples"],
+    "studies/figures/sweep_2d.py": ["test_synthetic.py::test_the_truth_of_a_sweep_has_the_noise_of_its_data"],
+    **dict.fromkeys(("vsm/figures/images.py", "vsm/figures/recovery.py"), ["plots"]),
     "studies/gradient_snr.py": ["test_studies.py::test_gradient_snr"], "vsm/distributions_2d.py": DENSITIES}.items()}
 
 # By file: the text to replace (found once), its replacement. Of the mistakes in compiled and captured updates, several are right
@@ -87,7 +91,8 @@ MUTANTS = {
         ('"order": self.order, "cursor": self.cursor}', '"order": self.order}'),
         ("torch.zeros((), dtype=torch.int64, device=device)", "torch.zeros((), dtype=torch.int64)"),
         ("self.captured_generators = self.generators", "pass"),
-        ("self.state(), self.captured_generators)", "{}, self.captured_generators)")],
+        ("self.state(), self.captured_generators)", "{}, self.captured_generators)"),
+        ("images[0].numel()) if", "images[0, 0].numel()) if")],
     "vsm/gamma.py": [
         ("DECAY = 0.99", "DECAY = 0.9"), ("(self.means > 0).all(0)", "(self.means[1] > 0)"),
         ("        move.clamp_(-LARGEST_MOVE, LARGEST_MOVE)\n", "")],
@@ -128,6 +133,7 @@ MUTANTS = {
         ("self.infer_noise[:args.inner_steps]:", "self.infer_noise[1:args.inner_steps]:"),
         ("self.infer_noise[args.inner_steps:], self", "self.infer_noise[:args.bilevel_steps], self"),
         ("args.infer_samples, 2, args.batch)", "args.samples, 2, args.batch)"),
+        ("self.stationary.update(learn,", "self.stationary.update(infer,"),
         ("(args.samples, 2, args.batch)]", "(args.infer_samples, 2, args.batch)]"),
         ("torch._foreach_mul_(gradient, self.rate)", "pass"), ("set_rate(self.adam, self.args.lr * self.rate)", "pass"),
         ("args.inner_lr * self.rate if args.lr_half_life else", "args.inner_lr if args.lr_half_life else"),
@@ -198,6 +204,7 @@ MUTANTS = {
         ('if LEARN[args.objective].takes("t") else []', 'if LEARN[name].takes("t") else []')],
     "studies/tables.py": [
         ("settings_of(configs, of_model)),", "settings_of(configs, of_model + of_training)),"), ("and other == model]", "]"),
+        ('("samples", *of_training))', "of_training)"),
         ("run.finished() | latent", "run.arrays() | latent"), ("student.ppf(0.975,", "student.ppf(0.95,"),
         ('for arrays in runs if arrays["status"] == "ok"]', "for arrays in runs]"),
         ('"KLD-ELBO" and arrays["status"] == "ok":', '"KLD-ELBO":')],
@@ -209,6 +216,10 @@ MUTANTS = {
         ('args.data if args.data and flags["data"].startswith("folder:") else', "args.data if args.data else")],
     "vsm/evaluation_2d.py": [
         ("log_density[:500].mean()", "log_density.mean()")],
+    "studies/figures/sweep_2d.py": [('flags.get("noise", 0), arrays', "0, arrays")],
+    "vsm/toys/mixtures.py": [("['exact_right_mass'][l]", "['exact_right_mass'][0]")],
+    "vsm/figures/images.py": [("members, key, names.index(name)", "members, key, k")],
+    "vsm/figures/recovery.py": [('flags["w_star"] ** 2', "w ** 2")],
     "studies/gradient_snr.py": [
         ("flags, args.draws, lambda", "flags, 2, lambda")]}
 

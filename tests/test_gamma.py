@@ -148,8 +148,8 @@ def test_members_of_an_ensemble_have_each_their_own_gamma():
 
 def image_trainer(learn="swersky", gamma="stationary", **options):
     torch.manual_seed(0)
-    vae = build_vae("mlp", (1, 4, 4), 2, width=8, init_sd=1.0)
-    images = (torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 255).byte()
+    vae = build_vae("mlp", (2, 2, 4), 2, width=8, init_sd=1.0)
+    images = (torch.rand(40, 2, 2, 4, generator=torch.Generator().manual_seed(1)) * 255).byte()
     options = {"samples": 3, "inner_steps": 2} | options
     return small_runs.image_trainer(vae, images, learn=learn, gamma=gamma, batch=10, **options)
 
@@ -174,10 +174,14 @@ def test_fixed_gamma_stays_and_the_decoder_trains(trainer):
 
 @both_trainers
 @pytest.mark.parametrize("learn", ["elbo", "fd", "swersky", "bao"])
-def test_stationary_gamma_arrives_within_some_updates(trainer, learn):
+def test_stationary_gamma_arrives_within_some_updates(trainer, learn, monkeypatch):
     """It is where the mean slope of the loss by log gamma vanishes, while Adam's steps have moved log gamma by 0.02 at most."""
+    losses, update = [], StationaryGamma.update
+    monkeypatch.setattr(StationaryGamma, "update", lambda self, loss, slope: (losses.append(loss), update(self, loss, slope)))
     stationary, learned = run_steps(trainer(learn), 20), run_steps(trainer(learn, "learned"), 20)
     assert learned.vae.log_gamma.abs().max() < 0.021 and stationary.vae.log_gamma.abs().min() > 0.1
+    assert torch.allclose(sum(losses), stationary.sums[1, 0].float())  # those of the decoder
+    assert stationary.stationary.dim_x == (16 if trainer is image_trainer else 2)  # the pixels of both channels
     if trainer is image_trainer and not LEARN[learn].needs_b:
         shared = run_steps(trainer(learn, inner_steps=1, one_pass=True), 10).vae.log_gamma  # as many decoder updates
         assert shared.item() == pytest.approx(stationary.vae.log_gamma.item(), abs=0.1)

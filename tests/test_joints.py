@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +25,6 @@ from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.fid import Reference, sampler_metrics
 from vsm.image_table import Measured, reference_note, row_of, samplers_table, table_of
 from vsm.loading import epochs_trained, load_vae, vae_of
-from vsm.pictures import Pictures
 from vsm.recovery import RULES, joint_fd, joint_kld, recover
 from vsm.runs import load_arrays
 
@@ -324,12 +322,3 @@ def test_sampled_recoveries_stand_where_the_closed_forms_do(monkeypatch):
     closed, sampled = param_recovery.closed_forms(args), param_recovery.stochastic(args, CPU)
     np.testing.assert_allclose(sampled["sampled_w"], closed["checked_w"])
     np.testing.assert_allclose(sampled["sampled_phi"], np.where(closed["checked_w"] > 0, closed["checked_phi"], 0))
-
-
-def test_a_zip_of_other_pixels_in_files_of_the_same_names_and_sizes_has_another_stamp(tmp_path):
-    stamps = []
-    for content in (b"one", b"two", b"one"):
-        with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as file:
-            file.writestr("a.png", content)
-        stamps.append(Pictures(tmp_path / "pictures.zip").stamp)
-    assert stamps[0] == stamps[2] != stamps[1]
