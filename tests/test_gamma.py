@@ -12,9 +12,7 @@ from models import build_ensemble, build_vae
 from objectives import LEARN, dot, posterior_score
 from small_runs import CPU, run_steps
 from train_synthetic import EnsembleTrainer
-from vsm.cli import UserError
 from vsm.gamma import LARGEST_MOVE, StationaryGamma
-from vsm.names import group_by_seed, settings_of
 
 CASES = [(learn, estimator) for learn, entry in LEARN.items() if entry.gamma
          for estimator in (entry.estimators if entry.takes("estimator") else ("plugin",))]
@@ -196,15 +194,3 @@ def test_a_resumed_run_with_stationary_gamma_equals_an_uninterrupted_one(trainer
     whole = run_steps(first, 5).state()
     for name, tensor in run_steps(resumed, 5).state().items():
         assert torch.equal(tensor, whole[name]), name
-
-
-def test_a_checkpoint_of_another_mode_is_refused():
-    with pytest.raises(UserError, match="not of what these flags train"):
-        image_trainer(gamma="stationary").load(image_trainer(gamma="fixed").save())
-
-
-def test_the_mode_is_in_names_of_groups_where_it_differs():
-    configs = [{"label": "KLD-F", "flags": {"data": "mnist", "net": "mlp", "estimator": "plugin", "seed": seed} | gamma}
-               for seed, gamma in ((0, {"gamma": "learned"}), (1, {"gamma": "learned"}), (0, {"gamma": "fixed"}))]
-    assert group_by_seed("abc", configs) == [("KLD-F, gamma learned", [0, 1]), ("KLD-F, gamma fixed", [2])]
-    assert settings_of(configs, ("gamma",)) == ["gamma learned", "gamma learned", "gamma fixed"]

@@ -264,11 +264,6 @@ def test_each_member_of_an_ensemble_equals_a_plain_loop(argv):
     assert made.clock == made.step == steps
 
 
-def test_the_papers_inference_objectives_reparametrise_or_do_not():
-    expected = {"kld": True, "fd": False, "fd-weighted": False, "fd-repar": True, "fae": True}
-    assert {name: INFER[name].reparametrised for name in expected} == expected
-
-
 def test_the_weighted_divergence_has_s_itself_as_a_constant_weight():
     """1/2 sum_d (s_d c_d)^2 with log q by hand; its gradient is that of c alone."""
     vae, x = image_vae(), IMAGES[:3] / 255.0
