@@ -9,8 +9,8 @@ The same in seconds on a CPU, after the quick run of train_images.py:
 
 A RUN is a run folder, or a pack of runs (.npz), whose stored arrays give the table again. Each folder gets an eval.npz, which is
 used again while its checkpoint, the test images and the settings stay the same. The folder --out gets the table and the figures.
-A run that has not ended, or cannot be evaluated, is named and skipped; the exit code is 2 if no run could be evaluated.
-docs/metrics.md says what the numbers mean.
+A run that has not ended is evaluated at its last checkpoint and labelled unfinished@<epoch>. A run that cannot be evaluated is
+named and skipped; the exit code is 2 if no run could be evaluated. docs/metrics.md says what the numbers mean.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from vsm.cli import Parser, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
 from vsm.fid import ending_of, fids, mmd_nulls, reference_set, sampler_metrics
 from vsm.figures import images, latents, pictures
-from vsm.image_table import Measured, by_data_and_pair, write_table
-from vsm.loading import flags_of, load_vae, place_of_images
+from vsm.image_table import COLUMNS, Measured, by_data_and_pair, write_table
+from vsm.loading import epochs_trained, flags_of, load_vae, place_of_images
 from vsm.names import group_by_seed
 from vsm.runs import checkpoint_hash, load_arrays, save_arrays
 from vsm.samplers import COMPONENTS, SAMPLERS, load_sampler
@@ -105,15 +105,17 @@ def measured_run(run, args, device):
 
     A failed run is not evaluated; the table only counts it. Raises UserError for a run that cannot be evaluated.
     """
-    config, status, folder = checked_config(run), str(run.finished()["status"]), Path(run.name)
+    config, status, folder = checked_config(run), run_status(run), Path(run.name)
     if not failed(status):
         if (folder / "checkpoint.pt").exists():
-            evaluate_run(folder, config, args, device)
+            evaluate_run(folder, config, status, args, device)
             (run,) = open_runs([folder])
         elif not run.has("eval"):
             raise UserError("it has no checkpoint.pt, so there is no model to evaluate")
         else:
             print(f"{run}: evaluated before" + (", and its checkpoint is gone" if folder.is_dir() else ""))
+    if status.startswith("unfinished@"):
+        run = with_label(run, f"{config['label']} {status}")
     last = {key: value[-1] for key, value in run.arrays().items() if key != "config" and value.ndim == 1 and len(value)}
     if not {*CURVES} <= last.keys():
         raise UserError("its metrics.npz is damaged; delete it, and the command of its folder makes it again from the checkpoint")
@@ -131,7 +133,29 @@ def checked_config(run):
     return config
 
 
-def evaluate_run(folder, config, args, device):
+def run_status(run):
+    """The status of a run: ok, diverged@<step>, exploded@<step>, or unfinished@<epoch>, with the epoch of the last checkpoint."""
+    arrays = run.arrays()
+    if "status" in arrays:
+        return str(arrays["status"])
+    folder = Path(run.name)
+    if (folder / "checkpoint.pt").exists():
+        return f"unfinished@{round(epochs_trained(folder), 2):g}"
+    if not run.has("eval"):
+        raise UserError("it has not ended, and has no checkpoint to evaluate; the command that began it resumes it")
+    return str(run.arrays("eval")["status"])
+
+
+def with_label(run, label):
+    """The same run as a StoredRun whose config, and the configs beside its arrays, have this label."""
+    def arrays(part):
+        loaded = run.arrays(part)
+        return {**loaded, "config": {**loaded["config"], "label": label}}
+
+    return StoredRun(run.name, lambda: {**run.config, "label": label}, arrays, ["metrics", "eval"])
+
+
+def evaluate_run(folder, config, status, args, device):
     """Write eval.npz of a run folder, unless it is there for the same checkpoint and settings."""
     flags, save = flags_of(config), folder / "eval.npz"
     place = place_of_images(folder, config, args)
@@ -157,7 +181,10 @@ def evaluate_run(folder, config, args, device):
     train = load_images(*place, flags["limit"], flags["test_limit"]).train.to(device)
     result |= sampler_metrics(vae, samplers, reference, train, torch.Generator(device).manual_seed(seed))
     result |= data_metrics(vae, reference.images[:args.images], flags["noise"], args.iw_samples, generator)
-    save_arrays(save, {**config, "evaluation": settings}, status="ok", **result)
+    if status.startswith("unfinished@"):  # the last row of metrics.npz is of an earlier epoch than the checkpoint
+        row = metrics.evaluate_images(vae, reference.images, flags["noise"], seed=seed)
+        result |= {key: value for key, value in row.items() if key in COLUMNS}
+    save_arrays(save, {**config, "evaluation": settings}, status=status, **result)
 
 
 def data_metrics(vae, images, noise, samples, generator, block=100):

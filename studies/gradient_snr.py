@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import load_images, moved_folder
-from evaluate import checked_config, of_each_run
+from evaluate import checked_config, of_each_run, run_status
 from objectives import LEARN, dot
 from training import EVALUATION, latent_noise, seed_of, shared_losses, theta_loss
 from vsm.cli import Parser, UserError, command_line, positive
@@ -162,7 +162,7 @@ def measure_models(args, name, settings, measure):
     set_precision("float32", device)
 
     def measured(run):
-        config, status = checked_config(run), str(run.arrays().get("status", "unfinished"))
+        config, status = checked_config(run), run_status(run)
         if failed(status):
             raise UserError(f"it {status.partition('@')[0]}, so there is no trained model")
         vae, flags, save = load_vae(run.name, device), flags_of(config), Path(run.name) / f"{name}.npz"

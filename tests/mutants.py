@@ -189,7 +189,8 @@ MUTANTS = {
         ('fids(vae, reference, flags["noise"]', "fids(vae, reference, 0.1"),
         ("mmd_nulls(vae, len(reference.images)", "mmd_nulls(vae, args.images"),
         ('args.images], flags["noise"]', "args.images], 0.2"),
-        (' "samplers": names,', "")],
+        ('status.startswith("unfinished@"):  #', 'status.startswith("never"):  #'),
+        ('flags["noise"], seed=seed)', "0.3, seed=seed)"), (' "samplers": names,', "")],
     "vsm/image_table.py": [
         ("self.last | evaluation |", "evaluation | self.last |"), ('{"infer_samples": flags["samples"]}', '{"infer_samples": 5}'),
         ("flags.items()\n                          if key not in (*NOT_IDENTITY, *AXES) and",

@@ -13,6 +13,7 @@ import evaluate
 import plots
 import train_images
 from data import load_images
+from metrics import evaluate_images
 from small_runs import CPU, IMAGES, assert_equal_arrays, edit_arrays, main, noise_pictures
 from studies.packs import pack
 from training import EVALUATION, seed_of
@@ -112,14 +113,16 @@ def test_an_evaluation_is_used_again_until_its_settings_change(runs, tmp_path, c
 
 
 def test_missing_begun_and_damaged_runs_are_named_and_skipped(runs, tmp_path, capsys, fails):
-    bad = tmp_path / "nowhere", runs.half, runs.damaged, tmp_path / "none.npz"
+    begun = shutil.copytree(runs.half, tmp_path / "begun")
+    (begun / "checkpoint.pt").unlink()
+    bad = tmp_path / "nowhere", begun, runs.damaged, tmp_path / "none.npz"
     run_evaluate(tmp_path / "out", *bad, runs.a)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
-    for path, words in zip(bad, ("not a run folder", "has not ended", "is damaged", "does not exist")):
+    for path, words in zip(bad, ("not a run folder", "has not ended, and has no checkpoint", "is damaged", "does not exist")):
         (line,) = [error for error in errors if f"skipped {path}:" in error]
         assert words in line
     assert load_arrays(tmp_path / "out" / "table.npz")["n"].tolist() == [1]
-    assert "none of these runs" in fails(evaluate, runs.half, "--out", tmp_path / "none") and not (tmp_path / "none").exists()
+    assert "none of these runs" in fails(evaluate, begun, "--out", tmp_path / "none") and not (tmp_path / "none").exists()
 
 
 def test_a_run_whose_checkpoint_is_gone_keeps_its_evaluation(runs, tmp_path, capsys):
@@ -223,6 +226,28 @@ def test_a_damaged_evaluation_is_made_again_or_named(runs, tmp_path, capsys):
     assert f"skipped {run}: {run}/eval.npz is damaged" in capsys.readouterr().err
 
 
+def test_all_numbers_of_an_unfinished_run_are_of_its_checkpoint_and_it_is_labelled(runs, tmp_path):
+    """The last row of its metrics.npz is of epoch 4, its checkpoint of epoch 8, where the finished run ended."""
+    half = shutil.copytree(runs.half, tmp_path / "half")
+    arrays = load_arrays(half / "metrics.npz")
+    config = arrays.pop("config")
+    kept = {name: value[:2] for name, value in arrays.items() if value.shape[:1] == arrays["epoch"].shape}
+    assert kept["epoch"].tolist() == [0, 4]
+    edit_arrays(half / "metrics.npz", **kept)
+    run_evaluate(tmp_path / "out", runs.a, half)
+    assert load_arrays(half / "eval.npz")["status"] == "unfinished@8" and "status" not in load_arrays(half / "metrics.npz")
+    table = load_arrays(tmp_path / "out" / "table.npz")
+    assert table["objectives"].tolist() == ["KLD-F", "KLD-F unfinished@8"] and table["n"].tolist() == [1, 1]
+    for name in ("negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd", "active_second_moment"):
+        assert table[f"{name}_mean"][0] == load_arrays(runs.a / "metrics.npz")[name][-1]
+    last = evaluate_images(load_vae(half), load_images("mnist", config["flags"]["data_root"]).test, 0.1,
+                           seed=seed_of(load_config(half)["flags"]["seed"], EVALUATION))
+    assert table["negative_elbo_mean"][1] == last["negative_elbo"].item() != kept["negative_elbo"][-1]
+    assert table["active_second_moment_mean"][1] == last["active_second_moment"].item()
+    assert np.isnan(table["paper_fid"][1]) and table["paper_fid"][0] == 5.22
+    assert "KLD-F unfinished@8" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_a_floor_for_each_set_of_test_images_and_the_papers_numbers_for_its_models_alone():
     runs = [SimpleNamespace(config={"flags": {"dim_z": n, "latent": "gaussian"}}) for n in (2, 2, 12)]
     settings = {"data": "mnist", "test_images": 60}
@@ -250,11 +275,11 @@ def test_each_row_has_its_budget_where_budgets_differ():
 
 
 def test_a_pack_gives_the_same_table_without_folders(runs, tmp_path):
-    run_evaluate(tmp_path / "folders", runs.a, runs.b, runs.diverged)
-    pack([runs.a, runs.b, runs.diverged], tmp_path / "pack.npz")
+    run_evaluate(tmp_path / "folders", runs.a, runs.b, runs.diverged, runs.half)
+    pack([runs.a, runs.b, runs.diverged, runs.half], tmp_path / "pack.npz")
     run_evaluate(tmp_path / "packed", tmp_path / "pack.npz")
     text = [(tmp_path / name / "table.md").read_text() for name in ("folders", "packed")]
-    assert text[0] == text[1] and "(+1 diverged)" in text[0]
+    assert text[0] == text[1] and "unfinished@8" in text[0] and "(+1 diverged)" in text[0]
 
 
 @pytest.mark.parametrize("name, content", [

@@ -24,7 +24,7 @@ from vsm.cache import digest
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.fid import Reference, sampler_metrics
 from vsm.image_table import Measured, reference_note, row_of, samplers_table, table_of
-from vsm.loading import load_vae, vae_of
+from vsm.loading import epochs_trained, load_vae, vae_of
 from vsm.recovery import RULES, joint_fd, joint_kld, recover
 from vsm.runs import load_arrays
 
@@ -298,7 +298,7 @@ def test_a_measurement_is_of_the_training_images_of_its_run(digits, tmp_path):
         return {"ones": np.ones(1)}
 
     gradient_snr.measure_models(args, "mine", {"draws": 2}, measure)
-    assert torch.equal(seen[0], load_images("mnist", digits).train[:200])
+    assert torch.equal(seen[0], load_images("mnist", digits).train[:200]) and epochs_trained(run) == 1
     assert load_arrays(run / "mine.npz")["config"]["evaluation"] == {"draws": 2}
 
 

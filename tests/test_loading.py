@@ -18,7 +18,7 @@ from vsm import evaluation_2d, samplers
 from vsm.cli import UserError
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.fid import fids, reference_of, sampler_metrics
-from vsm.loading import export, load_vae, place_of_images
+from vsm.loading import epochs_trained, export, load_vae, place_of_images
 from vsm.runs import NOT_IDENTITY, load_arrays, load_checkpoint, load_config
 from vsm.samplers import SAMPLERS, Gaussians, SecondVAE, load_sampler, posterior_samples
 from vsm.stored_runs import open_runs
@@ -32,6 +32,7 @@ def test_an_image_run_reproduces_its_last_metrics(folders, digits, name):
     assert not vae.training and not any(p.requires_grad for p in vae.parameters())
     for key, value in evaluate_images(vae, load_images("mnist", digits).test, 0.1, seed=seed_of(0, EVALUATION)).items():
         np.testing.assert_allclose(value, recorded[key][-1], rtol=0 if name == "conv" else 1e-5, err_msg=key)
+    assert epochs_trained(folders / name) == 2
 
 
 def recorded(name, pack):
@@ -66,6 +67,9 @@ def test_an_exported_model_is_the_same_and_replaces_nothing(folders, digits, tmp
     assert torch.equal(load_vae(tmp_path / "copy").decode(z), load_vae(folders / "conv").decode(z))
     config = load_config(tmp_path / "copy")
     assert place_of_images("", config, SimpleNamespace(data="folder:/nowhere", data_root=None)) == ("mnist", str(digits))
+    config["data"]["counts"]["train"] += 49  # which make no further minibatch
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    assert epochs_trained(tmp_path / "copy") == 2
     with pytest.raises(UserError, match="exists and is kept"):
         export(folders / "mlp", tmp_path / "copy")
 

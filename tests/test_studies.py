@@ -206,7 +206,7 @@ def test_gradient_snr(trained, half, monkeypatch, tmp_path, fails):
     main(gradient_snr, half, "--draws", 3, "--device", "cpu")
     assert measured == [2, 3]
     unfinished = load_arrays(half / "gradient_snr.npz")
-    assert unfinished["status"] == "unfinished" and unfinished["config"]["evaluation"] == {"draws": 3}
+    assert unfinished["status"] == "unfinished@8" and unfinished["config"]["evaluation"] == {"draws": 3}
     assert np.isfinite(unfinished["snr_se"][:, 1:]).all() and (unfinished["snr_se"][:, 1:] > 0).all()
 
 
@@ -218,7 +218,7 @@ def test_latent_scale(trained, half, capsys, monkeypatch):
         arrays = load_arrays(run / "latent_scale.npz")
         assert f"the mean E z^2 is {arrays['second_moment']:.3g}; where" in out and arrays["second_moment"] > 0
         assert arrays["variance_slope"] == pytest.approx(0, abs=1e-2)  # batch norm: the decoder does not feel the scale
-    assert arrays["config"]["evaluation"] == {"minibatches": 3, "samples": 16} and arrays["status"] == "unfinished"
+    assert arrays["config"]["evaluation"] == {"minibatches": 3, "samples": 16} and arrays["status"] == "unfinished@8"
 
 
 def test_the_gradients_mode_couples_data_and_leaves_the_model_as_it_was(trained, digits):

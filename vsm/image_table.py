@@ -33,8 +33,8 @@ KEYS = tuple(dict.fromkeys([*COLUMNS, *(f"{key}{ending_of(name)}" for name in SA
 class Measured(NamedTuple):
     """A run as the table needs it.
 
-    run: its config has every flag. status: ok, diverged@<step> or exploded@<step>. last: the last values of its curves.
-    evaluation: the arrays of eval.npz, {} for a failed run.
+    run: its config has every flag, and the label of an unfinished run says so. status: ok, diverged@<step>, exploded@<step> or
+    unfinished@<epoch>. last: the last values of its curves. evaluation: the arrays of eval.npz, {} for a failed run.
     """
     run: StoredRun
     status: str

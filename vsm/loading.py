@@ -99,6 +99,12 @@ def export(run, folder):
     write_atomic(folder / "checkpoint.pt", buffer.getvalue())
 
 
+def epochs_trained(folder):
+    """Epochs of an image run at its last checkpoint, not always a whole number."""
+    config, saved = load_config(folder), load_checkpoint(Path(folder) / "checkpoint.pt")
+    return saved["trainer"]["step"] / (config["data"]["counts"]["train"] // config["flags"]["batch"])
+
+
 def place_of_images(run, config, args):
     """The name and root with which load_images finds the images of an image run, by the flags --data and --data-root in `args`.
 

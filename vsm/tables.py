@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-FAILURES = ("diverged", "exploded")  # a status is ok, or one of these with the step, as in diverged@400
+FAILURES = ("diverged", "exploded")  # a status is ok, one of these with the step, as in diverged@400, or unfinished@<epoch>
 
 
 def markdown_table(header, rows, align=None):
