@@ -20,7 +20,7 @@ from data import load_images
 from metrics import evaluate_images, quantise
 from objectives import LEARN, label
 from training import EVALUATION, INIT, ImageTrainer, decay, seed_of
-from vsm.cli import UserError, command_line, progress, stopping
+from vsm.cli import UserError, command_line, progress, stopping, while_slow
 from vsm.device import evaluating, pick_device, set_precision
 from vsm.fid import FIDS, fids, reference_of
 from vsm.figures.run import draw_run
@@ -116,8 +116,11 @@ def fit(run, args, vae, data, device, stop, bar):
     test = data.test.to(device)
     reference = reference_of(test, args.data, args.data_root) if args.fid_every else None
 
-    status, history = yield from updates(run, trainer, args.epochs, args.eval_every,
-                                         lambda: measure(trainer, args, test, reference), stop, bar)
+    def evaluate():
+        with while_slow(f"evaluating {len(test):,} images"):
+            return measure(trainer, args, test, reference)
+
+    status, history = yield from updates(run, trainer, args.epochs, args.eval_every, evaluate, stop, bar)
     # A failed run has no pictures: a diverged model depends on when the loop noticed the divergence.
     shown = pictures(vae, test, args.noise, args.seed) if status == "ok" else {}
     features = {"fid_features": " ".join((reference.settings["name"], reference.settings["hash"]))} if reference else {}

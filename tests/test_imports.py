@@ -1,13 +1,15 @@
 """The form of the source: the length of lines and modules, who imports whom, and which text a mistake of mutants.py replaces."""
 
 import ast
+import subprocess
+import sys
 import tomllib
 from graphlib import TopologicalSorter
 
 import pytest
 
 from mutants import MUTANTS, TESTS
-from small_runs import ROOT
+from small_runs import ROOT, environment
 
 LINES = 450  # of a module
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
@@ -72,3 +74,13 @@ def test_the_project_table_lists_every_module():
     table, flat = PROJECT["setuptools"], sorted(module for module, path in FILES.items() if path.parent == ROOT)
     packages = sorted(module for module, path in FILES.items() if path.name == "__init__.py")
     assert (table["py-modules"], table["packages"]) == (flat, packages)
+
+
+@pytest.mark.parametrize("stranger", ["models.py", "data/__init__.py"])
+def test_a_strangers_module_of_the_same_name_gets_one_sentence_with_both_files(tmp_path, stranger):
+    (tmp_path / stranger).parent.mkdir(exist_ok=True)
+    (tmp_path / stranger).write_text("")
+    command = [sys.executable, "-c", "from vsm.loading import load_vae"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"{tmp_path / stranger} instead of {ROOT}" in done.stderr

@@ -22,7 +22,7 @@ from small_runs import IMAGES, SMALL, assert_equal_runs, contents, edit_arrays, 
 from train_synthetic import EnsembleTrainer
 from training import ImageTrainer
 from vsm import loop
-from vsm.cli import Stopped, UserError, command_line
+from vsm.cli import Stopped, UserError, command_line, while_slow
 from vsm.many_runs import Counted, combinations, in_lockstep, names_of, shares
 from vsm.runs import load_arrays, load_checkpoint, status_of
 from vsm.toys.descent import Descent
@@ -284,6 +284,13 @@ def test_progress_shows_no_loss_that_is_not_there_yet():
     assert not {"infer", "learn"} & trainer.progress(1.0).keys()
     trainer.run_step()
     assert "infer" in trainer.progress(1.0) and "learn" not in trainer.progress(1.0)
+
+
+def test_a_slow_evaluation_is_announced_and_a_fast_one_is_not(capsys):
+    for seconds, words in ((0, "evaluating 7 images"), (30, "")):
+        with while_slow("evaluating 7 images", seconds):
+            time.sleep(0.2)
+        assert words in capsys.readouterr().err
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):

@@ -75,6 +75,22 @@ def stopping():
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def while_slow(message, seconds=5):
+    """A context that prints the message on stderr once it has lasted so many seconds."""
+    def say():
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(message, file=sys.stderr)
+
+    timer = threading.Timer(seconds, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def progress(total, initial=0, unit="step"):
     """A tqdm bar on a terminal. In a log file it is a line after five seconds and then one a minute."""
     kind = tqdm if sys.stderr.isatty() else LogLines
