@@ -286,7 +286,8 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python evaluate.py $runs/mnist-resnet-*-$budget-width8-* --images 200 --iw-samples 100 --out runs/evaluation/resnet
     python evaluate.py $runs/fashion-conv-*-$budget-width16-* --images 200 --iw-samples 100 --out runs/evaluation/fashion
     python evaluate.py $runs/mnist-mlp-*-limit20000-* --images 200 --iw-samples 100 --out runs/evaluation/mlp
-    python evaluate.py $runs/mnist-conv-*-gammafixed-*-one-pass-* --sampler mixture --images 20 --iw-samples 10 --out runs/evaluation/gamma
+    python evaluate.py $runs/mnist-conv-*-gammafixed-* --sampler mixture --images 20 --iw-samples 10 --out runs/evaluation/gamma
+    python evaluate.py $runs/celeba-conv-*-test-limit2000-* --sampler mixture --images 20 --iw-samples 10 --out runs/evaluation/celeba_fid
     python evaluate.py $runs/celeba-*-limit4000-* --images 100 --iw-samples 30 --out runs/evaluation/celeba
     python -m studies.gradient_snr --draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
     python -m studies.gradient_snr $runs/mnist-mlp-kld-{elbo,swersky,bao}-test-limit2000-infer-samples1-*-seed[23]
@@ -296,17 +297,33 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python -m studies.latent_scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
-study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gamma fixed at -2, -3 (three seeds) and -4, 3600 updates; the ELBO at width 32: 16 runs of 8 to 25 min
+study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gamma fixed at -2, -3 (three seeds) and -4, 3600 updates; the ELBO at widths 8 and 32, and two forward passes: 19 runs of 4 to 25 min
     local budget="--data mnist --net conv --samples 5 --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --lr-half-life 0.75 --epochs 3"
     budget="$budget --eval-every 1 --fid-every 1 --test-limit 2000 --gamma fixed"
-    local pair sd seed
+    local pair sd seed width
     for sd in 0.3679 0.2231 0.1353; do for pair in "elbo" "swersky" "dsm --estimator unbiased"; do
         python train_images.py $budget --data-root "$DATA" --width 16 --init-sd $sd --learn $pair
     done; done
     for pair in "elbo" "swersky" "dsm --estimator unbiased"; do for seed in 1 2; do
         python train_images.py $budget --data-root "$DATA" --width 16 --init-sd 0.2231 --learn $pair --seed $seed
     done; done
-    python train_images.py $budget --data-root "$DATA" --width 32 --init-sd 0.2231 --learn elbo
+    for width in 8 32; do
+        python train_images.py $budget --data-root "$DATA" --width $width --init-sd 0.2231 --learn elbo
+    done
+    for pair in elbo swersky; do  # two forward passes
+        python train_images.py ${budget/--one-pass /} --data-root "$DATA" --width 16 --init-sd 0.2231 --learn $pair
+    done
+}
+
+study_celeba_fid() {  # ConvNets on celeba: one run of the ELBO of 7200 updates, four objectives of 1200 with stationary gamma (width 16), and three of 800 with log gamma fixed at -4 (width 32): 8 runs of 4 to 20 min
+    local budget="--data celeba --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --test-limit 2000" pair
+    python train_images.py $budget --data-root "$DATA" --width 16 --dim-z 32 --learn elbo --samples 1 --epochs 18 --lr-half-life 4.5 --eval-every 3
+    for pair in "elbo" "fd" "swersky" "dsm --estimator unbiased"; do
+        python train_images.py $budget --data-root "$DATA" --width 16 --dim-z 32 --samples 2 --gamma stationary --epochs 3 --lr-half-life 0.75 --eval-every 3 --learn $pair
+    done
+    for pair in elbo fd swersky; do  # with N = 1 S is F
+        python train_images.py $budget --data-root "$DATA" --width 32 --samples 1 --gamma fixed --init-sd 0.1353 --epochs 2 --lr-half-life 0.5 --eval-every 1 --learn $pair
+    done
 }
 
 figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 15,000 updates (F with J = 5 also 45,000), three seeds: 13 runs of 2 to 40 min
@@ -339,7 +356,7 @@ speed_gpu() {  # the performance table of a GPU: 30 s on an H200
 }
 
 parts="figure1 spectrum toys study2d study2d_noise study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 figure3_batch200"
-parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma"
+parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma study_celeba_fid"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;
     *) echo "usage: results/reproduce.sh ${parts// /|} [-n]" >&2; exit 2 ;;

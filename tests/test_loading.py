@@ -51,11 +51,13 @@ def test_the_published_2d_models_reproduce_their_recorded_metrics():
         np.testing.assert_allclose(again[key], arrays[key][-1], rtol=1e-5, err_msg=key)
 
 
-@real("MNIST")
-@pytest.mark.parametrize("name, pack", [("mnist-mlp-elbo", "study_mnist.npz"), ("mnist-conv-elbo", "study_gamma.npz")])
+@pytest.mark.parametrize("name, pack", [
+    pytest.param("mnist-mlp-elbo", "study_mnist.npz", marks=real("MNIST")),
+    pytest.param("mnist-conv-elbo", "study_gamma.npz", marks=real("MNIST")),
+    pytest.param("celeba-conv-elbo", "study_celeba_fid.npz", marks=[real("celeba"), pytest.mark.slow])])
 def test_the_published_image_models_reproduce_their_recorded_metrics(name, pack):
     vae, (flags, arrays) = load_vae(PUBLISHED / "models" / name), recorded(name, pack)
-    test = load_images("mnist", REAL, 0, flags["test_limit"]).test
+    test = load_images(flags["data"], REAL, 0, flags["test_limit"]).test
     again = evaluate_images(vae, test, flags["noise"], seed=seed_of(flags["seed"], EVALUATION))
     for key in ("negative_elbo", "reconstruction_mse", "second_moment"):
         np.testing.assert_allclose(again[key], arrays[key][-1], rtol=1e-4, err_msg=key)
