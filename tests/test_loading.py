@@ -238,6 +238,9 @@ def test_a_law_is_kept_as_plain_arrays_until_the_checkpoint_changes(run, name, m
     load_sampler(run, name)
     assert load_arrays(path)["config"]["checkpoint"] != before["config"]["checkpoint"]
     assert load_arrays(path)["config"]["components"] == before["config"]["components"]
+    path.write_bytes(b"damaged")
+    load_sampler(run, name)
+    assert load_arrays(path)["config"]["sampler"] == name
 
 
 def test_a_fitted_gaussian_has_the_moments_of_posterior_samples(run, digits):

@@ -14,6 +14,7 @@ It is kept beside the run as plain arrays, in sampler-<name>.npz, and fitted aga
     two-stage    a second VAE, of z (Dai and Wipf 2019): u ~ N(0, I), then z ~ p(z|u)
 """
 
+import contextlib
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,7 +141,9 @@ def load_sampler(folder, name="mixture", device="cpu", components=None, data_roo
     if name != "mixture":
         components = 1
     elif components is None:
-        components = load_arrays(path)["config"].get("components", COMPONENTS) if path.exists() else COMPONENTS
+        components = COMPONENTS
+        with contextlib.suppress(UserError):  # a file that is missing or damaged is made again
+            components = load_arrays(path)["config"].get("components", COMPONENTS)
 
     def fit():
         place = place_of_images(folder, config, SimpleNamespace(data=data, data_root=data_root))
