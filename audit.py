@@ -1,22 +1,21 @@
-"""Audit a learning objective: is its gradient right, where does its training end, what does it cost? About a minute on a CPU.
+"""Audit a learning objective: is its gradient right, and where does its training end? It takes seconds.
 
-NAME is an objective that objectives.py has, or one that you have just added to it (docs/extending.md):
+NAME is an objective that objectives.py has, or one that you have just added to it (docs/extending.md). No data are needed:
     python audit.py swersky
     python audit.py bao --estimator unbiased
-Without images and without training, in seconds:
-    python audit.py swersky --no-training
 
 The audit prints its findings, each behind its verdict: `ok`, `note` (true of some right objectives) or `WRONG`. It writes
-metrics.npz, audit.md and audit.png to a folder under runs/audit. The exit code is 1 if a finding is WRONG.
+metrics.npz and audit.md to a folder under runs/audit. The exit code is 1 if a finding is WRONG.
 """
+
+import os
 
 import numpy as np
 import torch
 
 from objectives import ESTIMATORS, LEARN
 from studies import auditing
-from studies.figures import audit as figures
-from vsm.cli import Parser, command_line, count, positive
+from vsm.cli import Parser, command_line, count
 from vsm.device import pick_device
 from vsm.runs import Run
 from vsm.tables import markdown_table
@@ -27,15 +26,9 @@ def parse_args(argv=None):
     parser.add_argument("objective", choices=LEARN, metavar="NAME", help=f"a name of objectives.LEARN: {', '.join(LEARN)}")
     flag = parser.add_argument_group("experiment").add_argument
     flag("--estimator", choices=ESTIMATORS, default="plugin", help="how the objective estimates squared expectations under q")
-    flag("--data", default="mnist", help="images that a linear VAE learns; glyphs needs no files")
-    flag("--data-root", default="data", help="folder of the image data")
-    flag("--law", default="mixture", help="distribution of the short 2-D run")
-    flag("--updates", type=positive, default=1500, help="decoder updates of the short run")
-    flag("--seeds", type=positive, default=3, help="members of the short run, each with a seed of its own")
-    flag("--no-training", action="store_true", help="leave out the spectrum and the short 2-D run")
     flag("--seed", type=count, default=0, help="of the random models")
     flag = parser.add_argument_group("output").add_argument
-    flag("--out", default=None, help="the report's folder (default: runs/audit/NAME-ESTIMATOR)")
+    flag("--out", type=os.path.expanduser, help="the report's folder (default: runs/audit/NAME-ESTIMATOR)")
     flag("--overwrite", action="store_true", help="audit again")
     args = parser.parse_args(argv)
     if args.estimator not in (LEARN[args.objective].estimators if LEARN[args.objective].takes("estimator") else ("plugin",)):
@@ -53,7 +46,8 @@ def main(args):
         findings, arrays = [], {}
         if LEARN[args.objective].joint:
             print(f"{args.objective} trains encoder and decoder by one loss; the audit is of the decoder's part, q held fixed")
-        for found, measured in results(args, options):
+        for check in auditing.CHECKS:
+            found, measured = check(args.objective, options, args.seed)
             for finding in found:
                 print(f"{finding.verdict:5}  {finding.title}: {finding.text}", flush=True)
             findings, arrays = findings + found, arrays | measured
@@ -63,19 +57,8 @@ def main(args):
         run.save_metrics(**{name: np.asarray(value) for name, value in arrays.items()}, status="ok",
                          verdict=np.array([finding.verdict for finding in findings]),
                          finding=np.array([finding.text for finding in findings]))
-        figures.audit([run.path], run.path / "audit.png")
     if wrong := [finding for finding in findings if finding.verdict == "WRONG"]:
         raise SystemExit(f"{args.objective}: {len(wrong)} of {len(findings)} findings are wrong; see {args.out}/audit.md")
-
-
-def results(args, options):
-    """Yields the findings and the arrays of one check after another."""
-    if not args.no_training:
-        yield auditing.check_spectrum(args.objective, options, args.data, args.data_root)
-    for check in auditing.CHECKS:
-        yield check(args.objective, options, args.seed)
-    if not args.no_training:
-        yield auditing.check_short_run(args)
 
 
 if __name__ == "__main__":

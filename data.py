@@ -63,7 +63,7 @@ def data_names():
 def data_name(text):
     """The type of --data: the name, with the path of folder:PATH made absolute, so that one folder has one name everywhere."""
     path = text.removeprefix("folder:")
-    return f"folder:{os.path.abspath(expanded(path))}" if path and path != text else text
+    return f"folder:{os.path.abspath(os.path.expanduser(path))}" if path and path != text else text
 
 
 def moved_folder(text):
@@ -71,14 +71,6 @@ def moved_folder(text):
     if not (name := data_name(text)).startswith("folder:"):
         raise ArgumentTypeError(f"{text} is not folder:PATH; for other data than folders of pictures there is --data-root")
     return name
-
-
-def expanded(path):
-    """A path with the home folder in place of ~. Raises UserError where that is unknown."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"the home folder in {path} is unknown; write its path out") from error
 
 
 def load_images(name, root="data", limit=0, test_limit=0):
@@ -92,7 +84,7 @@ def load_images(name, root="data", limit=0, test_limit=0):
     if not folder and name not in DATA_SETS:
         raise UserError(f"unknown data {name!r}; choose one of {data_names()}")
     try:
-        data = load_folder(expanded(folder)) if folder else DATA_SETS[name](expanded(root))
+        data = load_folder(Path(os.path.expanduser(folder))) if folder else DATA_SETS[name](Path(os.path.expanduser(root)))
     except OSError as error:
         raise UserError(f"{error.filename or root} cannot be read ({error.strerror or error})") from error
     require_images(name, data.train, data.train_labels, "training")

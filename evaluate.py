@@ -38,14 +38,13 @@ from vsm.stored_runs import StoredRun, open_runs
 from vsm.tables import failed
 
 CURVES = ("epoch", "negative_elbo", "reconstruction_mse", "latent_mmd")  # every image run has them, and the table needs them
-NOISE_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train_images.py made, or packs of them")
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--images", type=positive, default=500, help="test images for the importance-weighted bound and denoising")
+    flag("--images", type=positive, default=500, help="test images for the importance-weighted bound")
     flag("--iw-samples", type=positive, default=100, help="posterior samples of the importance-weighted bound")
     flag("--sampler", nargs="+", choices=SAMPLERS, default=["prior"],
          help="laws of z to sample images from, beside the prior (docs/images.md)")
@@ -57,7 +56,7 @@ def parse_args(argv=None):
     flag("--data-root", help="folder of the data sets (default: the one that each run had)")
     flag("--data", type=moved_folder, metavar="folder:PATH", help="where the pictures of runs on a folder are now")
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
-    flag("--out", default="runs/evaluation", help="folder for the table and the figures")
+    flag("--out", type=os.path.expanduser, default="runs/evaluation", help="folder for the table and the figures")
     flag("--overwrite", action="store_true", help="evaluate runs again that have been evaluated")
     args = parser.parse_args(argv)
     if args.inception_weights and not Path(args.inception_weights).is_file():
@@ -147,12 +146,10 @@ def run_status(run):
 
 
 def with_label(run, label):
-    """The same run as a StoredRun whose config, and the configs beside its arrays, have this label."""
-    def arrays(part):
-        loaded = run.arrays(part)
-        return {**loaded, "config": {**loaded["config"], "label": label}}
-
-    return StoredRun(run.name, lambda: {**run.config, "label": label}, arrays, ["metrics", "eval"])
+    """The run with this label in its config and in the configs beside its arrays."""
+    config = {**run.config, "label": label}
+    return StoredRun(run.name, lambda: config, lambda part: {**run.arrays(part), "config": run.arrays(part)["config"] | config},
+                     ["metrics", "eval"])
 
 
 def evaluate_run(folder, config, status, args, device):
@@ -180,29 +177,22 @@ def evaluate_run(folder, config, status, args, device):
     samplers = {name: load_sampler(folder, name, device, args.components, args.data_root, args.data) for name in names}
     train = load_images(*place, flags["limit"], flags["test_limit"]).train.to(device)
     result |= sampler_metrics(vae, samplers, reference, train, torch.Generator(device).manual_seed(seed))
-    result |= data_metrics(vae, reference.images[:args.images], flags["noise"], args.iw_samples, generator)
+    result |= importance_bounds(vae, reference.images[:args.images], flags["noise"], args.iw_samples, generator)
     if status.startswith("unfinished@"):  # the last row of metrics.npz is of an earlier epoch than the checkpoint
         row = metrics.evaluate_images(vae, reference.images, flags["noise"], seed=seed)
         result |= {key: value for key, value in row.items() if key in COLUMNS}
     save_arrays(save, {**config, "evaluation": settings}, status=status, **result)
 
 
-def data_metrics(vae, images, noise, samples, generator, block=100):
-    """Means over images of the importance-weighted bound, by its number of samples, and the denoising error, by noise level.
-
-    images: uint8 [n, C, H, W]. samples: the largest number of samples of the bound. The bound is in nats.
-    """
+def importance_bounds(vae, images, noise, samples, generator, block=100):
+    """The importance-weighted bound in nats, a mean over images uint8 [n, C, H, W], by its number of samples, up to `samples`."""
     counts = sorted({count for count in (1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if count < samples} | {samples})
-    bounds, errors = [], []
-    with metrics.evaluating(vae):
-        for clean in images.split(block):
-            clean = clean.float() / 255
-            e = torch.randn(clean.shape, generator=generator, device=clean.device)
-            bounds.append(torch.stack([metrics.iw_log_likelihood(vae, clean + noise * e, count, "posterior", generator, chunk=10)
-                                       for count in counts]))
-            errors.append(torch.stack([metrics.reconstruction_mse(vae, clean + level * e, clean) for level in NOISE_LEVELS]))
-    return {"iw_samples": np.array(counts), "negative_iw_bound": -torch.cat(bounds, 1).mean(1).cpu(),
-            "noise_levels": np.array(NOISE_LEVELS), "denoising_mse": torch.cat(errors, 1).mean(1).cpu()}
+    bounds = []
+    for clean in images.split(block):
+        clean = clean.float() / 255
+        x = clean + noise * torch.randn(clean.shape, generator=generator, device=clean.device)
+        bounds.append(torch.stack([metrics.iw_log_likelihood(vae, x, n, "posterior", generator, chunk=10) for n in counts]))
+    return {"iw_samples": np.array(counts), "negative_iw_bound": -torch.cat(bounds, 1).mean(1).cpu()}
 
 
 def draw_figures(measured, out):
@@ -214,8 +204,7 @@ def draw_figures(measured, out):
 
     groups = group_by_seed([each.run for each in measured], [each.run.config for each in measured])
     firsts = [next((measured[i] for i in members if "samples" in measured[i].run.arrays()), None) for _, members in groups]
-    figures = {images.trajectories: measured, images.importance_bound: alive, images.denoising: alive,
-               latents.posterior_sd: with_arrays("posterior_sd"),
+    figures = {images.trajectories: measured, latents.posterior_sd: with_arrays("posterior_sd"),
                latents.aggregate_posterior: with_arrays("posterior_sd", "aggregate_histogram"),
                latents.posterior_mean: with_arrays("posterior_mean_histogram"),
                pictures.samples: [first for first in firsts if first]}  # published runs may have no samples

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vsm import recovery
-from vsm.cli import Parser, command_line, count, positive, positive_float
+from vsm.cli import Parser, add_output, command_line, count, positive, positive_float
 from vsm.device import pick_device
 from vsm.figures import recovery as figures
 from vsm.names import run_name
@@ -73,9 +73,7 @@ def parse_args(argv=None):
     flag("--samples", type=positive, default=4, help="posterior samples per datum, N, of the unbiased estimators, at least 2")
     flag("--seed", type=count, default=0, help="seed of the data and the posterior samples")
     flag = parser.add_argument_group("output").add_argument
-    flag("--device", default="cpu", help="auto | cpu | cuda | cuda:1 ... (the models are so small that a CPU is as fast)")
-    flag("--out", help="the run's folder (default: runs/param_recovery/ and the flags that matter)")
-    flag("--overwrite", action="store_true", help="redo a run that is there")
+    add_output(flag, "runs/param_recovery", "cpu", " (the models are so small that a CPU is as fast)")
     args = parser.parse_args(argv)
     of_stochastic = ("iterations", "lr", "batch", "samples", "seed")
     if not args.stochastic and any(getattr(args, key) != parser.get_default(key) for key in of_stochastic):

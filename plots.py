@@ -9,22 +9,21 @@ The training scripts call the same functions when a run ends, so a figure can be
 
 from pathlib import Path
 
-from studies.figures import audit, bilevel, gamma, spectrum, sweep_2d
+from studies.figures import bilevel, gamma, spectrum, sweep_2d
 from vsm.cli import Parser, UserError, command_line
 from vsm.figures import images, latents, pictures, recovery, synthetic, toys
 from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
 
 FIGURES = {  # script that makes the runs: its figures, each a function figure(runs, save) of run folders, packs or opened runs
     "train_images": [
-        images.training_curves, images.trajectories, images.fid_curves, images.importance_bound, images.denoising,
-        images.gradient_snr, pictures.samples, pictures.reconstructions, pictures.interpolations, latents.posterior_sd,
+        images.training_curves, images.trajectories, images.fid_curves, images.gradient_snr,
+        pictures.samples, pictures.reconstructions, pictures.interpolations, latents.posterior_sd,
         latents.posterior_mean, latents.aggregate_posterior, gamma.fid_against_gamma],
     "train_synthetic": [
         synthetic.training_curves, sweep_2d.synthetic, sweep_2d.study, synthetic.synthetic_samples, bilevel.bilevel],
     "param_recovery": [recovery.param_recovery, recovery.recovery_rules],
     "spectrum": [spectrum.spectrum],
     "toy_inference": [toys.toy_trajectories, toys.toy_basins, toys.toy_mixtures, toys.toy_gradients],
-    "audit": [audit.audit],
 }
 OF_MANY_RUNS = ("train_images", "train_synthetic")  # scripts whose figures draw several runs
 NAMES = tuple(dict.fromkeys(figure.__name__ for figures in FIGURES.values() for figure in figures))

@@ -16,13 +16,13 @@ a Gaussian) starts from 0. "z held fixed" means that the gradient does not go th
 the parts: posteriors, gradients, descent, and the numbers at the end.
 """
 
-from vsm.cli import Parser, command_line, positive, positive_float, seed_number
+from vsm.cli import Parser, add_output, command_line, positive, positive_float, seed_number
 from vsm.device import pick_device
 from vsm.figures import toys
 from vsm.loop import train
 from vsm.names import flag_name, run_name
 from vsm.runs import Run
-from vsm.toys.descent import OPTIMISERS, Descent
+from vsm.toys.descent import Descent
 from vsm.toys.ends import location_gradients, print_ends, where_runs_ended
 from vsm.toys.gaussians import gradients_on_a_grid
 from vsm.toys.gradients import FAMILIES, GRADIENTS
@@ -72,26 +72,12 @@ FIGURES = {"gaussian": [toys.toy_trajectories, toys.toy_basins], "laplace": [toy
 
 def main(args):
     device, experiment = pick_device(args.device), experiment_of(args)
-    print(f"{describe(args)}\non {device}; writes {args.out}")
+    print(f"{experiment} on {device}; writes {args.out}", flush=True)
     with Run(args.out, "toy_inference", vars(args), device, args.overwrite) as run:
         if not run.status:
             run.save_metrics(**EXPERIMENTS[experiment](args, device, run))
         for figure in FIGURES[experiment]:
             figure([run.path], run.path / f"{figure.__name__}.png")
-
-
-def describe(args):
-    """Two lines of text: what is fitted, and how large the computation is."""
-    if args.gradients:
-        return f"gradients of KLD and FD between two univariate Gaussians\np = N(0, {args.target_sd:g}^2), 41 means x 41 sds of q"
-    s = "s" * (len(args.likelihoods) > 1)
-    posteriors = f"posterior{s} at x = {args.x:g} of the likelihood{s} {', '.join(args.likelihoods)}"
-    steps = f"{args.iterations:,} steps of {args.lr:g}, {args.samples} sample{'s' * (args.samples > 1)} a step"
-    if args.family == "mixture":
-        return f"{posteriors}; q a mixture of {args.components} Gaussians, by FD\n{args.repeats} fits of each, {steps}"
-    runs = len(args.likelihoods) * len(args.objectives) * len(OPTIMISERS) * args.grid**2
-    return (f"{posteriors}; a {args.family} q by {', '.join(args.objectives)}, each with {' and '.join(OPTIMISERS)}\n"
-            f"{args.grid**2} starts, so {runs:,} runs of {steps}")
 
 
 FIT, START = ("gaussian", "laplace", "mixture"), ("gaussian", "laplace")
@@ -128,9 +114,7 @@ def make_parser():
     flag("--iterations", type=positive, help="steps (default: 1000000; laplace 300000, mixture 5000)")
     flag = parser.add_argument_group("output").add_argument
     flag("--frames", type=positive, default=200, help="points to keep of every trajectory, evenly spaced in log iterations")
-    flag("--device", default="cpu", help="auto | cpu | cuda | cuda:1 ... (a GPU pays for thousands of starts only)")
-    flag("--out", help="the run's folder (default: runs/toy/ and the flags that matter)")
-    flag("--overwrite", action="store_true", help="redo a run that is there")
+    add_output(flag, "runs/toy", "cpu", " (a GPU pays for thousands of starts only)")
     return parser
 
 

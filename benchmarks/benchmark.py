@@ -2,8 +2,8 @@
 
 The tables of docs/machines.md, on a GPU (on a CPU, only its part with --net conv ends within minutes):
     python -m benchmarks.benchmark --image 1x32 3x64 --precision float32 tf32 bf16
-Ten seconds on a CPU:
-    python -m benchmarks.benchmark --quick
+Seconds on a CPU, to see that it runs:
+    python -m benchmarks.benchmark --net conv --width 8 --batch 20 --pairs KLD-F --repeats 2
 
 The modes that are compared run in turns: in each of `--repeats` turns every mode is timed once. A ratio is the median over the
 turns, with the smallest and the largest. The mode `reference` is the step as one writes it down (benchmarks/reference_step.py).
@@ -15,20 +15,16 @@ import os
 import time
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-import train_synthetic
 from benchmarks.reference_step import ReferenceStep, has_reference
 from models import build_vae
 from objectives import INFER, LEARN, label
 from training import ImageTrainer
-from vsm.cli import Parser, command_line, positive
-from vsm.cuda_graphs import cpp_compiler
+from vsm.cli import Parser, add_output, command_line, positive
 from vsm.device import keep_freed_memory, pick_device, set_precision, synchronise
-from vsm.names import flag_name
 from vsm.runs import Run
 from vsm.tables import markdown_table
 
@@ -95,7 +91,7 @@ def training_rows(args, device, image, net, pair):
     def trainer(precision, graph):
         return ImageTrainer(vae(precision), resident_images, estimator="plugin", seed=0, graph=graph, **options)
 
-    names = {"part": "images", "image": image, "net": net, "pair": pair, "size": args.batch}
+    names = {"image": image, "net": net, "pair": pair, "batch": args.batch}
     cycles = 20 if device.type == "cuda" else 1
     for precision in args.precision:  # one at a time, so that the CUDA graphs of one are freed before the next makes its own
         makers = {}
@@ -107,47 +103,19 @@ def training_rows(args, device, image, net, pair):
         yield from timed_rows(names, makers, cycles * args.inner_steps, args, device)
 
 
-def images_part(args, device):
-    for image, net, pair in product(args.image, args.net, args.pairs):
-        yield from training_rows(args, device, image, net, pair)
-
-
-def ensemble_part(args, device):
-    """2-D VAEs: S seeds as one ensemble, eager and compiled, against one seed after another; seconds of one update of all S."""
-    for members in args.members:
-        def trainer(seed, seeds, *more):
-            flags = ["--seed", str(seed), "--seeds", str(seeds), *(["--batch", "100"] if args.quick else []), *more]
-            return train_synthetic.EnsembleTrainer(train_synthetic.parse_args(flags), device)
-
-        def one_after_another(trainer=trainer, members=members):
-            alone = [trainer(seed, 1) for seed in range(members)]
-            return SimpleNamespace(run_step=lambda: [one.run_step() for one in alone])
-
-        makers = {("loop", "float32"): one_after_another, ("together", "float32"): partial(trainer, 0, members)}
-        if device.type == "cpu" and cpp_compiler():
-            makers["compiled", "float32"] = partial(trainer, 0, members, "--compile")
-        names = {"part": "ensemble", "image": "2", "net": "mlp", "pair": "KLD-F", "size": members}
-        yield from timed_rows(names, makers, 20, args, device)
-
-
-PARTS = {"images": images_part, "ensemble": ensemble_part}
-
-
 def print_report(rows):
     """Print the table of all rows."""
-    header = ["part", "network", "pair", "size", "mode", "precision", "ms a step", "size/s",
-              "times as fast as the reference (the loop)"]
+    header = ["network", "pair", "batch", "mode", "precision", "ms a step", "images/s", "times as fast as the reference"]
     print(markdown_table(header, [table_row(row, rows) for row in rows]))
 
 
 def table_row(row, rows):
     """The cells of one row: its names, its time, and its speed against that of the row that it is compared with."""
-    mode, precision = ("reference", "float32") if row["part"] == "images" else ("loop", row["precision"])
-    rival = {key: row[key] for key in ("part", "image", "net", "pair", "size")} | {"mode": mode, "precision": precision}
+    rival = {key: row[key] for key in ("image", "net", "pair")} | {"mode": "reference", "precision": "float32"}
     seconds = next((other["seconds"] for other in rows if rival.items() <= other.items()), math.nan)
     step, speed = np.median(row["seconds"]), seconds / row["seconds"]
-    return [row["part"], f"{row['net']} {row['image']}", row["pair"], row["size"], row["mode"], row["precision"],
-            f"{1e3 * step:.4g}", f"{row['size'] / step:.4g}", median_and_range(speed)]
+    return [f"{row['net']} {row['image']}", row["pair"], row["batch"], row["mode"], row["precision"],
+            f"{1e3 * step:.4g}", f"{row['batch'] / step:.4g}", median_and_range(speed)]
 
 
 def median_and_range(values, form=".2f"):
@@ -160,17 +128,12 @@ def median_and_range(values, form=".2f"):
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     flag = parser.add_argument_group("experiment").add_argument
-    flag("--part", choices=(*PARTS, "all"), default="images", help="what is timed: images: every pair; "
-         "ensemble: 2-D VAEs against a loop over seeds")
     flag("--pairs", nargs="+", choices=pairs(), default=list(pairs()), metavar="PAIR",
-         help="pairs of objectives of --part images, named as in the paper")
+         help="pairs of objectives, named as in the paper")
     flag("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"],
          help="precisions of the arithmetic; tf32 needs a GPU")
     flag("--repeats", type=positive, default=5, help="turns; each times every mode once")
     flag("--samples", type=positive, default=5, help="posterior samples per image, N")
-    flag("--members", nargs="+", type=positive, default=[1, 3, 10, 30], help="ensemble sizes of --part ensemble")
-    flag("--quick", action="store_true", help="other defaults: a tiny model, three pairs and two turns; "
-         "it shows that the script runs, not how fast")
     flag = parser.add_argument_group("model").add_argument
     flag("--net", nargs="+", choices=("conv", "resnet"), default=["conv", "resnet"], help="networks")
     flag("--image", nargs="+", choices=("1x32", "3x64"), default=["1x32"], help="channels and side of the images")
@@ -178,23 +141,14 @@ def parse_args(argv=None):
     flag("--dim-z", type=positive, default=100, help="latent dimensions")
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K")
-    flag("--batch", type=positive, default=100, help="images per minibatch of --part images")
+    flag("--batch", type=positive, default=100, help="images per minibatch")
     flag = parser.add_argument_group("output").add_argument
-    flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
+    add_output(flag, "runs/benchmark")
     flag("--threads", type=positive, default=None, help="threads of the CPU (default: PyTorch's)")
-    flag("--out", default=None, help="the run's folder (default: runs/benchmark/PART)")
-    flag("--overwrite", action="store_true", help="measure again what was measured")
     args = parser.parse_args(argv)
-    if args.quick:
-        parser.set_defaults(net=["conv"], width=8, dim_z=10, samples=2, inner_steps=2, batch=20, repeats=2, members=[3],
-                            pairs=["KLD-F", "FD-B", "FAE"])
-        args = parser.parse_args(argv)
     if args.threads and args.threads > 4 * os.cpu_count():
         parser.error(f"--threads {args.threads} is more than four times the {os.cpu_count()} processors here")
-    for name, value in vars(args).items():
-        if isinstance(value, list) and len(set(value)) < len(value):
-            parser.error(f"--{flag_name(name)} names one twice")
-    args.out = args.out or f"runs/benchmark/{'quick' if args.quick else args.part}"
+    args.out = args.out or "runs/benchmark/images"
     return args
 
 
@@ -205,7 +159,8 @@ def main(args):
     torch.set_num_threads(args.threads or torch.get_num_threads())
     with Run(args.out, "benchmark", vars(args), device, args.overwrite) as run:
         if not run.status:
-            rows = [row for part in (PARTS if args.part == "all" else [args.part]) for row in PARTS[part](args, device)]
+            cases = product(args.image, args.net, args.pairs)
+            rows = [row for case in cases for row in training_rows(args, device, *case)]
             print_report(rows)
             run.save_metrics(**{name: np.array([row[name] for row in rows]) for name in rows[0]}, status="ok")
 

@@ -339,16 +339,15 @@ figure6() {  # the larger network of Figure 6 on banana, with J bi-level steps, 
     python train_synthetic.py ${budget/epochs 150/epochs 450} --learn fd --bilevel-steps 5
 }
 
-audits() {  # the reports of docs/extending.md: 30 s each
+audits() {  # the reports of docs/extending.md: seconds each
     local objective
     for objective in "elbo" "fd" "swersky" "swersky --estimator unbiased" "bao" "bao --estimator unbiased" "bao --estimator released" "dsm" "dsm --estimator unbiased" "fae"; do
-        python audit.py $objective --data-root "$DATA"
+        python audit.py $objective
     done
 }
 
 speed() {  # the performance table: 20 min, with nothing else running
     python -m benchmarks.benchmark --net conv --threads 2 --pairs KLD-ELBO KLD-F KLD-S KLD-B FD-F FD-B FAE FD-REPAR-F
-    python -m benchmarks.benchmark --part ensemble --members 3 10 30 --threads 2 --repeats 7
 }
 
 speed_gpu() {  # the performance table of a GPU: 30 s on an H200

@@ -4,7 +4,6 @@ Each takes the name of an objective, its options (the estimator) and a seed, and
 """
 
 import math
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,17 +11,11 @@ import torch
 from torch import nn
 from torch.autograd import grad
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-import train_synthetic
 from metrics import objective_terms
-from models import VAE, mlp
+from models import VAE
 from objectives import LEARN, dot, likelihood_score
-from studies.spectrum import load_pixels, noise_of, principal_components, train_one_model
-from training import shared_losses, theta_loss
-from vsm import evaluation_2d, linear
-from vsm.tables import mean_and_error, mean_and_error_text
+from vsm import linear
 
 SAMPLES, ALPHAS = (1, 2, 5, 20), (0.5, 1.0, 2.0)
 KAPPA_TOLERANCE = 0.02  # a kappa this close to 1, or a slope this close to 0, counts as exact
@@ -192,102 +185,4 @@ def check_contraction(name, options, seed):
     return findings, arrays
 
 
-class CountFlops(TorchDispatchMode):
-    """Floating-point operations of the matrix products and convolutions that run inside, those of autograd.grad too.
-
-    PyTorch's FlopCounterMode hooks into modules, which fails where an objective differentiates by an input of theirs.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if formula := flop_registry.get(function._overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def flops_of(function, *args):
-    with CountFlops() as count:
-        function(*args)
-    return count.flops
-
-
-def decoder_update(vae, name, options, x, noise, t):
-    """The gradient that one update of the decoder needs; for a joint objective, also that of the encoder."""
-    joint = LEARN[name].joint
-    vae.encoder.requires_grad_(joint)
-    x = x.clone()
-    loss = shared_losses(vae, x, name, name, noise)[0] if joint else theta_loss(vae, x, name, noise, t=t, **options)
-    grad(loss.mean(), [p for p in vae.parameters() if p.requires_grad])
-
-
-def check_cost(name, options, seed, samples=5, data=50):
-    """The cost of a decoder update in forward passes: of B data through the encoder and of N B samples through the decoder.
-
-    The two numbers come from the operations of three models of different sizes, by least squares.
-    """
-    passes, updates = [], []
-    for encoder_width, decoder_width in ((64, 64), (128, 64), (64, 128)):
-        vae = VAE(mlp([32, encoder_width, encoder_width, 16]), mlp([8, decoder_width, decoder_width, 32]), 8)
-        x, t, noise = torch.randn(data, 32), torch.randn(data, 32), torch.randn(samples, data, 8)
-        with torch.no_grad():
-            passes.append([flops_of(vae.encode, x), flops_of(vae.decode, noise)])
-        updates.append(flops_of(decoder_update, vae, name, options, x, noise, t))
-    encoder, decoder = np.linalg.lstsq(np.array(passes, float), np.array(updates, float), rcond=None)[0]
-    arrays = {"cost_encoder_passes": encoder, "cost_decoder_passes": decoder}
-    text = (f"a decoder update costs {encoder:.1f} forward passes of the minibatch through the encoder and {decoder:.1f} of its "
-            f"N = {samples} posterior samples through the decoder (ELBO: 0.9 and 3.0)")
-    return [Finding("cost", "ok", text)], arrays
-
-
-CHECKS = (check_form, check_gradient, check_coupling, check_composition, check_target, check_contraction, check_cost)
-
-
-def check_spectrum(name, options, data, root, samples=5, shown=10):
-    """The variances that a linear VAE learns from images by steps of the objective from the PCA solution, against PCA's."""
-    args = SimpleNamespace(data=data, data_root=root, limit=20_000, latents=16, gamma=0.25, lr=0.1, iterations=300, batch=200,
-                           seed=0)
-    pixels = load_pixels(args)
-    C, values, start = principal_components(pixels, args)
-    row = train_one_model(pixels, C, start, args, name, options.get("estimator", "plugin"), samples)
-    values = values[:args.latents].numpy() + noise_of(name) ** 2
-    arrays = {"spectrum_data": values, "spectrum_learnt": row["learnt"], "spectrum_second_moment": row["second_moment"]}
-    if not np.isfinite(row["learnt"]).all():
-        return [Finding("spectrum", "WRONG", f"the linear VAE of {data} diverges")], arrays
-    share = (row["learnt"] / values)[:shown]
-    near = abs(share.mean() - 1) < 0.1
-    text = (f"a linear VAE of {data} (N = {samples}) gives its {shown} largest directions {100 * share.mean():.0f} % of the "
-            f"data's variance ({100 * share.min():.0f} to {100 * share.max():.0f} %); "
-            f"E z^2 of the aggregate posterior is {row['second_moment'][:shown].mean():.2f}")
-    return [Finding("spectrum", "ok" if near else "note", text)], arrays
-
-
-def check_short_run(args):
-    """NLL of a short 2-D run above that of the data's law, beside the ELBO's with the same budget and seeds."""
-    excess = {}
-    for name in dict.fromkeys(("elbo", args.objective)):
-        flags = ["--data", args.law, "--learn", name, "--samples", "5", "--batch", "100", "--lr", "1e-3", "--inner-steps", "2",
-                 "--seeds", str(args.seeds), "--test-size", "500", "--importance-samples", "5000"]
-        flags += ["--noise", "0.1"] if LEARN[args.objective].takes("t") else []
-        if name == args.objective and LEARN[name].takes("estimator"):
-            flags += ["--estimator", args.estimator]
-            flags += ["--samples", "1"] if args.estimator == "released" else []
-        trainer = train_synthetic.EnsembleTrainer(train_synthetic.parse_args(flags), torch.device("cpu"))
-        for _ in range(args.updates):
-            trainer.run_step()
-        test = trainer.law.sample(500, evaluation_2d.evaluation_generator("cpu"))
-        excess[name] = evaluation_2d.evaluate(trainer, test, 5000)["nll_excess"]  # nan for a member that diverged
-    text = ", ".join(f"{LEARN[name].letter} {living_members_text(values)}" for name, values in excess.items())
-    alive = np.isfinite(excess[args.objective])
-    finding = Finding("2-D run", "ok" if alive.all() else "note" if alive.any() else "WRONG",
-                      f"NLL (nats) above the truth after {args.updates} updates on {args.law}, not converged: {text}")
-    return [finding], {f"excess_{name}": values for name, values in excess.items()}
-
-
-def living_members_text(values):
-    """The mean of the finite values [members], its standard error if there are two, and how many members are alive, not NaN."""
-    mean, error, _ = mean_and_error(values)
-    return f"{mean_and_error_text(mean, error)} ({np.isfinite(values).sum()} of {len(values)} members alive)"
+CHECKS = (check_form, check_gradient, check_coupling, check_composition, check_target, check_contraction)

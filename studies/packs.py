@@ -3,7 +3,6 @@
     python -m studies.packs runs/synthetic/* --save runs/mine.npz --keep test_data
 """
 
-import fnmatch
 import json
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from vsm.runs import save_arrays
 from vsm.stored_runs import HEAVY, PARTS, add_run_flags, chosen_runs, open_runs, shown_member
 
 
-def pack(paths, save, keep=(), keep_of="*", drop=()):
+def pack(paths, save, keep=(), drop=()):
     """Write runs into one pack, without the arrays that `drop` lists.
 
-    The large arrays of HEAVY are kept where `keep` lists them and the run's name matches the glob `keep_of`. Model samples
-    are kept only for the member that figures show. Raises UserError for two runs of the same name.
+    The large arrays of HEAVY are kept where `keep` lists them, model samples only those of the member that figures show.
+    Raises UserError for two runs of the same name.
     """
     runs = open_runs(paths)
     names = [run.short_name for run in runs]
@@ -28,7 +27,7 @@ def pack(paths, save, keep=(), keep_of="*", drop=()):
     blocks, names_of, rows = {}, {}, []
     for run, name in zip(runs, names):
         rows.append({})
-        for key, value in _record(run, keep if fnmatch.fnmatch(name, keep_of) else (), drop).items():
+        for key, value in _record(run, keep, drop).items():
             kind = key, value.shape, "U" if value.dtype.kind == "U" else value.dtype.str  # strings of any length share a block
             variant = sum(other[0] == key for other in names_of)
             block = names_of.setdefault(kind, f"{key}.{variant}" if variant else key)
@@ -66,7 +65,6 @@ def parse_args(argv=None):
     flag("--save", required=True, metavar="FILE.npz", help="the pack to write")
     flag("--keep", nargs="+", default=[], choices=HEAVY, metavar="KEY",
          help=f"large arrays to keep, of {', '.join(HEAVY)}; of model_samples the pack has the member that figures show")
-    flag("--keep-of", default="*", metavar="GLOB", help="keep the large arrays only in runs whose names match this pattern")
     flag("--drop", nargs="+", default=[], metavar="KEY", help="arrays to leave out")
     args = parser.parse_args(argv)
     if Path(args.save).suffix != ".npz":
@@ -75,7 +73,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    pack(chosen_runs(args), args.save, args.keep, args.keep_of, args.drop)
+    pack(chosen_runs(args), args.save, args.keep, args.drop)
     print(args.save)
 
 

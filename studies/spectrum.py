@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data import load_images
 from objectives import LEARN
 from studies.figures import spectrum as figures
-from vsm.cli import Parser, UserError, command_line, count, positive, positive_float
+from vsm.cli import Parser, UserError, add_output, command_line, count, positive, positive_float
 from vsm.device import pick_device
 from vsm.linear import expected_slope, kappa, linear_vae, set_posterior
 from vsm.names import run_name
@@ -172,9 +172,7 @@ def parse_args(argv=None):
     flag("--lr", type=positive_float, default=0.2, help="the first step, in units of gamma^2")
     flag("--batch", type=positive, default=100, help="data per step, an even number")
     flag = parser.add_argument_group("output").add_argument
-    flag("--device", default="cpu", help="auto | cpu | cuda | cuda:1 ... (the models are so small that a CPU is as fast)")
-    flag("--out", default=None, help="the run's folder (default: runs/spectrum/ and the flags that matter)")
-    flag("--overwrite", action="store_true", help="redo a run that is there")
+    add_output(flag, "runs/spectrum", "cpu", " (the models are so small that a CPU is as fast)")
     args = parser.parse_args(argv)
     if args.batch % 2:
         parser.error(f"--batch {args.batch} must be even: every image is in its minibatch twice")

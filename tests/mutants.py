@@ -174,7 +174,7 @@ MUTANTS = {
         ("- math.log(0.0109)", "- math.log(0.0109) / 2"), ("self.sd[0] ** 2 + self.sd[1] * u", "self.sd[0] + self.sd[1] * u"),
         ("torch.special.ndtr(u[..., 2:]).sqrt()", "torch.special.ndtr(u[..., 2:])"), ("- r.log() - math.log((2", "- math.log((2"),
         ("1 / 2 * (score**2)", "(score**2)"), ("self.radius + self.sd * u[", "self.radius + u["),
-        ("math.log(16 / (nodes - 1))", "math.log(8 / (nodes - 1))"), ("math.e * self.sd**2) - overlap", "math.e * self.sd**2)")],
+        ("math.log(16 / (nodes - 1))", "math.log(8 / (nodes - 1))")],
     "vsm/linear.py": [
         ("1 - variance_share * (1 - V)", "1 - variance_share * V"), ("1 - mean_share * (1 - 2 * V)", "1 - mean_share * (1 - V)"),
         ('kappa_0 = 0.0 if objective in ("fd", "swersky")', 'kappa_0 = 0.0 if objective in ("fd",)'),
@@ -197,11 +197,8 @@ MUTANTS = {
          "flags.items()\n                          if"),
         ('settings.get("digest"), each.features', "each.features")],
     "studies/auditing.py": [
-        ('start, args, name, options.get("estimator", "plugin")', 'start, args, name, "plugin"'),
-        ('flags += ["--estimator", args.estimator]', 'flags += ["--estimator", "plugin"]'),
         ("split_kappa(name, 1.0, image=True, **options)", "split_kappa(name, 1.0, **options)"),
-        ("measured_kappa(name, samples, alpha, image=True, **options)", "measured_kappa(name, samples, alpha, **options)"),
-        ('if LEARN[args.objective].takes("t") else []', 'if LEARN[name].takes("t") else []')],
+        ("measured_kappa(name, samples, alpha, image=True, **options)", "measured_kappa(name, samples, alpha, **options)")],
     "studies/tables.py": [
         ("settings_of(configs, of_model)),", "settings_of(configs, of_model + of_training)),"), ("and other == model]", "]"),
         ('("samples", *of_training))', "of_training)"),

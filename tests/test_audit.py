@@ -1,10 +1,7 @@
 """The audit passes the right objectives and says what is wrong with deliberately wrong ones."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-import torch
 
 import audit
 from objectives import LEARN, Objective, dot, likelihood_score, posterior_score
@@ -12,11 +9,9 @@ from small_runs import main
 from studies import auditing
 from vsm.runs import load_arrays
 
-CHECKS = [check for check in auditing.CHECKS if check is not auditing.check_cost]
-
 
 def findings(name, **options):
-    return {finding.title: finding for check in CHECKS for finding in check(name, options, 0)[0]}
+    return {finding.title: finding for check in auditing.CHECKS for finding in check(name, options, 0)[0]}
 
 
 @pytest.mark.parametrize("name, options, notes", [
@@ -36,38 +31,6 @@ def test_the_numbers_of_the_released_estimator_are_those_of_images():
     assert arrays["kappa"][1] == pytest.approx([2, 1.5, 1.2, 1.05], abs=1e-6)
     assert (arrays["kappa_limit"], arrays["kappa_slope"]) == pytest.approx((1, 1), abs=1e-6)
     assert [finding.verdict for finding in found] == ["ok", "ok", "note"]
-
-
-def test_the_spectrum_and_the_short_run_train_by_the_audited_estimator(monkeypatch):
-    """The released estimator of vectors couples the data of a minibatch, so its 2-D run has one sample."""
-    trained, pixels = [], torch.rand(30, 20)
-    variances = torch.linalg.eigvalsh(pixels.T.double() @ pixels.double() / 30).flip(0)[:16].numpy()
-
-    def record_model(pixels, C, start, args, *model):
-        trained.append(model)
-        return {"learnt": np.ones(16), "second_moment": np.ones(16)}
-
-    def record_run(args, device):
-        trained.append((args.learn, args.estimator, args.samples, args.seeds, args.data, args.noise))
-        return SimpleNamespace(law=SimpleNamespace(sample=lambda *_: None), run_step=lambda: None)
-
-    def record_data(args):
-        trained.append((args.data, args.data_root))
-        return pixels
-
-    monkeypatch.setattr(auditing, "load_pixels", record_data)
-    monkeypatch.setattr(auditing, "CHECKS", (lambda *of: trained.append(of) or ([], {}),))
-    monkeypatch.setattr(auditing, "train_one_model", record_model)
-    monkeypatch.setattr(auditing.train_synthetic, "EnsembleTrainer", record_run)
-    monkeypatch.setattr(auditing.evaluation_2d, "evaluate", lambda *_: {"nll_excess": np.zeros(2)})
-    for objective, estimator, samples, noise in (("bao", "released", 1, 0), ("dsm", "unbiased", 5, 0.1)):
-        flags = f"{objective} --estimator {estimator} --data glyphs --data-root pictures --law ring --seeds 2 --updates 1"
-        (_, arrays), *others = audit.results(audit.parse_args([*flags.split(), "--seed", "3"]), {"estimator": estimator})
-        assert len(others) == 2 and arrays["spectrum_data"] == pytest.approx(variances + noise**2)
-        assert trained == [("glyphs", "pictures"), (objective, estimator, 5), (objective, {"estimator": estimator}, 3),
-                           ("elbo", "plugin", 5, 2, "ring", noise),
-                           (objective, estimator, samples, 2, "ring", noise)]
-        trained.clear()
 
 
 def test_a_composition_is_named():
@@ -103,40 +66,17 @@ def test_a_reduced_loss_is_caught(monkeypatch):
     assert auditing.check_form("wrong", {}, 0)[0][0].verdict == "WRONG"
 
 
-def test_the_cost_of_an_update():
-    costs = {name: auditing.check_cost(name, {}, 0)[1] for name in ("elbo", "bao", "fae")}
-    assert costs["elbo"]["cost_encoder_passes"] == pytest.approx(1, abs=0.2)
-    assert costs["elbo"]["cost_decoder_passes"] == pytest.approx(3, abs=0.3)
-    assert costs["bao"]["cost_encoder_passes"] == pytest.approx(6, abs=0.5)  # forward, and N input gradients
-    assert costs["fae"]["cost_encoder_passes"] > 15
-
-
 def test_the_script_writes_its_report(tmp_path, capsys):
-    main(audit, "bao", "--no-training", "--out", tmp_path / "run")
+    main(audit, "bao", "--out", tmp_path / "run")
     assert "kappa: for N = 1, 2, 5, 20: alpha 0.5: 1.500, 1.250, 1.100, 1.025" in capsys.readouterr().out
     arrays = load_arrays(tmp_path / "run" / "metrics.npz")
     np.testing.assert_allclose(arrays["kappa"][1], [2, 1.5, 1.2, 1.05], rtol=1e-6)
     assert arrays["verdict"].tolist().count("note") == 1
-    assert (tmp_path / "run" / "audit.png").exists() and "| kappa |" in (tmp_path / "run" / "audit.md").read_text()
+    assert "| kappa |" in (tmp_path / "run" / "audit.md").read_text()
 
 
 def test_a_wrong_objective_ends_with_exit_code_1(monkeypatch, tmp_path):
     monkeypatch.setitem(LEARN, "wrong", Objective(FACTOR, "W"))
     monkeypatch.setattr(auditing, "CHECKS", (auditing.check_target,))
-    monkeypatch.setattr(audit.figures, "audit", lambda *_: None)  # it draws what other checks find
     with pytest.raises(SystemExit, match="findings are wrong"):
-        main(audit, "wrong", "--no-training", "--out", tmp_path / "run")
-
-
-def test_diverged_members_are_counted_and_an_error_needs_two_that_are_alive():
-    text = auditing.living_members_text
-    assert text(np.array([1.0, 2, 3])) == "2.00 ± 0.58 (3 of 3 members alive)"
-    assert text(np.array([np.nan, 2, 3])) == "2.50 ± 0.50 (2 of 3 members alive)"
-    assert text(np.array([np.nan, 7.9171, np.nan])) == "7.917 (1 of 3 members alive)"
-    assert text(np.full(3, np.nan)) == "- (0 of 3 members alive)"
-
-
-@pytest.mark.slow
-def test_an_audit_in_full(tmp_path, digits):
-    main(audit, "swersky", "--data-root", digits, "--updates", 100, "--out", tmp_path / "run")
-    assert {"spectrum_learnt", "excess_elbo", "excess_swersky"} <= load_arrays(tmp_path / "run" / "metrics.npz").keys()
+        main(audit, "wrong", "--out", tmp_path / "run")

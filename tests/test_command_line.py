@@ -78,7 +78,7 @@ MISTAKES = {
         "--objectives fd fd", "--family mixture --objectives fd"], "error: "),
     benchmark: {
         "--precision tf32 --device cpu": "tf32 needs a CUDA GPU", "--device tpu": "not one of auto, cpu",
-        "--pairs KLD-X": "invalid choice", "--pairs KLD-F KLD-F": "--pairs names one twice"},
+        "--pairs KLD-X": "invalid choice"},
     evaluate: {"run --inception-weights none.pth": "there is no such file", "run --iw-samples 0": "--iw-samples"},
     audit: {"fd3": "VSM_IMPORT"}, spectrum: {"mnist --batch 5": "must be even", "letters": "unknown data"}}
 

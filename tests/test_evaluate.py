@@ -74,10 +74,9 @@ def test_table_and_figures_over_seeds_and_figures_redrawn_from_the_arrays_alone(
     assert text in printed and "2 (+1 diverged)" in text and "floor: 60 training images" in text and "N = 60" in text
     assert network["hash"] in text and f"{network['accuracy']:.4f}" in text and "standard deviation of" in text
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "table.md", "table.npz", "trajectories.png", "posterior_sd.png", "samples.png", "importance_bound.png", "denoising.png",
-        "aggregate_posterior.png"}
+        "table.md", "table.npz", "trajectories.png", "posterior_sd.png", "samples.png", "aggregate_posterior.png"}
     assert not (runs.diverged / "eval.npz").exists()
-    for figure, drawn in (("trajectories", (runs.a, runs.b, runs.diverged)), ("denoising", (runs.a, runs.b))):
+    for figure, drawn in (("trajectories", (runs.a, runs.b, runs.diverged)), ("aggregate_posterior", (runs.a, runs.b))):
         main(plots, figure, *drawn, "--save", tmp_path / f"{figure}.png")
         assert (tmp_path / f"{figure}.png").read_bytes() == (tmp_path / "out" / f"{figure}.png").read_bytes()
 
@@ -92,10 +91,8 @@ def test_eval_npz_holds_what_the_readme_says_and_the_bound_tightens(runs, digits
     assert arrays["negative_iw_bound"][0] == pytest.approx(load_arrays(runs.a / "metrics.npz")["negative_elbo"][-1], rel=0.2)
     vae, generator = load_vae(runs.a), torch.Generator().manual_seed(seed_of(0, EVALUATION))
     mmd_nulls(vae, 60, generator)  # draws first
-    again = evaluate.data_metrics(vae, load_images("mnist", digits).test[:20], 0.1, 8, generator)
+    again = evaluate.importance_bounds(vae, load_images("mnist", digits).test[:20], 0.1, 8, generator)
     assert all(np.array_equal(arrays[name], again[name]) for name in again)
-    assert arrays["denoising_mse"].shape == arrays["noise_levels"].shape
-    assert arrays["denoising_mse"][-1] > arrays["denoising_mse"][0]
 
 
 def test_an_evaluation_is_used_again_until_its_settings_change(runs, tmp_path, capsys):

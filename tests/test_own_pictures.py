@@ -136,4 +136,3 @@ def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     assert [data.data_name(name) for name in ("mnist", "folder:", "~/x")] == ["mnist", "folder:", "~/x"]
     assert len(data.load_images("folder:~/pics").train) == 1 and len(data.load_images("celeba", "~/root").train) == 3
     assert not (tmp_path / "~").exists()
-    refused(["home folder in ~nobody-of-this-name/x is unknown"], "mnist", "~nobody-of-this-name/x")

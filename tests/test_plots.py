@@ -4,11 +4,16 @@ import json
 import os
 import re
 import shlex
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
+from matplotlib.collections import Collection
+from matplotlib.image import AxesImage, imread
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.text import Text
 
 import param_recovery
 import plots
@@ -16,7 +21,7 @@ from small_runs import ROOT, main
 from studies import packs, tables
 from studies.figures.sweep_2d import sweep_points
 from studies.packs import pack
-from vsm.figures import images, latents, recovery
+from vsm.figures import images, latents, pictures, recovery
 from vsm.figures.axes import robust_limits
 from vsm.figures.groups import grouped
 from vsm.figures.run import draw_run
@@ -66,8 +71,7 @@ def image_run(folder, learn="fd", infer="kld", seed=0, finished=True, scale=1.0,
     if finished:
         arrays |= {name: rng.integers(0, 255, (64, 1, 8, 8), np.uint8) for name in ("samples", "inputs", "reconstructions")}
         arrays |= {"interpolations": rng.integers(0, 255, (3, 8, 1, 8, 8), np.uint8), "status": np.array("ok")}
-    evaluation = {"iw_samples": np.array([1, 10]), "negative_iw_bound": rng.normal(size=2), "noise_levels": np.array([0, 0.1]),
-                  "denoising_mse": rng.uniform(0.01, 0.02, 2)}
+    evaluation = {"iw_samples": np.array([1, 10]), "negative_iw_bound": rng.normal(size=2)}
     write_run(folder, "train_images", flags, f"{infer.upper()}-F", "eval", status="ok", **evaluation)
     return write_run(folder, "train_images", flags, f"{infer.upper()}-F", **arrays)
 
@@ -95,8 +99,8 @@ def test_bilevel_draws_runs_of_one_length(tmp_path):
 
 FIGURES_OF = {
     "2d": ("synthetic", "study", "bilevel", "training_curves", "synthetic_samples"),
-    "images": ("training_curves", "trajectories", "fid_curves", "importance_bound", "samples", "denoising",
-               "reconstructions", "interpolations", "posterior_sd", "aggregate_posterior")}
+    "images": ("training_curves", "trajectories", "fid_curves", "samples", "reconstructions",
+               "interpolations", "posterior_sd", "aggregate_posterior")}
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "images" else ()) for kind in FIGURES_OF])
@@ -115,7 +119,7 @@ def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
 
 def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path, monkeypatch):
     main(packs, *runs["2d"], "--save", tmp_path / "small.npz", "--drop", "sm_loss")
-    pack(runs["2d"], tmp_path / "large.npz", keep=["model_samples", "test_data"], keep_of="b*")
+    pack(runs["2d"], tmp_path / "large.npz", keep=["model_samples", "test_data"])
     pack([tmp_path / "large.npz"], tmp_path / "again.npz", keep=["model_samples", "test_data"])
     assert (tmp_path / "again.npz").stat().st_size == (tmp_path / "large.npz").stat().st_size
     for folder, small, large in zip(*map(open_runs, (runs["2d"], [tmp_path / "small.npz"], [tmp_path / "large.npz"]))):
@@ -125,12 +129,9 @@ def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path, mo
         for key, value in small.arrays().items():
             assert key == "config" or np.array_equal(value, arrays[key], equal_nan=value.dtype.kind == "f")
         member = shown_member(arrays["nll"])
-        if "b" in folder.name[-2:]:
-            assert np.array_equal(samples_of_member(kept, member), arrays["model_samples"][member])
-            with pytest.raises(KeyError):
-                samples_of_member(kept, 0)
-        else:
-            assert "model_samples" not in kept
+        assert np.array_equal(samples_of_member(kept, member), arrays["model_samples"][member])
+        with pytest.raises(KeyError):
+            samples_of_member(kept, 0 if member else 1)
     assert not open_runs([tmp_path / "small.npz"])[0].has("eval")
     saved = []
     monkeypatch.setattr(plots, "draw_figure", lambda name, runs, save: saved.append(save))
@@ -263,6 +264,18 @@ def test_the_aggregate_posterior_is_a_density_and_its_moments_fall(axes_of, tmp_
     assert right.lines[0].get_ydata().tolist() == sorted(load_arrays(run / "metrics.npz")["second_moment"][-1])[::-1]
 
 
+def test_pictures_stand_where_their_numbers_say(axes_of, tmp_path):
+    """Rows of inputs above those of their reconstructions; a row of interpolations for each pair of images."""
+    run = image_run(tmp_path / "run")
+    arrays = load_arrays(run / "metrics.npz")
+    tiles = {name: axes_of(getattr(pictures, name), run)[0].images[0].get_array().reshape(-1, 8, 8, 8).swapaxes(1, 2)
+             for name in ("samples", "reconstructions", "interpolations")}
+    assert np.array_equal(tiles["samples"].reshape(64, 8, 8), arrays["samples"][:, 0])
+    both = np.stack([arrays[name][:32, 0].reshape(4, 8, 8, 8) for name in ("inputs", "reconstructions")], 1)
+    assert np.array_equal(tiles["reconstructions"], both.reshape(8, 8, 8, 8))
+    assert np.array_equal(tiles["interpolations"], arrays["interpolations"][:, :, 0])
+
+
 def test_fid_against_gamma_is_of_one_network(tmp_path, fails):
     paths = (("fixed", 0.2, 0), ("fixed", 0.2, 1), ("fixed", 0.4, 0), ("stationary", 1.0, 0))
     runs = [gamma_run(tmp_path / f"{learn}{i}", learn, *path) for learn in ("elbo", "swersky") for i, path in enumerate(paths)]
@@ -317,24 +330,80 @@ def published_figures():
     return [(file, shlex.split(command.replace("results/", f"{ROOT}/results/"))) for file, command in rows]
 
 
-def script_of(file):
-    return tables if file.endswith(".md") else plots
-
-
 def test_every_published_figure_has_its_command():
     found = dict(published_figures())
     others = {"README.md", "image_tables.md", "study_gamma.md", "study_celeba_fid.md", "audit", "models", "reproduce.sh"}
     files = {path.name for path in (ROOT / "results").iterdir()} - others
     assert {name for name in files if not name.endswith(".npz")} == found.keys()
     for file, command in found.items():
-        script_of(file).parse_args([*command, "--save", file])
+        (tables if file.endswith(".md") else plots).parse_args([*command, "--save", file])
 
 
-@pytest.mark.parametrize("file, command", [pytest.param(*row, marks=() if script_of(row[0]) is tables else pytest.mark.slow)
-                                           for row in published_figures()])
-def test_published_tables_are_made_again_and_figures_redrawn_to_the_pixel(file, command, tmp_path):
-    main(script_of(file), *command, "--save", tmp_path / file)
-    if file.endswith(".md"):
-        assert (tmp_path / file).read_text() == (ROOT / "results" / file).read_text()
-    else:
-        assert np.array_equal(imread(tmp_path / file), imread(ROOT / "results" / file))
+@pytest.mark.parametrize("file, command", [row for row in published_figures() if row[0].endswith(".md")])
+def test_published_tables_are_made_again(file, command, tmp_path):
+    main(tables, *command, "--save", tmp_path / file)
+    assert (tmp_path / file).read_text() == (ROOT / "results" / file).read_text()
+
+
+FIGURES = [row for row in published_figures() if row[0].endswith(".png")]
+OTHERS = [(f"{name} of {pack}", [name, f"{ROOT}/results/{pack}.npz", "--only", only]) for name, pack, only in (
+    ("synthetic", "figure7", "mixture*"), ("trajectories", "images_mnist", "*"), ("training_curves", "images_fashion", "*"))]
+SLOW = "figure3.png", "figure7.png"
+CONTENTS = ROOT / "tests" / "figures.json"
+
+
+def contents_of(figure):
+    """Of each axes and legend, without drawing: a checksum of words and styles, and a weighted sum of all numbers."""
+    contents = []
+    for part in [*figure.axes, *figure.legends]:
+        words, values = [], [] if part in figure.legends else [*part.get_xlim(), *part.get_ylim()]
+        for artist in part.findobj(lambda artist: artist.get_visible()):
+            if isinstance(artist, Text):
+                words.append(artist.get_text())
+            elif isinstance(artist, Line2D):
+                words += map(str, (artist.get_color(), artist.get_linestyle(), artist.get_marker(), artist.get_label()))
+                values += [*artist.get_xydata().ravel()]
+            elif isinstance(artist, Collection):
+                sizes = artist.get_sizes() if hasattr(artist, "get_sizes") else ()
+                paths = [path.vertices for path in artist.get_paths()]
+                values += [*np.concatenate([np.ravel(value) for value in (
+                    artist.get_offsets(), artist.get_facecolor(), artist.get_edgecolor(), sizes, *paths)])]
+            elif isinstance(artist, Patch):
+                values += [*artist.get_path().vertices.ravel(), *artist.get_facecolor()]
+            elif isinstance(artist, AxesImage):
+                values += [*artist.get_array().astype(float).ravel(), *artist.get_extent()]
+        values = np.nan_to_num(np.array(values, float), nan=-1.5, posinf=-2.5, neginf=-3.5)
+        contents.append([f"{zlib.crc32('|'.join(words).encode()):08x}", float(f"{values @ np.cos(np.arange(len(values))):.6g}")])
+    return contents
+
+
+@pytest.mark.parametrize("file, command", [pytest.param(*row, marks=pytest.mark.slow if row[0] in SLOW else ())
+                                           for row in FIGURES + OTHERS])
+def test_published_figures_have_the_same_contents(file, command):
+    """Where a figure is meant to change, `cd tests; PYTHONPATH=.. python test_plots.py` records the new contents."""
+    words, numbers = zip(*drawn_contents(command))
+    recorded = json.loads(CONTENTS.read_text())[file]
+    assert [*words] == [word for word, _ in recorded]
+    np.testing.assert_allclose(numbers, [number for _, number in recorded], rtol=1e-4)
+
+
+def drawn_contents(command):
+    """The contents of the figure that a command of plots.py draws."""
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(contents_of(figure)))
+        patch.setattr("vsm.figures.style.write_atomic", lambda *_: None)
+        main(plots, *command, "--save", "nothing.svg")
+    return drawn[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file, command", FIGURES)
+def test_published_figures_are_redrawn_to_the_pixel(file, command, tmp_path):
+    main(plots, *command, "--save", tmp_path / file)
+    assert np.array_equal(imread(tmp_path / file), imread(ROOT / "results" / file))
+
+
+if __name__ == "__main__":
+    lines = (f"{json.dumps(file)}: {json.dumps(drawn_contents(command))}" for file, command in FIGURES + OTHERS)
+    CONTENTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -56,9 +56,7 @@ def test_a_run_leaves_its_documented_arrays_and_figures(tmp_path, capsys):
     out = tmp_path / "new" / "run"
     argv = ("--grid", 2, "--iterations", 40, "--frames", 6, "--likelihoods", "sym", "--objectives", "kld", "fd-weighted")
     arrays = run(out, *argv)
-    assert capsys.readouterr().out.splitlines()[:3] == [
-        "posterior at x = 2 of the likelihood sym; a gaussian q by kld, fd-weighted, each with sgd and adam",
-        "4 starts, so 16 runs of 40 steps of 0.0001, 1 sample a step", f"on cpu; writes {out}"]
+    assert capsys.readouterr().out.splitlines()[0] == f"gaussian on cpu; writes {out}"
     keys = documented("Gaussian and Laplace", L=1, I=2, P=2, K=4, G=201, F=len(arrays["iteration"]))
     assert keys.pop("location_gradient") == (3, 2, 1, 4) and shapes_of(arrays) == keys
     assert arrays["iteration"][[0, -1]].tolist() == [0, 40] and 20 in arrays["iteration"]
@@ -104,17 +102,6 @@ def test_basins_colour_every_start_by_its_end(monkeypatch):
     panel = drawn[0].axes[0]
     assert panel.images[0].get_array().T.flatten().tolist() == [0, 1, 2, 3]  # right, left, caught, diverged
     assert panel.get_title("left") == "1 of 4 caught, 1 diverged" and panel.get_title().strip() == figures.OBJECTIVE_TITLES["fd"]
-
-
-@pytest.mark.parametrize("change, complaint", [
-    (lambda arrays: arrays.update(caught=arrays["caught"][..., 1:]), "the array caught of this run has shape [1, 1, 2, 3]"),
-    (lambda arrays: arrays.update(axis=arrays["axis"][1:]), "the array axis of this run has shape [4]"),
-    (lambda arrays: arrays.update(location=arrays["location"][0]), "the array location of this run has shape [1, 1, 2, 4]")])
-def test_arrays_of_another_form_are_refused_in_one_sentence(change, complaint):
-    arrays = ends_of_four_starts()
-    change(arrays)
-    with pytest.raises(UserError, match=re.escape(complaint)):
-        draw_basins(arrays)
 
 
 @pytest.mark.parametrize("argv, kind, number", [(SHORT, Descent, signal.SIGTERM), (MIXTURE, Mixtures, signal.SIGINT)])
@@ -219,15 +206,6 @@ def test_refuses_a_folder_made_with_other_flags(fails, tmp_path):
     argv = ("--gradients", "--out", tmp_path / "run")
     fit(tmp_path / "run", "--gradients")
     assert "target_sd was 0.5, is now 2.0" in fails(toy, *argv, "--target-sd", 2)
-
-
-@pytest.mark.parametrize("argv, first", [
-    ([], "posteriors at x = 2 of the likelihoods sym, soft; a gaussian q by fd-repar, fd, kld, each with sgd and adam"),
-    (["--family", "mixture"], "posteriors at x = 2 of the likelihoods sym, soft; q a mixture of 10 Gaussians, by FD"),
-    (["--gradients"], "gradients of KLD and FD between two univariate Gaussians")])
-def test_a_run_is_described_in_two_lines(argv, first):
-    lines = toy.describe(parsed(*argv)).splitlines()
-    assert lines[0] == first and len(lines) == 2
 
 
 @pytest.mark.slow

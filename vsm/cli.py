@@ -176,6 +176,13 @@ class Parser(argparse.ArgumentParser):
         super()._check_value(action, value)
 
 
+def add_output(flag, folder, device="auto", note=""):
+    """The flags that say where a run computes and what it leaves, under `folder`; note: words on its default device."""
+    flag("--device", default=device, help=f"auto | cpu | cuda | cuda:1 ...{note}")
+    flag("--out", type=os.path.expanduser, help=f"the run's folder (default: a name made of the flags, under {folder})")
+    flag("--overwrite", action="store_true", help="replace a run that exists in the folder")
+
+
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """--help with the script's docstring as it is written, and with defaults other than None and False."""
 

@@ -7,21 +7,19 @@ mixture, banana and ring, and a one-dimensional integral on a fine grid for spar
 import math
 from functools import partial
 
-import numpy as np
 import torch
 
 
 class Distribution2D:
     """The distribution of x = transform(u), u ~ N(0, I).
 
-    A subclass defines transform, [..., dim_noise] -> [..., 2], and log_prob and entropy if they are known. noisy_log_prob(x, sd)
+    A subclass defines transform, [..., dim_noise] -> [..., 2], and log_prob if it is known. noisy_log_prob(x, sd)
     is the log density of x plus noise sd e, e ~ N(0, I).
     """
 
     dim_noise = 2
     log_prob = None  # [..., 2] -> [...], nats; None: the density is not known
     noisy_log_prob = None
-    entropy = None  # nats
 
     def sample(self, n, generator=None):
         """n points [n, 2], on the generator's device."""
@@ -105,13 +103,6 @@ class Mixture(Distribution2D):
         logits = torch.stack([-((x - c) ** 2).sum(-1) for c in (self.centre, -self.centre)]) / (2 * variance)
         return logits.logsumexp(0) - math.log(2) - math.log(2 * math.pi * variance)
 
-    @property
-    def entropy(self):
-        """log 2 + the entropy of a component - E log(1 + odds of the other), with t ~ N(mean, sd^2) along the line of centres."""
-        mean = math.sqrt(2) * self.centre
-        overlap = gaussian_mean(lambda t: np.log1p(np.exp(-2 * mean * t / self.sd**2)), mean, self.sd)
-        return math.log(2) + math.log(2 * math.pi * math.e * self.sd**2) - overlap
-
 
 class Banana(Distribution2D):
     """x1 = .5 u1, x2 = x1^2 - .25 + .1 u2."""
@@ -132,11 +123,6 @@ class Banana(Distribution2D):
         x1, sd2 = self.sd[0] * u, math.hypot(self.sd[1], sd)
         squares = ((x[..., :1] - x1) / sd) ** 2 + ((x[..., 1:] - x1**2 + self.sd[0] ** 2) / sd2) ** 2
         return (log_weight - squares / 2).logsumexp(-1) - math.log(math.sqrt(2 * math.pi) * sd * sd2)
-
-    @property
-    def entropy(self):
-        """The entropy of u + log(sd1 sd2), because the map from u scales volumes by sd1 sd2."""
-        return math.log(2 * math.pi * math.e * self.sd[0] * self.sd[1])
 
 
 class Ring(Distribution2D):
@@ -159,12 +145,6 @@ class Ring(Distribution2D):
         r, distance = (self.radius + self.sd * u).abs(), x.norm(dim=-1, keepdim=True)
         log_kernel = torch.special.i0e(r * distance / sd**2).log() - (r - distance) ** 2 / (2 * sd**2)
         return (log_weight + log_kernel).logsumexp(-1) - math.log(math.sqrt(2 * math.pi) * sd**2)
-
-    @property
-    def entropy(self):
-        """The entropy of the radius + E log(2 pi r)."""
-        log_circumference = gaussian_mean(lambda r: np.log(2 * math.pi * r), self.radius, self.sd)
-        return math.log(2 * math.pi * math.e) / 2 + math.log(self.sd) + log_circumference
 
 
 class Spiral(Distribution2D):
@@ -200,13 +180,6 @@ def quadrature(y, transform, sd):
     """The log density at y [...] of transform(u) + sd e, u and e standard normal, by an integral over u."""
     u, log_weight = normal_nodes(y)
     return (log_weight - math.log(sd) - ((y[..., None] - transform(u)) / sd) ** 2 / 2).logsumexp(-1)
-
-
-def gaussian_mean(f, mean, sd):
-    """E f(t) for t ~ N(mean, sd^2), by the trapezoidal rule over eight standard deviations on both sides."""
-    u = np.linspace(-8, 8, 4001)
-    weights = np.exp(-(u**2) / 2)
-    return float(weights @ f(mean + sd * u) / weights.sum())
 
 
 DISTRIBUTIONS = {"sparse": Sparse(), "mixture": Mixture(), "banana": Banana(), "ring": Ring(), "spiral": Spiral()}

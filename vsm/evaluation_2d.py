@@ -43,7 +43,7 @@ def evaluate(trainer, test, samples):
     fisher_divergence     only where the law's density is known, as the next two
     nll_excess, sm_excess nll and sm_loss less the law's own at the same points; their standard errors are of paired differences
     Others: ess [S, 3], the quantiles 0, 0.01 and 0.5 of the effective sample size over the data; model_samples [S, 1000, 2];
-    variance_ratio and second_moment [S, Dz] of `moments`; diverged_at, the step or -1; member_status; data_entropy, where known.
+    variance_ratio and second_moment [S, Dz] of `moments`; diverged_at, the step or -1; member_status.
     """
     vae, law, S = trainer.vae, trainer.law, len(trainer.vae.log_gamma)
     x, generator = test.expand(S, -1, -1), evaluation_generator(test.device)
@@ -67,8 +67,6 @@ def evaluate(trainer, test, samples):
         value[diverged_at >= 0] = torch.nan
     result = {name: value.cpu().numpy() for name, value in result.items()} | {"diverged_at": diverged_at.cpu().numpy()}
     result["member_status"] = np.array(["ok" if step < 0 else f"diverged@{step}" for step in result["diverged_at"]])
-    if law.entropy is not None:
-        result["data_entropy"] = np.array(law.entropy)
     return result
 
 

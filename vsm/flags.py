@@ -5,7 +5,7 @@ import os
 from data import data_name, data_names
 from models import NETS, NORMS
 from objectives import ESTIMATORS, INFER, LEARN
-from vsm.cli import Parser, count, nonnegative, positive, positive_float, seed_number
+from vsm.cli import Parser, add_output, count, nonnegative, positive, positive_float, seed_number
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.gamma import GAMMA_HELP, MODES
 from vsm.names import run_name
@@ -28,12 +28,8 @@ def add_pair(flag, samples, datum):
     flag("--infer-samples", type=positive, metavar="M", help=f"posterior samples per {datum} in the encoder's loss (default: N)")
 
 
-def add_output(flag, folder):
-    """Where a run computes and what it leaves."""
-    flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
+def add_graph(flag):
     flag("--no-graph", action="store_true", help="on a GPU, do not capture the updates in CUDA graphs")
-    flag("--out", type=os.path.expanduser, help=f"the run's folder (default: a name made of the flags, under {folder})")
-    flag("--overwrite", action="store_true", help="replace a run that exists in the folder")
 
 
 def image_parser(description=None):
@@ -75,6 +71,7 @@ def image_parser(description=None):
     flag("--fid-every", type=count, default=0, metavar="EPOCHS",
          help="epochs between FIDs, a multiple of --eval-every; 0: no FID during training")
     add_output(flag, "runs/images")
+    add_graph(flag)
     flag("--jobs", type=positive, default=1, help="on a CPU, runs at once, where flags have several values")
     return parser
 
@@ -150,6 +147,7 @@ def synthetic_parser(description=None):
          help="on a CPU, compile the updates and their derivatives with TorchInductor; it needs a C++ compiler and takes up to a "
          "minute, once per pair of objectives, N and J")
     add_output(flag, "runs/synthetic")
+    add_graph(flag)
     return parser
 
 

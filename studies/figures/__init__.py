@@ -1,1 +1,1 @@
-"""Figures of studies: of sweeps of 2-D runs, of bi-level training, of spectra of linear VAEs and of an audit."""
+"""Figures of studies: of sweeps of 2-D runs, of bi-level training and of spectra of linear VAEs."""

@@ -3,7 +3,6 @@
 import numpy as np
 
 from studies.tables import COLLAPSED
-from vsm.cli import UserError
 from vsm.figures.axes import round_ticks
 from vsm.figures.style import color_of, handles_of, legend_below, line_key, new_figure, save_figure
 from vsm.linear import KAPPA_KNOWN, bilevel_end
@@ -24,9 +23,6 @@ def bilevel(runs, save):
     in K those with the least are drawn, and of runs that differ in length those of the length that most of them have.
     """
     loaded = [run.finished() for run in open_runs(runs)]
-    if not all({"second_moment", "nll_excess"} <= arrays.keys() for arrays in loaded):
-        raise UserError("bilevel needs the NLL above the true law's and E z^2, which runs of older versions do not have, "
-                        "nor runs on a law without a density")
     ordered = sorted(((arrays["config"]["flags"], arrays) for arrays in loaded), key=lambda run: pair_order(run[0]))
     fewest, lengths = min(flags["inner_steps"] for flags, _ in ordered), [flags["epochs"] for flags, _ in ordered]
     length, objectives = max(sorted(set(lengths)), key=lengths.count), {}

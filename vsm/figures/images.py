@@ -136,37 +136,6 @@ def draw_lines(ax, groups, x, y, markers, start=0):
     return lines
 
 
-def importance_bound(runs, save):
-    """The importance-weighted bound on the negative log-likelihood against its number of samples from q(z|x)."""
-    options = {"xlabel": "samples $K$", "ylabel": "negative bound (nats)", "xscale": "log"}
-    figure, axes = curves(runs, "iw_samples", "negative_iw_bound", **options)
-    legend_below(figure, handles_of(axes))
-    save_figure(figure, save)
-
-
-def denoising(runs, save):
-    """Error between the reconstruction of a noisy image and the clean image, against the noise's standard deviation."""
-    figure, axes = curves(runs, "noise_levels", "denoising_mse", xlabel="noise SD", ylabel="MSE to the clean image", yscale="log")
-    for ax in axes.flat:
-        sd = np.linspace(1e-3, ax.get_xlim()[1], 200)
-        ax.plot(sd, sd**2, ":", color="gray", label="noisy image itself", scaley=False)
-    legend_below(figure, handles_of(axes))
-    save_figure(figure, save)
-
-
-def curves(runs, x, y, **options):
-    """A figure with a panel per data set and network: the curve `y` of eval.npz against `x`."""
-    panels = grouped(runs, "eval")
-    figure, axes = new_figure(1, len(panels), size=(4.4, 2.6))
-    for ax, (title, groups) in zip(axes.flat, panels.items()):
-        lines = draw_lines(ax, groups, x, y, markers_of(panels.values()))
-        if options.get("yscale") != "log":
-            limit_robustly(ax, lines, "linear")
-        ax.set(title=title, **options)
-        label_ticks(ax)
-    return figure, axes
-
-
 SNR_PANELS = {
     "snr": r"$\|E\,g\|^2$ / tr Var$(g)$, decoder weights",
     "snr_log_gamma": r"the same of $\log\,\gamma$",

@@ -5,7 +5,6 @@ from itertools import product
 
 import numpy as np
 
-from vsm.cli import UserError
 from vsm.figures.style import BLUE, ORANGE, RED, area_key, handles_of, legend_below, line_key, new_figure, save_figure
 from vsm.stored_runs import open_runs
 
@@ -15,28 +14,6 @@ OPTIMISER_TITLES = {"sgd": "SGD", "adam": "Adam"}
 SIDES, CAUGHT, LOST = ("#3b6fb6", "#8fc1e3"), ORANGE, "0.6"  # ends where z1 + z2 > 0, < 0; in low density; diverged
 LOW_DENSITY = "caught: 99 % of the mass is denser"
 POSTERIOR = "exact posterior, down to 8 nats"  # in grey
-
-
-def check_axes(arrays, axes, **sizes):
-    """Raises UserError unless every array has the axes that `axes` gives it: a character each, a letter or a digit, its length.
-
-    A letter stands for the same length in all arrays; `sizes` fixes some of them.
-    """
-    for name, letters in axes.items():
-        shape = list(arrays[name].shape)
-        wanted = [int(letter) if letter.isdigit() else sizes.setdefault(letter, n) for letter, n in zip(letters, shape)]
-        if len(shape) != len(letters) or shape != wanted:
-            raise UserError(f"the array {name} of this run has shape {shape}, which does not fit its axes {', '.join(letters)}")
-
-
-def arrays_from_every_start(runs, **axes):
-    """Arrays and flags of a run from every start, its axes checked: L likelihoods, I objectives, P optimisers, K starts."""
-    arrays = open_runs(runs)[0].arrays()
-    flags = {"objectives": ["fd-repar", "fd", "kld"], **arrays["config"]["flags"]}
-    axes = {"location": "2LIPK", "caught": "LIPK", "diverged": "LIPK", "log_posterior": "LGG", "axis": "G", **axes}
-    check_axes(arrays, axes, L=len(flags["likelihoods"]), I=len(flags["objectives"]), P=len(OPTIMISER_TITLES),
-               K=flags["grid"] ** 2)
-    return arrays, flags
 
 
 def posterior_panels(flags):
@@ -73,7 +50,8 @@ def toy_trajectories(runs, save):
 
     At most 10 by 10 starts are drawn, every m-th of a denser grid; the counts are of all starts.
     """
-    arrays, flags = arrays_from_every_start(runs, starts="2K", trajectory="F22LIPK")
+    arrays = open_runs(runs)[0].arrays()
+    flags = arrays["config"]["flags"]
     extent, side = 1.12 * flags["extent"], flags["grid"]
     every = -(-side // 10)
     some = slice((side - 1) % every // 2, None, every)
@@ -107,7 +85,8 @@ def toy_basins(runs, save):
     """One cell per start, coloured by where q's location ends, and contours of the exact posterior."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patheffects import withStroke
-    arrays, flags = arrays_from_every_start(runs)
+    arrays = open_runs(runs)[0].arrays()
+    flags = arrays["config"]["flags"]
     side, extent = flags["grid"], flags["extent"]
     half = extent / max(side - 1, 1)  # half the width of a cell
     cmap = ListedColormap([*SIDES, CAUGHT, LOST])
@@ -134,9 +113,7 @@ def toy_mixtures(runs, save):
     """Figure 5: every fitted mixture over the exact posterior, one or more rows per likelihood."""
     arrays = open_runs(runs)[0].arrays()
     flags = arrays["config"]["flags"]
-    likelihoods, repeats = flags["likelihoods"], arrays["kl"].shape[1] if arrays["kl"].ndim == 2 else 0
-    check_axes(arrays, {"kl": "LR", "right_mass": "LR", "log_q": "LRGG", "mean": "2LRC", "weight": "LRC", "exact_right_mass": "L",
-                        "log_posterior": "LGG", "axis": "G"}, L=len(likelihoods))
+    likelihoods, repeats = flags["likelihoods"], arrays["kl"].shape[1]
     columns = min(repeats, 5)
     rows = -(-repeats // columns)
     figure, axes = new_figure(rows * len(likelihoods), columns, size=(1.9, 1.95), sharex=True, sharey=True)
@@ -170,7 +147,6 @@ def toy_gradients(runs, save):
     """A.5.1: descent between two Gaussians by KLD, FD and FD with z held fixed; right: gradients over those of KLD."""
     arrays = open_runs(runs)[0].arrays()
     target_sd = arrays["config"]["flags"]["target_sd"]
-    check_axes(arrays, {"mean": "M", "sd": "S", "gradient": "32MS"})
     mean, sd, gradient = arrays["mean"], arrays["sd"], arrays["gradient"]
     figure, axes = new_figure(1, 4, size=(2.7, 2.7))
     titles = "descent by KLD", "descent by FD", "descent by FD, $z$ held fixed (biased)"
