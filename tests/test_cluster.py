@@ -1,7 +1,7 @@
-"""The recipes of docs/machines.md: the batch script by itself with a stand-in for Slurm, and (slow) each recipe for real."""
+"""The recipes of docs/machines.md: the batch script by itself with a stand-in for Slurm, and (slow) that with xargs."""
 
 import os
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from small_runs import ROOT, SMALL, assert_equal_runs, environment, train
+from vsm.runs import load_arrays
+
 FOLDER = Path(__file__).parent / "cluster"
 PATIENCE = 600  # seconds: a busy machine may be slow
-NEEDS = {"xargs": ["xargs"], "ssh": ["parallel", "ssh", "sshd"], "slurm": ["slurmctld", "slurmd", "munged", "sbatch"]}
 
 
 def start(tmp_path, *lines, task=1, file="commands.txt"):
@@ -63,13 +65,24 @@ def test_near_the_time_limit_the_command_gets_sigterm_and_the_task_is_requeued_u
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", NEEDS)
-def test_disturbed_runs_equal_undisturbed_ones(recipe):
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    if missing := [program for program in NEEDS[recipe] if not shutil.which(program, path=path)]:
-        pytest.skip(f"needs {', '.join(missing)}")
-    command = [sys.executable, FOLDER / "check.py", recipe, "--runs", "6"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith(f"{recipe}: 6 runs")
+def test_a_killed_run_of_the_recipe_with_xargs_resumes_and_ends_with_the_same_bits(tmp_path):
+    """The line of docs/machines.md ends with 125 where a command is killed, and finishes the runs when it is started again."""
+    flags = [*SMALL, "--steps-per-epoch", "100", "--eval-every", "1", "--epochs", "12"]
+    folders = {place: [tmp_path / place / str(seed) for seed in range(3)] for place in ("alone", "killed")}
+    for folder in folders["alone"]:
+        train(folder, *flags, "--seed", folder.name, epochs=12)
+    lines = [shlex.join([sys.executable, str(ROOT / "train_synthetic.py"), *flags, "--seed", folder.name, "--out", str(folder)])
+             for folder in folders["killed"]]
+    first, recipe = folders["killed"][0], ["xargs", "-d", "\n", "-n", "1", "-P", "2", "sh", "-c"]
+    (tmp_path / "commands.txt").write_text("\n".join(lines))
+    with open(tmp_path / "commands.txt") as commands:
+        process = subprocess.Popen(recipe, stdin=commands, env=environment())
+    wait_for(first / "log.csv")
+    subprocess.run(["pkill", "-KILL", "-f", str(first)], check=True)
+    assert process.wait(PATIENCE) == 125 and "status" not in load_arrays(first / "metrics.npz")
+    rows = load_arrays(first / "metrics.npz")["seconds"]
+    with open(tmp_path / "commands.txt") as commands:
+        subprocess.run(recipe, stdin=commands, env=environment(), check=True)
+    assert load_arrays(first / "metrics.npz")["seconds"][:len(rows)].tolist() == rows.tolist()  # it has resumed
+    for one, other in zip(*folders.values()):
+        assert_equal_runs(one, other)
