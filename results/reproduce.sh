@@ -315,11 +315,14 @@ study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gam
     done
 }
 
-study_celeba_fid() {  # ConvNets on celeba: one run of the ELBO of 7200 updates, four objectives of 1200 with stationary gamma (width 16), and three of 800 with log gamma fixed at -4 (width 32): 8 runs of 4 to 20 min
+study_celeba_fid() {  # ConvNets on celeba: one run of the ELBO of 7200 updates, four objectives of 1200 with stationary gamma (widths 16 and 32), and three of 800 with log gamma fixed at -4 (width 32): 12 runs of 4 to 20 min
     local budget="--data celeba --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --test-limit 2000" pair
     python train_images.py $budget --data-root "$DATA" --width 16 --dim-z 32 --learn elbo --samples 1 --epochs 18 --lr-half-life 4.5 --eval-every 3
     for pair in "elbo" "fd" "swersky" "dsm --estimator unbiased"; do
         python train_images.py $budget --data-root "$DATA" --width 16 --dim-z 32 --samples 2 --gamma stationary --epochs 3 --lr-half-life 0.75 --eval-every 3 --learn $pair
+    done
+    for pair in "elbo" "fd" "swersky" "dsm --estimator unbiased"; do  # width 32 and 100 latents
+        python train_images.py $budget --data-root "$DATA" --width 32 --samples 2 --gamma stationary --epochs 3 --lr-half-life 0.75 --eval-every 3 --learn $pair
     done
     for pair in elbo fd swersky; do  # with N = 1 S is F
         python train_images.py $budget --data-root "$DATA" --width 32 --samples 1 --gamma fixed --init-sd 0.1353 --epochs 2 --lr-half-life 0.5 --eval-every 1 --learn $pair
