@@ -5,10 +5,19 @@ import pytest
 import torch
 
 import linear_models
+import sketches
 from small_runs import DRAWINGS, RUNS, train, train_on, write_idx
 from vsm.cli import command_line
 
 torch.set_num_threads(1)
+sketches.Figure.savefig = sketches.sketch
+
+
+@pytest.fixture(autouse=True)
+def draw_in_slow_tests(request, monkeypatch):
+    """Slow tests draw real pixels, as processes of their own do; the others sketch."""
+    if "slow" in request.keywords:
+        monkeypatch.setattr(sketches.Figure, "savefig", sketches.DRAW)
 
 
 @pytest.fixture(scope="session")

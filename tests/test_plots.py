@@ -4,19 +4,15 @@ import json
 import os
 import re
 import shlex
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.collections import Collection
-from matplotlib.image import AxesImage, imread
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.text import Text
+from matplotlib.image import imread
 
 import param_recovery
 import plots
+from sketches import contents_of
 from small_runs import ROOT, main
 from studies import packs, tables
 from studies.figures.sweep_2d import sweep_points
@@ -348,33 +344,8 @@ def test_published_tables_are_made_again(file, command, tmp_path):
 FIGURES = [row for row in published_figures() if row[0].endswith(".png")]
 OTHERS = [(f"{name} of {pack}", [name, f"{ROOT}/results/{pack}.npz", "--only", only]) for name, pack, only in (
     ("synthetic", "figure7", "mixture*"), ("trajectories", "images_mnist", "*"), ("training_curves", "images_fashion", "*"))]
-SLOW = "figure3.png", "figure7.png"
+SLOW = "figure3.png", "figure7.png", "study2d.png"  # the densities of many data take seconds
 CONTENTS = ROOT / "tests" / "figures.json"
-
-
-def contents_of(figure):
-    """Of each axes and legend, without drawing: a checksum of words and styles, and a weighted sum of all numbers."""
-    contents = []
-    for part in [*figure.axes, *figure.legends]:
-        words, values = [], [] if part in figure.legends else [*part.get_xlim(), *part.get_ylim()]
-        for artist in part.findobj(lambda artist: artist.get_visible()):
-            if isinstance(artist, Text):
-                words.append(artist.get_text())
-            elif isinstance(artist, Line2D):
-                words += map(str, (artist.get_color(), artist.get_linestyle(), artist.get_marker(), artist.get_label()))
-                values += [*artist.get_xydata().ravel()]
-            elif isinstance(artist, Collection):
-                sizes = artist.get_sizes() if hasattr(artist, "get_sizes") else ()
-                paths = [path.vertices for path in artist.get_paths()]
-                values += [*np.concatenate([np.ravel(value) for value in (
-                    artist.get_offsets(), artist.get_facecolor(), artist.get_edgecolor(), sizes, *paths)])]
-            elif isinstance(artist, Patch):
-                values += [*artist.get_path().vertices.ravel(), *artist.get_facecolor()]
-            elif isinstance(artist, AxesImage):
-                values += [*artist.get_array().astype(float).ravel(), *artist.get_extent()]
-        values = np.nan_to_num(np.array(values, float), nan=-1.5, posinf=-2.5, neginf=-3.5)
-        contents.append([f"{zlib.crc32('|'.join(words).encode()):08x}", float(f"{values @ np.cos(np.arange(len(values))):.6g}")])
-    return contents
 
 
 @pytest.mark.parametrize("file, command", [pytest.param(*row, marks=pytest.mark.slow if row[0] in SLOW else ())
