@@ -137,6 +137,7 @@ def test_the_example_goes_from_a_folder_of_pictures_to_samples_and_log_p(tmp_pat
     assert Image.open(tmp_path / "run" / "own_pictures.png").width > 500
 
 
+@pytest.mark.slow
 def test_the_recipe_that_compares_objectives_gives_a_table_by_a_fitted_law(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "images.md").read_text()
     train, measure = re.search(r"Compare two objectives.*?```bash\n(.*?)\n(.*?)\n```", page, re.S).groups()

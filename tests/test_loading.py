@@ -69,6 +69,9 @@ def test_an_exported_model_is_the_same_and_replaces_nothing(folders, digits, tmp
     assert torch.equal(load_vae(tmp_path / "copy").decode(z), load_vae(folders / "conv").decode(z))
     config = load_config(tmp_path / "copy")
     assert place_of_images("", config, SimpleNamespace(data="folder:/nowhere", data_root=None)) == ("mnist", str(digits))
+    shutil.copytree(digits, tmp_path / "moved")
+    moved = SimpleNamespace(data=None, data_root=str(tmp_path / "moved"))
+    assert place_of_images("", config, moved) == ("mnist", moved.data_root)
     config["data"]["counts"]["train"] += 49  # which make no further minibatch
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
     assert epochs_trained(tmp_path / "copy") == 2

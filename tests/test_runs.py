@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ import vsm.runs
 from small_runs import IMAGES, SMALL, assert_equal_runs, contents, edit_arrays, main, run_steps, stop_after, train, train_on
 from train_synthetic import EnsembleTrainer
 from training import ImageTrainer
-from vsm import loop
+from vsm import flags, loop
 from vsm.cli import Stopped, UserError, command_line, while_slow
 from vsm.many_runs import Counted, combinations, in_lockstep, names_of, shares
+from vsm.names import run_name
 from vsm.runs import load_arrays, load_checkpoint, status_of
 from vsm.toys.descent import Descent
 
@@ -322,6 +324,24 @@ def test_combinations_of_values_the_first_flag_slowest_and_names_of_what_differs
     done = [0, 1]
     Counted(done, 10, 6).update()  # of a run that goes on after six updates of ten
     assert shares({"a": "seed0"}, {"a": done}) == "seed0 70%"
+
+
+WHERE_AND_HOW = {"out", "overwrite", "device", "data_root", "no_graph", "jobs", "epochs", "compile"}
+
+
+@pytest.mark.parametrize("parser, defaults, axes", [
+    (flags.image_parser, flags.image_defaults, flags.IMAGE_AXES),
+    (flags.synthetic_parser, flags.synthetic_defaults, flags.SYNTHETIC_AXES)])
+def test_a_run_of_another_value_of_a_flag_is_another_run(parser, defaults, axes):
+    """It has another folder and another identity, whichever flag it is, but for those that say where and how to compute."""
+    usual, same = defaults(), set()
+    for key, value in usual.items():
+        other = SimpleNamespace(**usual | {key: not value if isinstance(value, bool) else f"{value}x"})
+        names = {run_name(run, axes, usual) for run in (SimpleNamespace(**usual), other)}
+        identities = [vsm.runs.identity_of({"script": "x", "flags": vars(run)}) for run in (SimpleNamespace(**usual), other)]
+        assert (len(names) == 2) == (identities[0] != identities[1]), key
+        same |= {key} if len(names) == 1 else set()
+    assert same == {*usual} & WHERE_AND_HOW
 
 
 @pytest.mark.parametrize("argv", [["--seed", "1", "1"], ["--seed", "1", "2", "--out", "x"]])
