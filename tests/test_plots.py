@@ -136,6 +136,14 @@ def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path, mo
     assert saved == [tmp_path / "small_study.png", runs["2d"][0] / "study.png"]
 
 
+def test_a_packed_run_has_its_own_arrays_alone(runs, tmp_path):
+    both = [*runs["2d"][:1], *runs["half"], runs["images"][0]]
+    pack(both, tmp_path / "both.npz", keep=HEAVY)
+    for folder, packed in zip(*map(open_runs, (both, [tmp_path / "both.npz"]))):
+        assert packed.arrays().keys() - {"model_samples_of"} == folder.arrays().keys()
+        assert packed.has("eval") == folder.has("eval")
+
+
 @pytest.mark.parametrize("kind", ["half", "half image"])
 def test_curves_of_a_run_that_has_not_ended(runs, tmp_path, kind, fails):
     draw("training_curves", *runs[kind], "--save", tmp_path / "a.png")

@@ -16,6 +16,7 @@ from studies.gradient_snr import differentiable_decoder, gradient_moments
 from studies.latent_scale import measure_latent_scale
 from studies.tables import interval, latent_scale_of, study_table, table_of_2d_runs, table_of_image_runs
 from test_evaluate import train
+from training import EVALUATION, seed_of
 from vsm.cli import UserError
 from vsm.linear import linear_vae, set_posterior
 from vsm.loading import load_vae
@@ -221,13 +222,18 @@ def test_latent_scale(trained, half, capsys, monkeypatch):
     assert arrays["config"]["evaluation"] == {"minibatches": 3, "samples": 16} and arrays["status"] == "unfinished@8"
 
 
-def test_the_gradients_mode_couples_data_and_leaves_the_model_as_it_was(trained, digits):
+def test_the_gradients_mode_couples_data_and_leaves_the_model_as_it_was(trained, digits, monkeypatch):
     vae, images = load_vae(trained), load_images("mnist", digits).train
     before, found = {name: value.clone() for name, value in vae.state_dict().items()}, {}
     for mode in ("eval", "train"):
         flags, generator = load_config(trained)["flags"], torch.Generator().manual_seed(0)
         found[mode] = gradient_moments(differentiable_decoder(vae, mode), images, flags, "fd", "plugin", 2, 3, generator).mean
     assert not torch.allclose(found["eval"], found["train"], rtol=0.01)
+    monkeypatch.setattr(gradient_snr, "SAMPLES", (2,))  # the published ratios are those of evaluation mode
+    norms = gradient_snr.measure_gradient_snr(vae, images, flags, 3)["gradient_norm"]
+    generator = torch.Generator().manual_seed(seed_of(flags["seed"], EVALUATION, 1, 2))
+    signal = gradient_moments(differentiable_decoder(vae, "eval"), images, flags, "fd", "plugin", 2, 3, generator).signal[0]
+    assert norms[1, 0] == pytest.approx(signal.sqrt().item(), rel=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
     assert not vae.training and not any(p.requires_grad for p in vae.parameters())
 

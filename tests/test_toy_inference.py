@@ -95,6 +95,17 @@ def draw_basins(arrays):
     figures.toy_basins([StoredRun("starts", lambda: arrays["config"], lambda part: arrays, ["metrics"])], None)
 
 
+def test_trajectories_of_a_dense_grid_are_of_some_starts_and_their_counts_of_all(monkeypatch):
+    drawn, arrays, shape = [], ends_of_four_starts(), (1, 1, 2, 144)
+    arrays |= {"starts": np.zeros((2, 144)), "trajectory": np.zeros((3, 2, 2, *shape)), "location": np.zeros((2, *shape)),
+               "caught": np.ones(shape, bool), "diverged": np.zeros(shape, bool)}
+    arrays["config"]["flags"]["grid"] = 12
+    monkeypatch.setattr(figures, "save_figure", lambda figure, save: drawn.append(figure))
+    figures.toy_trajectories([StoredRun("starts", lambda: arrays["config"], lambda part: arrays, ["metrics"])], None)
+    panel = drawn[0].axes[0]
+    assert panel.get_title("left") == "144 of 144 caught" and len(panel.lines) == 36  # every second of 12 by 12
+
+
 def test_basins_colour_every_start_by_its_end(monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, save: drawn.append(figure))
