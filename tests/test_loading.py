@@ -53,7 +53,7 @@ def test_the_published_2d_models_reproduce_their_recorded_metrics():
 
 @pytest.mark.parametrize("name, pack", [
     pytest.param("mnist-mlp-elbo", "study_mnist.npz", marks=real("MNIST")),
-    pytest.param("mnist-conv-elbo", "study_gamma.npz", marks=real("MNIST")),
+    pytest.param("mnist-conv-elbo", "study_gamma.npz", marks=[real("MNIST"), pytest.mark.slow]),
     pytest.param("celeba-conv-elbo", "study_celeba_fid.npz", marks=[real("celeba"), pytest.mark.slow])])
 def test_the_published_image_models_reproduce_their_recorded_metrics(name, pack):
     vae, (flags, arrays) = load_vae(PUBLISHED / "models" / name), recorded(name, pack)

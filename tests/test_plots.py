@@ -99,7 +99,8 @@ FIGURES_OF = {
                "interpolations", "posterior_sd", "aggregate_posterior")}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "images" else ()) for kind in FIGURES_OF])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FIGURES_OF)
 def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
     packed = tmp_path / "all.npz"
     main(packs, *runs[kind], "--save", packed, "--keep", *HEAVY)

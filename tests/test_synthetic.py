@@ -179,6 +179,7 @@ def test_the_moments_are_those_of_samples():
 
 
 QUICK = ["--test-size", 10, "--importance-samples", 20]
+@pytest.mark.slow
 def test_figures_are_redrawn_from_the_arrays(tmp_path, fails):
     runs = []
     for words in ("--learn elbo", "--learn bao", "--learn bao --estimator released", "--bilevel-steps 1"):
