@@ -11,7 +11,8 @@ from torch.distributions import MultivariateNormal
 import evaluate
 import metrics
 from linear_models import affine_vae, closed_forms, objectives_of
-from metrics import evaluate_images, importance, latent_mmd, negative_elbo, objective_terms, reconstruction_mse
+from metrics import (evaluate_images, importance, latent_mmd, negative_elbo, objective_terms, precision_recall,
+                     reconstruction_mse)
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN
 from small_runs import ROOT
@@ -290,3 +291,11 @@ def test_known_values_of_the_laws():
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
     first, again, other = (DISTRIBUTIONS["ring"].sample(10, generator) for generator in generators)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_balls_reach_to_the_nearest_other_row():
+    """Points on a line: real 0, 1, 3 and 7 have balls of 1, 1, 2 and 4 for k = 1, and fake 2.5, 0.5 and 20 of 2, 2 and 17.5."""
+    real, fake = (torch.tensor(points)[:, None].double() for points in ([0.0, 1, 3, 7], [2.5, 0.5, 20]))
+    found = {key: value.item() for key, value in precision_recall(real, fake, k=1).items()}
+    # 2.5 is in the ball of 3, 0.5 in those of 0 and 1, 20 in none; all real points are in a fake ball: 7 in that of 20
+    assert found == pytest.approx({"precision": 2 / 3, "recall": 1.0, "density": 1.0, "coverage": 3 / 4})
