@@ -11,8 +11,7 @@ from torch.distributions import MultivariateNormal
 import evaluate
 import metrics
 from linear_models import affine_vae, closed_forms, objectives_of
-from metrics import (evaluate_images, importance, latent_mmd, negative_elbo, objective_terms, precision_recall,
-                     reconstruction_mse)
+from metrics import evaluate_images, importance, latent_mmd, negative_elbo, objective_terms, precision_recall, reconstruction_mse
 from models import build_ensemble, build_vae
 from objectives import INFER, LEARN
 from small_runs import ROOT
