@@ -261,6 +261,15 @@ def test_every_curve_of_the_gradients_noise_is_that_of_its_name(axes_of, tmp_pat
             assert np.array_equal(bars.lines[0].get_ydata(), arrays[key][names.index(bars.get_label())]), key
 
 
+def test_bars_of_the_gradients_noise_reach_from_the_smallest_to_the_largest_seed(axes_of, tmp_path):
+    flags = {"data": "mnist", "net": "conv", "learn": "elbo", "infer": "kld", "estimator": "plugin", "samples": 5}
+    values, keys = {0: 1.0, 1: 2.0, 2: 6.0}, ("snr", "snr_log_gamma", "cosine_to_elbo")
+    runs = [write_run(tmp_path / f"{seed}", "train_images", flags | {"seed": seed}, "KLD-ELBO", "gradient_snr", samples=[1],
+                      objectives=["ELBO"], **{key: np.full((1, 1), value) for key in keys}) for seed, value in values.items()]
+    (bars,) = axes_of(images.gradient_snr, *runs)[0].containers
+    assert bars.lines[0].get_ydata().tolist() == [3] and bars.lines[2][0].get_segments()[0][:, 1].tolist() == [1, 6]
+
+
 def test_the_aggregate_posterior_is_a_density_and_its_moments_fall(axes_of, tmp_path):
     run = image_run(tmp_path / "run")
     left, right = axes_of(latents.aggregate_posterior, run)
