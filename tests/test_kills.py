@@ -55,6 +55,7 @@ def no_git(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_kill_inside_any_write(tmp_path, no_git):
     for fatal in range(1, 200):
         out = tmp_path / str(fatal)

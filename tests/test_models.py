@@ -159,6 +159,7 @@ def test_every_learning_objective_trains_binary_latents(digits, tmp_path, learn)
     assert drawn == ({"posterior_mean.png"} if learn == "fd" else set())
 
 
+@pytest.mark.slow
 def test_two_bits_of_data_take_some_latents_and_leave_the_others_at_one_half():
     torch.manual_seed(0)
     encoder, decoder = (nn.Sequential(nn.Linear(n_in, 32), nn.ReLU(), nn.Linear(32, n_out)) for n_in, n_out in ((D, 8), (8, D)))

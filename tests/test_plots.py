@@ -362,7 +362,7 @@ def test_published_tables_are_made_again(file, command, tmp_path):
 FIGURES = [row for row in published_figures() if row[0].endswith(".png")]
 OTHERS = [(f"{name} of {pack}", [name, f"{ROOT}/results/{pack}.npz", "--only", only]) for name, pack, only in (
     ("synthetic", "figure7", "mixture*"), ("trajectories", "images_mnist", "*"), ("training_curves", "images_fashion", "*"))]
-SLOW = "figure3.png", "figure7.png", "study2d.png"  # the densities of many data take seconds
+SLOW = "figure3.png", "figure7.png", "study2d.png", "a53_laplace.png", "basins_sym.png"  # others are of the same functions
 CONTENTS = ROOT / "tests" / "figures.json"
 
 

@@ -137,6 +137,7 @@ def test_the_gradient_through_phi_equals_finite_differences_of_the_whole_procedu
     assert abs(slope - (values[0] - values[1]) / (2 * h)) < 1e-5 * abs(slope)
 
 
+@pytest.mark.slow
 def test_unrolling_keeps_no_graph_from_one_update_to_the_next():
     made, counts = trainer("--learn", "bao", "--infer", "fd", "--bilevel-steps", 3), []
     for _ in range(3):

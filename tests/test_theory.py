@@ -24,7 +24,7 @@ def measure(objective, estimator, N, alpha, **options):
 
 
 @pytest.mark.parametrize("objective, estimator", ROWS)
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("alpha", [pytest.param(0.5, marks=pytest.mark.slow), 1.0, 2.0])
 def test_measured_kappa_is_the_predicted_one(objective, estimator, alpha):
     for N in (1, 2, 5, 20):
         if (estimator, N) != ("unbiased", 1):
@@ -166,6 +166,7 @@ def test_bilevel_steps_change_kappa_as_in_equation_7(objective, estimator, N, in
         assert measured == pytest.approx(predicted, rel=1e-6), (w, steps)
 
 
+@pytest.mark.slow
 def test_with_many_bilevel_steps_s_and_unbiased_b_are_exact_score_matching():
     for objective, estimator, N, end in (("swersky", "unbiased", 2, 1), ("swersky", "plugin", 5, 0.9), ("bao", "unbiased", 2, 1),
                                          ("bao", "plugin", 5, 1.1), ("fd", None, 5, 0.5)):

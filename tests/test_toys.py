@@ -210,6 +210,7 @@ def test_best_fits_are_the_symmetric_pair_of_sym_and_no_neighbour_is_better():
     assert (kl_and_fd(neighbours[:, :, None, None, None], family, posterior, grid)[0] >= kl[0, 0] - 1e-9).all()
 
 
+@pytest.mark.slow
 def test_reparametrised_fd_stays_at_the_origin_of_sym_and_the_others_leave_it(tmp_path):
     arrays = fit(tmp_path / "run", "--likelihoods", "sym", "--grid", 1, "--extent", 0.05, "--lr", "1e-3", "--iterations", 3000)
     keys = "caught", "excess_kl", "distance"
