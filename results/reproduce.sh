@@ -286,7 +286,7 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python evaluate.py $runs/mnist-resnet-*-$budget-width8-* --images 200 --iw-samples 100 --out runs/evaluation/resnet
     python evaluate.py $runs/fashion-conv-*-$budget-width16-* --images 200 --iw-samples 100 --out runs/evaluation/fashion
     python evaluate.py $runs/mnist-mlp-*-limit20000-* --images 200 --iw-samples 100 --out runs/evaluation/mlp
-    python evaluate.py $runs/mnist-conv-*-gammafixed-* --sampler mixture --images 20 --iw-samples 10 --out runs/evaluation/gamma
+    python evaluate.py $runs/mnist-conv-*-gamma{fixed,stationary}-* --sampler mixture --images 20 --iw-samples 10 --out runs/evaluation/gamma
     python evaluate.py $runs/celeba-conv-*-test-limit2000-* --sampler mixture --images 20 --iw-samples 10 --out runs/evaluation/celeba_fid
     python evaluate.py $runs/celeba-*-limit4000-* --images 100 --iw-samples 30 --out runs/evaluation/celeba
     python -m studies.gradient_snr --draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
@@ -297,7 +297,7 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python -m studies.latent_scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
-study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gamma fixed at -2, -3 (three seeds) and -4, 3600 updates; widths 8 and 32 at -3, and two forward passes: 23 runs of 4 to 25 min
+study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gamma fixed at -2, -3 (three seeds) and -4, 3600 updates; widths 8 and 32 at -3, two forward passes, and stationary gamma: 26 runs of 4 to 25 min
     local budget="--data mnist --net conv --samples 5 --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --lr-half-life 0.75 --epochs 3"
     budget="$budget --eval-every 1 --fid-every 1 --test-limit 2000 --gamma fixed"
     local pair sd seed width
@@ -310,6 +310,9 @@ study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gam
     for width in 8 32; do for pair in "elbo" "swersky" "dsm --estimator unbiased"; do
         python train_images.py $budget --data-root "$DATA" --width $width --init-sd 0.2231 --learn $pair
     done; done
+    for pair in "elbo" "swersky" "dsm --estimator unbiased"; do  # stationary gamma
+        python train_images.py ${budget/fixed/stationary} --data-root "$DATA" --width 16 --learn $pair
+    done
     for pair in elbo swersky; do  # two forward passes
         python train_images.py ${budget/--one-pass /} --data-root "$DATA" --width 16 --init-sd 0.2231 --learn $pair
     done
