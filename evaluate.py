@@ -147,9 +147,10 @@ def run_status(run):
 
 def with_label(run, label):
     """The run with this label in its config and in the configs beside its arrays."""
-    config = {**run.config, "label": label}
-    return StoredRun(run.name, lambda: config, lambda part: {**run.arrays(part), "config": run.arrays(part)["config"] | config},
-                     ["metrics", "eval"])
+    def arrays(part):
+        return (loaded := run.arrays(part)) | {"config": loaded["config"] | {"label": label}}
+
+    return StoredRun(run.name, lambda: run.config | {"label": label}, arrays, ["metrics", "eval"])
 
 
 def evaluate_run(folder, config, status, args, device):

@@ -40,6 +40,11 @@ def contents_of(figure):
     return contents
 
 
+def contents_in(file):
+    """The contents that a sketch holds."""
+    return json.loads(bytes(np.asarray(Image.open(file).convert("L"))[0]))
+
+
 def sketch(figure, file, **options):
     """Figure.savefig without drawing: equal pictures have equal contents."""
     Image.fromarray(np.frombuffer(json.dumps(contents_of(figure)).encode(), np.uint8)[None]).save(file, "PNG")

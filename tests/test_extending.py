@@ -21,6 +21,7 @@ from benchmarks import benchmark
 from examples import own_pictures
 from models import NETS
 from objectives import INFER, LEARN, Objective
+from sketches import contents_in
 from small_runs import IMAGES, ROOT, environment, image_trainer, main, noise_pictures
 from vsm.cli import command_line
 from vsm.distributions_2d import DISTRIBUTIONS
@@ -133,7 +134,7 @@ def test_the_example_goes_from_a_folder_of_pictures_to_samples_and_log_p(tmp_pat
     flags = ["--updates", 4, "--width", 2, "--components", 2, "--out", tmp_path / "run"]
     main(own_pictures, f"folder:{tmp_path / 'pictures'}", *flags)
     assert "log p(x) of the new pictures, at least: " in capsys.readouterr().out
-    assert (tmp_path / "run" / "own_pictures.png").exists()
+    assert len(contents_in(tmp_path / "run" / "own_pictures.png")) == 4  # rows of pictures
 
 
 @pytest.mark.slow

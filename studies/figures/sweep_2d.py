@@ -114,7 +114,7 @@ def truth_of(arrays):
     if "test_data" in arrays:
         flags = arrays["config"]["flags"]
         return law_at(flags["data"], flags.get("noise", 0), arrays["test_data"].tobytes())
-    gaps = arrays["nll"] - arrays.get("nll_excess", np.nan), arrays["sm_loss"] - arrays.get("sm_excess", np.nan)
+    gaps = arrays["nll"] - arrays.get("nll_excess", np.nan), arrays.get("sm_loss", np.nan) - arrays.get("sm_excess", np.nan)
     return tuple(np.nanmedian(gap) if np.isfinite(gap).any() else np.nan for gap in gaps)  # all members have the same
 
 
