@@ -9,7 +9,7 @@ The training scripts call the same functions when a run ends, so a figure can be
 
 from pathlib import Path
 
-from studies.figures import bilevel, gamma, spectrum, sweep_2d
+from studies.figures import bilevel, samplers, spectrum, sweep_2d
 from vsm.cli import Parser, UserError, command_line
 from vsm.figures import images, latents, pictures, recovery, synthetic, toys
 from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
@@ -18,7 +18,7 @@ FIGURES = {  # script that makes the runs: its figures, each a function figure(r
     "train_images": [
         images.training_curves, images.trajectories, images.fid_curves, images.gradient_snr,
         pictures.samples, pictures.reconstructions, pictures.interpolations, latents.posterior_sd,
-        latents.posterior_mean, latents.aggregate_posterior, gamma.fid_against_gamma],
+        latents.posterior_mean, latents.aggregate_posterior, samplers.fid_by_sampler],
     "train_synthetic": [
         synthetic.training_curves, sweep_2d.synthetic, sweep_2d.study, synthetic.synthetic_samples, bilevel.bilevel],
     "param_recovery": [recovery.param_recovery, recovery.recovery_rules],

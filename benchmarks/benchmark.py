@@ -28,6 +28,8 @@ from vsm.device import keep_freed_memory, pick_device, set_precision, synchronis
 from vsm.runs import Run
 from vsm.tables import markdown_table
 
+HEADER = ["network", "pair", "batch", "mode", "precision", "ms a step", "images/s", "times as fast as the reference"]
+
 
 def pairs():
     """{label: (learn, infer)} of every pair of --learn and --infer that can train, added entries included."""
@@ -68,12 +70,6 @@ def prepare_process(mode, precision, device):
     keep_freed_memory(mode != "reference")
 
 
-def timed_rows(names, makers, calls, args, device):
-    """Yields a row for each (mode, precision) of `makers`, see time_in_turns; `names` says what is timed."""
-    for (mode, precision), times in time_in_turns(makers, calls, args.repeats, device).items():
-        yield {**names, "mode": mode, "precision": precision, "seconds": times}
-
-
 def training_rows(args, device, image, net, pair):
     """Yields the rows of one pair, one for each mode and precision."""
     channels, side = map(int, image.split("x"))
@@ -100,13 +96,8 @@ def training_rows(args, device, image, net, pair):
         makers["eager", precision] = partial(trainer, precision, graph=False)
         if device.type == "cuda":
             makers["captured", precision] = partial(trainer, precision, graph=True)
-        yield from timed_rows(names, makers, cycles * args.inner_steps, args, device)
-
-
-def print_report(rows):
-    """Print the table of all rows."""
-    header = ["network", "pair", "batch", "mode", "precision", "ms a step", "images/s", "times as fast as the reference"]
-    print(markdown_table(header, [table_row(row, rows) for row in rows]))
+        for (mode, own), times in time_in_turns(makers, cycles * args.inner_steps, args.repeats, device).items():
+            yield {**names, "mode": mode, "precision": own, "seconds": times}
 
 
 def table_row(row, rows):
@@ -161,7 +152,7 @@ def main(args):
         if not run.status:
             cases = product(args.image, args.net, args.pairs)
             rows = [row for case in cases for row in training_rows(args, device, *case)]
-            print_report(rows)
+            print(markdown_table(HEADER, [table_row(row, rows) for row in rows]))
             run.save_metrics(**{name: np.array([row[name] for row in rows]) for name in rows[0]}, status="ok")
 
 

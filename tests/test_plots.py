@@ -15,6 +15,7 @@ import plots
 from sketches import contents_of
 from small_runs import ROOT, main
 from studies import packs, tables
+from studies.figures.samplers import fid_by_sampler
 from studies.figures.sweep_2d import sweep_points
 from studies.packs import pack
 from vsm.figures import images, latents, pictures, recovery
@@ -207,12 +208,12 @@ def test_runs_of_another_setting_have_a_panel_of_their_own(tmp_path):
     draw("samples", *runs, "--save", tmp_path / "samples.png")
 
 
-def gamma_run(folder, learn, gamma, init_sd, seed=0, width=16):
+def gamma_run(folder, learn, gamma, init_sd, seed=0, width=16, status="ok"):
     flags = {"data": "mnist", "net": "conv", "width": width, "norm": "batch", "learn": learn, "infer": "kld", "samples": 5,
              "estimator": "plugin", "gamma": gamma, "init_sd": init_sd, "seed": seed}
     write_run(folder, "train_images", flags, f"KLD-{learn}", "eval", fid=9.0 + seed, fid_mixture=1.0 + seed)
     return write_run(folder, "train_images", flags, f"KLD-{learn}", log_gamma=np.array([0, -3.0]), kl=np.array([1, 40.0]),
-                     fid_features="LeNet-5 on mnist 0a1b", status="ok")
+                     fid_features="LeNet-5 on mnist 0a1b", status=status)
 
 
 @pytest.fixture
@@ -290,14 +291,18 @@ def test_pictures_stand_where_their_numbers_say(axes_of, tmp_path):
     assert np.array_equal(tiles["interpolations"], arrays["interpolations"][:, :, 0])
 
 
-def test_fid_against_gamma_is_of_one_network(tmp_path, fails):
+def test_fid_by_sampler_is_against_gamma_or_width(axes_of, tmp_path, fails):
     paths = (("fixed", 0.2, 0), ("fixed", 0.2, 1), ("fixed", 0.4, 0), ("stationary", 1.0, 0))
     runs = [gamma_run(tmp_path / f"{learn}{i}", learn, *path) for learn in ("elbo", "swersky") for i, path in enumerate(paths)]
-    draw("fid_against_gamma", *runs, "--save", tmp_path / "all.png")
-    draw("fid_against_gamma", *runs[:2], "--save", tmp_path / "one.png")
+    draw("fid_by_sampler", *runs, "--save", tmp_path / "all.png")
+    draw("fid_by_sampler", *runs[:2], "--save", tmp_path / "one.png")
     assert not np.array_equal(imread(tmp_path / "all.png")[:400], imread(tmp_path / "one.png")[:400])
     wider = gamma_run(tmp_path / "wider", "elbo", "fixed", 0.2, width=32)
-    assert "choose them by --only" in fails(plots, "fid_against_gamma", *runs, wider, "--save", tmp_path / "x.png")
+    assert "choose them by --only" in fails(plots, "fid_by_sampler", *runs, wider, "--save", tmp_path / "x.png")
+    lost = gamma_run(tmp_path / "lost", "bao", "fixed", 0.2, status="diverged@9")
+    _, right = axes_of(fid_by_sampler, *runs[:2], wider, lost)
+    (line,) = right.containers
+    assert line.lines[0].get_xydata().tolist() == [[16, 1.5], [32, 1]] and right.get_xscale() == "log"
 
 
 def test_runs_of_further_seeds_are_one_point_of_a_sweep(runs, tmp_path):
