@@ -33,7 +33,7 @@ from vsm.image_table import COLUMNS, Measured, by_data_and_pair, write_table
 from vsm.loading import epochs_trained, flags_of, load_vae, place_of_images
 from vsm.names import group_by_seed
 from vsm.runs import checkpoint_hash, load_arrays, save_arrays
-from vsm.samplers import COMPONENTS, SAMPLERS, load_sampler
+from vsm.samplers import SAMPLERS, components_of, load_sampler
 from vsm.stored_runs import StoredRun, open_runs
 from vsm.tables import failed
 
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     flag("--iw-samples", type=positive, default=100, help="posterior samples of the importance-weighted bound")
     flag("--sampler", nargs="+", choices=SAMPLERS, default=["prior"],
          help="laws of z to sample images from, beside the prior (docs/images.md)")
-    flag("--components", type=positive, default=COMPONENTS, help="Gaussians of the sampler mixture")
+    flag("--components", type=positive, help="Gaussians of the sampler mixture (default: those of the run's fitted one, or 10)")
     flag = parser.add_argument_group("model").add_argument
     flag("--inception-weights", metavar="FILE", help="file of Inception's weights, for colour images (default: the one that "
          "torch-fidelity has fetched, or else the features are those of EfficientNet-Lite0)")
@@ -158,17 +158,20 @@ def evaluate_run(folder, config, status, args, device):
     flags, save = flags_of(config), folder / "eval.npz"
     place = place_of_images(folder, config, args)
     reference = reference_set(*place, flags["test_limit"], args.inception_weights, device)
-    names = [name for name in SAMPLERS if name == "prior" or name in args.sampler and flags["latent"] == "gaussian"]
-    settings = {"checkpoint": checkpoint_hash(folder), "images": args.images, "iw_samples": args.iw_samples, "samplers": names,
+    checkpoint, before = checkpoint_hash(folder), {}
+    with contextlib.suppress(UserError):  # a damaged one is made again
+        before = load_arrays(save)["config"].get("evaluation", {})
+    asked = {*args.sampler, *(before.get("samplers", []) if before.get("checkpoint") == checkpoint else [])}  # none gets lost
+    names = [name for name in SAMPLERS if name == "prior" or name in asked and flags["latent"] == "gaussian"]
+    settings = {"checkpoint": checkpoint, "images": args.images, "iw_samples": args.iw_samples, "samplers": names,
                 **reference.settings}
     if "mixture" in names:
-        settings["components"] = args.components
+        settings["components"] = components_of(folder, args.components)
     if missing := {*args.sampler} - {*names}:
         print(f"{folder}: its latents are 0 or 1, which {', '.join(sorted(missing))} cannot be fitted to", file=sys.stderr)
-    with contextlib.suppress(UserError):  # a damaged one is made again
-        if load_arrays(save)["config"].get("evaluation") == settings and not args.overwrite:
-            print(f"{folder}: evaluated before")
-            return
+    if before == settings and not args.overwrite:
+        print(f"{folder}: evaluated before")
+        return
     print(f"{folder}: evaluating")
     vae, seed = load_vae(folder, device), seed_of(flags["seed"], EVALUATION)
     generator = torch.Generator(device).manual_seed(seed)

@@ -100,10 +100,10 @@ def begin(args, data, device, stop, bar):
     vae = vae_of(vars(args), data.train.shape[1:]).to(device)
     name = label(args.learn, args.infer, args.samples, args.estimator)
     announce(args, name, *describe(args, vae, data, device))
-    if note := reach_note(args, data):
-        print(note)
     with Run(args.out, "train_images", vars(args), device, args.overwrite, label=name, data=data.recipe) as run:
         if not run.status:
+            if note := reach_note(args, data):
+                print(note)
             yield from fit(run, args, vae, data, device, stop, bar)
         draw_run(run.path)
 
@@ -157,9 +157,10 @@ def pictures(vae, test, noise, seed, n=64):
 
 
 def reach_note(args, data):
-    """The sentence that log gamma cannot arrive, where that is so; otherwise None."""
-    if args.gamma == "learned" and (reach := reach_of(args, len(data.train) // args.batch)) < DISTANCE:
-        return f"log gamma moves by {reach:.2g} at most, the sum of Adam's steps, and so cannot arrive: docs/images.md, Gamma"
+    """The sentence that log gamma may not arrive, where the steps are too small; otherwise None."""
+    distance = DISTANCE + 2 * math.log(args.init_sd)
+    if args.gamma == "learned" and (reach := reach_of(args, len(data.train) // args.batch)) < distance:
+        return f"log gamma moves by about {reach:.2g}, the sum of Adam's steps, and so may not arrive: docs/images.md, Gamma"
     return None
 
 

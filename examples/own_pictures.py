@@ -40,7 +40,7 @@ def main(args):
     images = load_images(args.data)
     batch = min(50, max(2, len(images.train) // 2))
     epochs = max(4, args.updates * batch // len(images.train))
-    # The ELBO with one sample, one forward pass a minibatch, and steps that fall by half four times and sum to 5 or more.
+    # The ELBO with one sample, one forward pass a minibatch, and steps that fall by half four times and sum to about 4.9.
     train_images.main(train_images.parse_args([
         "--data", args.data, "--out", args.out, "--learn", "elbo", "--samples", "1", "--inner-steps", "1", "--one-pass",
         "--width", str(args.width), "--dim-z", "32", "--batch", str(batch), "--epochs", str(epochs), "--lr", "2e-3",

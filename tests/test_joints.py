@@ -219,7 +219,7 @@ def test_numbers_of_features_that_differ_are_in_no_mean():
 
 @pytest.mark.parametrize("name", ["mixture", "two-stage"])
 def test_the_seed_of_a_law_changes_its_fit(name, monkeypatch):
-    monkeypatch.setattr(samplers, "EPOCHS", 1)
+    monkeypatch.setattr(samplers, "UPDATES", 8)
     trainer, seeds = samplers.LatentTrainer, []
     monkeypatch.setattr(samplers, "LatentTrainer",
                         lambda *of, **options: seeds.append(options["seed"]) or trainer(*of, **options))

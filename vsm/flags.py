@@ -62,7 +62,7 @@ def image_parser(description=None):
     flag("--batch", type=positive, default=100, help="images per minibatch")
     flag("--lr", type=positive_float, default=1e-4, help="Adam's step size, for encoder and decoder")
     flag("--lr-half-life", type=positive_float, metavar="EPOCHS",
-         help="the step size halves every EPOCHS epochs (default: it is constant)")
+         help="the step size halves every EPOCHS epochs; it changes between epochs only (default: it is constant)")
     flag("--epochs", type=positive, default=1000, help="passes over the training images")
     flag("--precision", choices=("float32", "tf32", "bf16"), default="float32",
          help="arithmetic of the networks' convolutions and matrix products; all else is float32; tf32 needs a GPU")

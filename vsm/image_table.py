@@ -85,12 +85,15 @@ def row_of(name, members):
     """The row of a group of seeds: {column of table.npz: value}. What features measure is NaN where these differ."""
     config, ok = members[0].run.config, [each.numbers() for each in members if not each.failed]
     features = sorted({each.features for each in members} - {None})
+    components = {each.evaluation["config"]["evaluation"].get("components") for each in members if each.evaluation} - {None}
     row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "n": len(ok),
-           **count_failures([each.status for each in members]), "features": ", ".join(network for network, _ in features),
+           "components": max(components, default=0), **count_failures([each.status for each in members]),
+           "features": ", ".join(network for network, _ in features),
            **published(config)}
     for key in KEYS:
         values = np.array([numbers[key] for numbers in ok], float)
-        if len(features) > 1 and key.startswith(("fid", "kid", "precision", "recall", "density", "coverage")):
+        if len(features) > 1 and key.startswith(("fid", "kid", "precision", "recall", "density", "coverage")) or \
+                len(components) > 1 and key.endswith("_mixture"):
             values[:] = np.nan
         row[f"{key}_mean"] = values.mean() if len(values) else np.nan
         row[f"{key}_se"] = values.std(ddof=1) / len(values)**0.5 if len(values) > 1 else np.nan
@@ -152,7 +155,8 @@ def samplers_table(rows, references):
     for row, name in ((row, name) for row in rows for name in SAMPLERS):
         cells = [(row[f"{key}{ending_of(name)}_mean"], row[f"{key}{ending_of(name)}_se"]) for key in QUALITY]
         if np.isfinite([mean for mean, _ in cells[3:]]).any():  # one that older evaluations lack
-            lines.append([row["data"], row["net"], row["objectives"], name, *(mean_and_error_text(*cell) for cell in cells)])
+            law = f"mixture of {row['components']}" if name == "mixture" else name
+            lines.append([row["data"], row["net"], row["objectives"], law, *(mean_and_error_text(*cell) for cell in cells)])
     if not lines:
         return []
     for floor, data in ((reference["floor"], reference["settings"]["data"]) for reference in references):

@@ -31,7 +31,7 @@ from vsm.loading import flags_of, load_vae, place_of_images
 from vsm.runs import checkpoint_hash, load_arrays, load_config
 
 IMAGES, COMPONENTS = 20_000, 10
-WIDTH, EPOCHS, BATCH, RATE = 256, 30, 200, 1e-3  # of the second VAE
+WIDTH, UPDATES, BATCH, RATE = 256, 3000, 200, 1e-3  # of the second VAE
 STREAM = 4  # of random numbers; training has 0 to 3
 
 
@@ -89,9 +89,10 @@ class SecondVAE:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             vae = build_vae("mlp", z.shape[1:], z.shape[1], WIDTH, init_sd=1.0)
+        batch = min(BATCH, len(z))
         trainer = LatentTrainer(vae, z, learn="elbo", infer="kld", estimator="plugin", samples=1, inner_steps=1, noise=0.0,
-                                batch=min(BATCH, len(z)), lr=RATE, lr_half_life=EPOCHS / 4, seed=seed, one_pass=True)
-        for _ in range(EPOCHS * trainer.steps_per_epoch):
+                                batch=batch, lr=RATE, lr_half_life=UPDATES / 4 / (len(z) // batch), seed=seed, one_pass=True)
+        for _ in range(UPDATES):
             trainer.run_step()
         return vae.state_dict()
 
@@ -138,12 +139,7 @@ def load_sampler(folder, name="mixture", device="cpu", components=None, data_roo
     if flags["latent"] != "gaussian":
         raise UserError(f"the sampler {name} is continuous, and the latents of {folder} are 0 or 1; they have the prior only")
     path = folder / f"sampler-{name}.npz"
-    if name != "mixture":
-        components = 1
-    elif components is None:
-        components = COMPONENTS
-        with contextlib.suppress(UserError):  # a file that is missing or damaged is made again
-            components = load_arrays(path)["config"].get("components", COMPONENTS)
+    components = components_of(folder, components) if name == "mixture" else 1
 
     def fit():
         place = place_of_images(folder, config, SimpleNamespace(data=data, data_root=data_root))
@@ -155,13 +151,21 @@ def load_sampler(folder, name="mixture", device="cpu", components=None, data_roo
     return Scaled(LAWS[name](**tensors), centre, scale)
 
 
+def components_of(folder, asked=None):
+    """The number of Gaussians of a run's mixture: `asked`, by default that of its file, or 10."""
+    if asked is None:
+        with contextlib.suppress(UserError):  # a file that is missing or damaged is made again
+            asked = load_arrays(Path(folder) / "sampler-mixture.npz")["config"].get("components")
+    return asked or COMPONENTS
+
+
 def fit_sampler(law, vae, images, flags, components):
     """The arrays of a law, fitted to posterior samples of some of the training `images` of a run with these flags, float32.
 
     Raises UserError for fewer images than components, and where the latents or the law are not finite.
     """
     if len(images) < max(2, components):
-        raise UserError(f"{len(images)} training images are too few to fit {components} components")
+        raise UserError(f"{len(images)} training images are too few to fit {components} components; give fewer --components")
     seed = seed_of(flags["seed"], STREAM)
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     z = posterior_samples(vae, images[some], flags["noise"], seed).cpu()
