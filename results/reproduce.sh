@@ -318,6 +318,19 @@ study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gam
     done
 }
 
+study_width() {  # the pairs of Table 1 and DSM at the paper's width of 64, the ELBO, S, B and DSM at widths 8, 16 and 32; log gamma fixed at -3, 1200 updates of 1e-3, two pairs also of 2e-3: 22 runs of 3 to 25 min
+    local budget="--data mnist --net conv --samples 5 --infer-samples 1 --inner-steps 1 --batch 50 --lr 1e-3 --lr-half-life 0.25 --epochs 1"
+    budget="$budget --eval-every 1 --fid-every 1 --test-limit 2000 --gamma fixed --init-sd 0.2231"
+    local pair width
+    for pair in "elbo" "fd" "swersky" "bao" "dsm --estimator unbiased" "fd --infer fd" "swersky --infer fd" "bao --infer fd"; do
+        python train_images.py $budget --data-root "$DATA" --width 64 --learn $pair
+    done
+    for pair in "bao" "fd --infer fd"; do python train_images.py ${budget/1e-3/2e-3} --data-root "$DATA" --width 64 --learn $pair; done
+    for width in 8 16 32; do for pair in "elbo" "swersky" "bao" "dsm --estimator unbiased"; do
+        python train_images.py $budget --data-root "$DATA" --width $width --learn $pair
+    done; done
+}
+
 study_celeba_fid() {  # ConvNets on celeba: one run of the ELBO of 7200 updates, four objectives of 1200 with stationary gamma (widths 16 and 32), and three of 800 with log gamma fixed at -4 (width 32): 12 runs of 4 to 20 min
     local budget="--data celeba --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --test-limit 2000" pair
     python train_images.py $budget --data-root "$DATA" --width 16 --dim-z 32 --learn elbo --samples 1 --epochs 18 --lr-half-life 4.5 --eval-every 3
@@ -361,7 +374,7 @@ speed_gpu() {  # the performance table of a GPU: 30 s on an H200
 }
 
 parts="figure1 spectrum toys study2d study2d_noise study2d_variants study_mnist study_samples study_start study_fashion study_conv study_resnet study_celeba study_celeba_gpu images_gpu figure3 figure7 figure3_batch200"
-parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma study_celeba_fid"
+parts="$parts images images_resnet images_celeba images_mlp evaluations figure6 audits speed speed_gpu study_gamma study_width study_celeba_fid"
 case " $parts " in
     *" ${1:-} "*) "$1" ;;
     *) echo "usage: results/reproduce.sh ${parts// /|} [-n]" >&2; exit 2 ;;

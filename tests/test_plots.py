@@ -208,12 +208,14 @@ def test_runs_of_another_setting_have_a_panel_of_their_own(tmp_path):
     draw("samples", *runs, "--save", tmp_path / "samples.png")
 
 
-def gamma_run(folder, learn, gamma, init_sd, seed=0, width=16, status="ok"):
+def gamma_run(folder, learn, gamma, init_sd, seed=0, width=16, status="ok", K=10):
     flags = {"data": "mnist", "net": "conv", "width": width, "norm": "batch", "learn": learn, "infer": "kld", "samples": 5,
-             "estimator": "plugin", "gamma": gamma, "init_sd": init_sd, "seed": seed}
-    write_run(folder, "train_images", flags, f"KLD-{learn}", "eval", fid=9.0 + seed, fid_mixture=1.0 + seed)
-    return write_run(folder, "train_images", flags, f"KLD-{learn}", log_gamma=np.array([0, -3.0]), kl=np.array([1, 40.0]),
-                     fid_features="LeNet-5 on mnist 0a1b", status=status)
+             "estimator": "plugin", "gamma": gamma, "init_sd": init_sd, "seed": seed, "epochs": 3}
+    evaluation = {"components": K, "features": {"name": "LeNet-5"}}
+    found = {"status": "ok", "fid": 9.0 + seed, "fid_mixture": 1.0 + seed}
+    write_run(folder, "train_images", flags, f"KLD-{learn}", log_gamma=np.array([0, -3.0]), kl=np.array([1, 40.0]), status=status)
+    save_arrays(folder / "eval.npz", {"flags": flags, "evaluation": evaluation}, **found)
+    return folder
 
 
 @pytest.fixture
@@ -303,6 +305,11 @@ def test_fid_by_sampler_is_against_gamma_or_width(axes_of, tmp_path, fails):
     _, right = axes_of(fid_by_sampler, *runs[:2], wider, lost)
     (line,) = right.containers
     assert line.lines[0].get_xydata().tolist() == [[16, 1.5], [32, 1]] and right.get_xscale() == "log"
+    for other in ({"K": 50}, {"status": "exploded@9"}):  # of another mixture; no run that ended well
+        alone = gamma_run(tmp_path / "other", "elbo", "fixed", 0.2, width=8, **other)
+        assert "choose them by --only" in fails(plots, "fid_by_sampler", *([*runs[:2], alone] if "K" in other else [alone]))
+    again = gamma_run(tmp_path / "again", "elbo", "fixed", 0.2)
+    assert "the same experiment with the same seed" in fails(plots, "fid_by_sampler", runs[0], again)
 
 
 def test_runs_of_further_seeds_are_one_point_of_a_sweep(runs, tmp_path):
@@ -351,8 +358,8 @@ def published_figures():
 
 def test_every_published_figure_has_its_command():
     found = dict(published_figures())
-    others = {"README.md", "image_tables.md", "study_gamma.md", "study_celeba_fid.md", "audit", "models", "reproduce.sh"}
-    files = {path.name for path in (ROOT / "results").iterdir()} - others
+    others = {"README.md", "image_tables.md", "study_gamma.md", "study_width.md", "study_celeba_fid.md", "audit", "models"}
+    files = {path.name for path in (ROOT / "results").iterdir()} - others - {"reproduce.sh"}
     assert {name for name in files if not name.endswith(".npz")} == found.keys()
     for file, command in found.items():
         (tables if file.endswith(".md") else plots).parse_args([*command, "--save", file])

@@ -5,13 +5,15 @@ import numpy as np
 from vsm.cli import UserError
 from vsm.figures.axes import round_ticks
 from vsm.figures.style import handles_of, legend_below, line_key, line_style, new_figure, save_figure
-from vsm.names import pair_order
+from vsm.names import NOT_IDENTITY, pair_order, refuse_twins
 from vsm.stored_runs import open_runs
 from vsm.tables import failed
 
 SAMPLERS = {"fid": "$z$ from the prior", "fid_mixture": "$z$ from a fitted mixture of Gaussians"}
 MARKERS = {"fixed": "o", "stationary": "D", "learned": "^"}
 AXES = {"log_gamma": r"$\log\,\gamma$", "kl": "rate: KL(q || prior) (nats)", "width": "width of the networks"}
+FREE = (*NOT_IDENTITY, "seed", "learn", "infer", "estimator")  # flags in which the runs of every figure may differ
+EVALUATION = ("components", "features", "digest", "test_images")  # what the FIDs of a figure share
 
 
 def fid_by_sampler(runs, save):
@@ -19,51 +21,57 @@ def fid_by_sampler(runs, save):
 
     Where widths vary, it is against the width alone, on logarithmic axes. A line joins the runs of one objective at fixed gammas;
     other marks have gamma stationary or learnt. A point is the mean over seeds, a bar goes from the smallest to the largest. Runs
-    that diverged are left out. Raises UserError for runs that differ in more than objective, seed, and gamma or width.
+    that failed are left out. Raises UserError for runs that differ in more than objective, seed, and gamma or width.
     """
-    points = points_of(open_runs(runs))
-    flags = [point["flags"] for members in points.values() for point in members]
-    features = sorted({str(point["fid_features"]).rpartition(" ")[0] for members in points.values() for point in members})
-    widths = sorted({each["width"] for each in flags})
-    alike = ["data", "net", "norm", "samples", "epochs", "lr", *(["gamma", "init_sd"] if len(widths) > 1 else [])]
-    if len({tuple(each.get(key) for key in alike) for each in flags}) > 1:
-        raise UserError("fid_by_sampler compares runs that differ in objective, seed, and gamma or width; choose them by --only")
+    points = [point_of(run) for run in open_runs(runs) if not failed(str(run.finished()["status"]))]
+    widths = sorted({point["width"] for point in points})
     by, rows = ("width", ["width"]) if len(widths) > 1 else ("init_sd", ["log_gamma", "kl"])
+    free = (*FREE, "width") if by == "width" else (*FREE, "gamma", "init_sd")
+    keys = {key for point in points for key in point["flags"]} - {*free}
+    alike = {str([point["evaluation"].get(key) for key in EVALUATION] + [point["flags"].get(key) for key in sorted(keys)])
+             for point in points}
+    if len(alike) != 1:
+        raise UserError("fid_by_sampler compares runs, evaluated alike, that differ in objective, seed, gamma or width alone; "
+                        "choose them by --only")
+    paths = {}
+    for point in sorted(points, key=lambda point: pair_order(point["flags"])):
+        paths.setdefault((point["name"], point["flags"]["gamma"]), []).append(point)
     figure, axes = new_figure(len(rows), 2, size=(3.6, 2.7), sharey="col", sharex="row")
     for row, x in zip(axes, rows):
         for ax, (y, law) in zip(row, SAMPLERS.items()):
-            for (label, path), members in points.items():
-                draw_path(ax, label, path, members, x, y, by)
+            for (name, path), members in paths.items():
+                draw_path(ax, name, path, members, x, y, by)
             ax.set(xlabel=AXES[x], title=law, **({"xscale": "log", "yscale": "log"} if by == "width" else {"ylim": (0, None)}))
             if by == "width":
                 round_ticks(ax.yaxis)
                 ax.set_xticks(widths, widths)
                 ax.xaxis.set_minor_formatter("")
-        row[0].set_ylabel(f"FID ({', '.join(features)})")
+        row[0].set_ylabel(f"FID ({points[0]['evaluation']['features']['name']})")
     marks = {f"gamma {path}": line_key(marker=marker, color="0.4", linestyle="-" if path == "fixed" else "")
-             for path, marker in MARKERS.items() if any(path == other for _, other in points)}
+             for path, marker in MARKERS.items() if any(path == other for _, other in paths)}
     legend_below(figure, handles_of(axes) | (marks if by == "init_sd" else {}))
     save_figure(figure, save)
 
 
-def points_of(runs):
-    """{(label, path of gamma): runs that have ended without a failure, each its last metrics with those of its evaluation}."""
-    points = {}
-    for run in sorted(runs, key=lambda run: pair_order(run.config["flags"])):
-        curves, flags = run.finished(), run.config["flags"]
-        if not failed(str(curves["status"])):
-            point = {**run.arrays("eval"), "log_gamma": curves["log_gamma"][-1], "kl": curves["kl"][-1], "width": flags["width"],
-                     "fid_features": curves["fid_features"], "flags": flags}
-            points.setdefault((run.config["label"], flags["gamma"]), []).append(point)
-    return points
+def point_of(run):
+    """The last metrics of a run with those of its evaluation. Raises UserError without an evaluation of this state of the run."""
+    curves, flags, found = run.finished(), run.config["flags"], run.arrays("eval") if run.has("eval") else {}
+    if "fid_mixture" not in found or found["config"]["flags"]["epochs"] != flags["epochs"] or str(found["status"]) != "ok":
+        raise UserError(f"{run.name} has no FID by a mixture at this budget; evaluate.py --sampler mixture measures it")
+    name = run.config["label"] + (f" {flags['estimator']}" if flags["estimator"] != "plugin" else "")
+    return {"name": name, "run": run.name, "flags": flags, "width": flags["width"], "evaluation": found["config"]["evaluation"],
+            **{key: curves[key][-1] for key in ("log_gamma", "kl")}, **{key: found[key] for key in SAMPLERS}}
 
 
-def draw_path(ax, label, path, members, x, y, by):
+def draw_path(ax, name, path, members, x, y, by):
     """Draw the runs of one objective and path of gamma: a point for those with the same value of the flag `by`."""
     values = sorted({point["flags"][by] for point in members})
     seeds = [[point for point in members if point["flags"][by] == value] for value in values]
+    for each in seeds:
+        refuse_twins([(point["run"], [point["flags"]["seed"]]) for point in each])
     middle = np.array([[np.mean([point[key] for point in each]) for each in seeds] for key in (x, y)])
     ends = [[end([point[y] for point in each]) for each in seeds] for end in (min, max)]
-    style = line_style(members[0]["flags"]) if path == "fixed" else line_style(members[0]["flags"]) | {"linestyle": ""}
+    style = line_style(members[0]["flags"]) | ({} if path == "fixed" or by == "width" else {"linestyle": ""})
+    label = None if name in ax.get_legend_handles_labels()[1] else name
     ax.errorbar(*middle, np.abs(np.array(ends) - middle[1]), marker=MARKERS[path], ms=5, elinewidth=0.8,
-                mfc=None if path == "fixed" else "white", label=label if path == "fixed" else None, **style)
+                mfc=None if path == "fixed" else "white", label=label, **style)
