@@ -16,10 +16,11 @@ import torch
 import train_images
 from data import data_name, load_images
 from metrics import iw_log_likelihood, quantise
-from vsm.cli import Parser, command_line, positive
+from vsm.cli import Parser, UserError, command_line, positive
 from vsm.figures.pictures import tile
 from vsm.figures.style import new_figure, save_figure
 from vsm.loading import load_vae
+from vsm.runs import status_of
 from vsm.samplers import load_sampler
 
 ROWS = ("new pictures, with noise", "their reconstructions", "samples, z from the prior", "samples, z from a fitted mixture")
@@ -46,6 +47,8 @@ def main(args):
         "--width", str(args.width), "--dim-z", "32", "--batch", str(batch), "--epochs", str(epochs), "--lr", "2e-3",
         "--lr-half-life", str(epochs / 4), "--test-limit", "1000", "--eval-every", str(-(-epochs // 8))]))
 
+    if (status := status_of(args.out)) != "ok":
+        raise UserError(f"the training in {args.out} ended as {status}, so there is no model to draw pictures from")
     vae, sampler = load_vae(args.out), load_sampler(args.out, "mixture", components=args.components)
     generator = torch.Generator().manual_seed(0)
     clean = images.test[:8].float() / 255

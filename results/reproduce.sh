@@ -297,7 +297,7 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python -m studies.latent_scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
-study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gamma fixed at -2, -3 (three seeds) and -4, 3600 updates; widths 8 and 32 at -3, two forward passes, and stationary gamma: 26 runs of 4 to 25 min
+study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gamma fixed at -2, -3 (three seeds) and -4, 3600 updates; at -3 also widths 8 and 32, group norm, two forward passes; stationary gamma: 29 runs of 4 to 25 min
     local budget="--data mnist --net conv --samples 5 --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --lr-half-life 0.75 --epochs 3"
     budget="$budget --eval-every 1 --fid-every 1 --test-limit 2000 --gamma fixed"
     local pair sd seed width
@@ -312,6 +312,9 @@ study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gam
     done; done
     for pair in "elbo" "swersky" "dsm --estimator unbiased"; do  # stationary gamma
         python train_images.py ${budget/fixed/stationary} --data-root "$DATA" --width 16 --learn $pair
+    done
+    for pair in "elbo" "swersky" "dsm --estimator unbiased"; do  # group norm
+        python train_images.py $budget --data-root "$DATA" --width 16 --norm group --init-sd 0.2231 --learn $pair
     done
     for pair in elbo swersky; do  # two forward passes
         python train_images.py ${budget/--one-pass /} --data-root "$DATA" --width 16 --init-sd 0.2231 --learn $pair
