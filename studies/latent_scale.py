@@ -71,7 +71,8 @@ def main(args):
             raise UserError("its latents are not Gaussian, so their scale is fixed")
         arrays = measure_latent_scale(vae, images, flags)
         moment, predicted, error = (arrays[key] for key in ("second_moment", "predicted_moment", "predicted_moment_se"))
-        end = f"it ends at {predicted:.3g} ± {error:.1g}" if math.isfinite(predicted) else "no end is known for this pair"
+        end = f"where training is stationary it equals {predicted:.3g} ± {error:.1g}" if math.isfinite(predicted) else \
+            "no end point is known for this pair of objectives"
         print(f"{run}: the mean E z^2 is {moment:.3g}; {end}", flush=True)
         return arrays
 
