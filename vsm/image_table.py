@@ -88,12 +88,11 @@ def row_of(name, members):
     components = {each.evaluation["config"]["evaluation"].get("components") for each in members if each.evaluation} - {None}
     row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "n": len(ok),
            "components": max(components, default=0), **count_failures([each.status for each in members]),
-           "features": ", ".join(network for network, _ in features),
-           **published(config)}
+           "features": ", ".join(network for network, _ in features), **published(config)}
     for key in KEYS:
         values = np.array([numbers[key] for numbers in ok], float)
         if len(features) > 1 and key.startswith(("fid", "kid", "precision", "recall", "density", "coverage")) or \
-                len(components) > 1 and key.endswith("_mixture"):
+                len(components) > 1 and key.endswith(ending_of("mixture")):
             values[:] = np.nan
         row[f"{key}_mean"] = values.mean() if len(values) else np.nan
         row[f"{key}_se"] = values.std(ddof=1) / len(values)**0.5 if len(values) > 1 else np.nan

@@ -5,7 +5,7 @@ import numpy as np
 from vsm.cli import UserError
 from vsm.figures.axes import round_ticks
 from vsm.figures.style import handles_of, legend_below, line_key, line_style, new_figure, save_figure
-from vsm.names import NOT_IDENTITY, pair_order, refuse_twins
+from vsm.names import NOT_IDENTITY, pair_name, pair_order, refuse_twins
 from vsm.stored_runs import open_runs
 from vsm.tables import failed
 
@@ -58,9 +58,9 @@ def point_of(run):
     curves, flags, found = run.finished(), run.config["flags"], run.arrays("eval") if run.has("eval") else {}
     if "fid_mixture" not in found or found["config"]["flags"]["epochs"] != flags["epochs"] or str(found["status"]) != "ok":
         raise UserError(f"{run.name} has no FID by a mixture at this budget; evaluate.py --sampler mixture measures it")
-    name = run.config["label"] + (f" {flags['estimator']}" if flags["estimator"] != "plugin" else "")
-    return {"name": name, "run": run.name, "flags": flags, "width": flags["width"], "evaluation": found["config"]["evaluation"],
-            **{key: curves[key][-1] for key in ("log_gamma", "kl")}, **{key: found[key] for key in SAMPLERS}}
+    return {"name": pair_name(run.config), "run": run.name, "flags": flags, "width": flags["width"],
+            "evaluation": found["config"]["evaluation"], "log_gamma": curves["log_gamma"][-1], "kl": curves["kl"][-1],
+            **{key: found[key] for key in SAMPLERS}}
 
 
 def draw_path(ax, name, path, members, x, y, by):
