@@ -49,6 +49,8 @@ def parse_args(argv=None):
     flag("--sampler", nargs="+", choices=SAMPLERS, default=["prior"],
          help="laws of z to sample images from, beside the prior (docs/images.md)")
     flag("--components", type=positive, help="Gaussians of the sampler mixture (default: those of the run's fitted one, or 10)")
+    flag("--draws", type=positive, help="times that images are sampled; FID to coverage are means over them (default: those of "
+         "the run's evaluation, or 1)")
     flag = parser.add_argument_group("model").add_argument
     flag("--inception-weights", metavar="FILE", help="file of Inception's weights, for colour images (default: the one that "
          "torch-fidelity has fetched, or else the features are those of EfficientNet-Lite0)")
@@ -161,10 +163,11 @@ def evaluate_run(folder, config, status, args, device):
     checkpoint, before = checkpoint_hash(folder), {}
     with contextlib.suppress(UserError):  # a damaged one is made again
         before = load_arrays(save)["config"].get("evaluation", {})
-    asked = {*args.sampler, *(before.get("samplers", []) if before.get("checkpoint") == checkpoint else [])}  # none gets lost
+    before = {"draws": 1} | (before if before.get("checkpoint") == checkpoint else {})  # older ones have no such key
+    asked = {*args.sampler, *before.get("samplers", [])}  # none gets lost
     names = [name for name in SAMPLERS if name == "prior" or name in asked and flags["latent"] == "gaussian"]
     settings = {"checkpoint": checkpoint, "images": args.images, "iw_samples": args.iw_samples, "samplers": names,
-                **reference.settings}
+                "draws": args.draws or before["draws"], **reference.settings}
     if "mixture" in names:
         settings["components"] = components_of(folder, args.components)
     if missing := {*args.sampler} - {*names}:
@@ -180,7 +183,7 @@ def evaluate_run(folder, config, status, args, device):
     result |= mmd_nulls(vae, len(reference.images), generator)
     samplers = {name: load_sampler(folder, name, device, args.components, args.data_root, args.data) for name in names}
     train = load_images(*place, flags["limit"], flags["test_limit"]).train.to(device)
-    result |= sampler_metrics(vae, samplers, reference, train, torch.Generator(device).manual_seed(seed))
+    result |= sampler_metrics(vae, samplers, reference, train, seed, settings["draws"])
     result |= importance_bounds(vae, reference.images[:args.images], flags["noise"], args.iw_samples, generator)
     if status.startswith("unfinished@"):  # the last row of metrics.npz is of an earlier epoch than the checkpoint
         row = metrics.evaluate_images(vae, reference.images, flags["noise"], seed=seed)

@@ -120,7 +120,7 @@ def test_an_evaluation_names_all_that_it_depends_on(digits, tmp_path, monkeypatc
         features, test = settings.pop("features"), load_images("mnist", digits, 0, 40).test
         checkpoint = hashlib.sha256((run / "checkpoint.pt").read_bytes()).hexdigest()
         assert settings == {"checkpoint": checkpoint[:12], "images": 20, "iw_samples": 5, "samplers": ["prior", "mixture"],
-                            "components": components, "data": "mnist", "test_images": 40, "digest": digest(test)}
+                            "components": components, "draws": 1, "data": "mnist", "test_images": 40, "digest": digest(test)}
         assert features["name"] == "LeNet-5 on mnist"
         assert len(load_arrays(run / "sampler-mixture.npz")["weights"]) == components
 
@@ -148,11 +148,29 @@ def test_nearest_is_of_the_first_images_alone_and_samples_are_the_first_of_a_sam
     copies, tests = (SimpleNamespace(sample=lambda n, generator, first=first: first + torch.arange(n)[:, None])
                      for first in (0, 40))
     reference = Reference(images[40:], lambda part: part.flatten(1) / 255, images[40:].flatten(1) / 255, None, {}, {})
-    found = sampler_metrics(vae, {"prior": tests, "two-stage": copies}, reference, images[:40], None, shown=3)
+    found = sampler_metrics(vae, {"prior": tests, "two-stage": copies}, reference, images[:40], 0, shown=3)
     distances = fid.distances(made[:40].flatten(1) / 255, reference.features)
     assert {key: found[f"{key}_two_stage"] for key in distances} == distances and distances["precision"] != distances["recall"]
     assert found["nearest"] == 1 and found["nearest_two_stage"] == 0
     assert torch.equal(found["samples_two_stage"], made[:3]) and "samples" not in found
+
+
+def test_the_distances_of_several_draws_are_means_over_them_and_of_each_sampler_alone(monkeypatch):
+    images = torch.randint(256, (80, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    vae = torch.nn.Module()
+    vae.decode = lambda z: images[z[:, 0].long()] / 255
+    some = SimpleNamespace(sample=lambda n, generator: torch.randint(80, (n, 1), generator=generator))
+    reference = Reference(images[40:], lambda part: part.flatten(1) / 255, images[40:].flatten(1) / 255, None, {}, {})
+    one, three, both = (sampler_metrics(vae, samplers, reference, images[:40], 0, draws) for draws, samplers in (
+        (1, {"prior": some, "mixture": some}), (3, {"mixture": some}), (3, {"prior": some, "mixture": some})))
+    generator = torch.Generator().manual_seed(0)
+    drawn = [images[some.sample(40, generator)[:, 0]] for _ in range(3)]
+    each = [fid.distances(part.flatten(1) / 255, reference.features) for part in drawn]
+    for key in each[0]:
+        assert three[f"{key}_mixture"] == both[key] == pytest.approx(sum(one[key].item() for one in each) / 3)
+        assert one[f"{key}_mixture"] == each[0][key] and key not in one
+    assert three["fid_draws_mixture"].tolist() == [one["fid"].item() for one in each]
+    assert torch.equal(three["samples_mixture"], drawn[0]) and three["nearest_mixture"] == one["nearest_mixture"]
 
 
 def test_a_figure_of_another_sampler_has_its_samples():

@@ -312,14 +312,17 @@ def test_evaluate_measures_every_sampler(run, cache, tmp_path, capsys):
     assert text in capsys.readouterr().out
     main(evaluate, *argv)  # it measures nothing again, and loses nothing
     assert "evaluated before" in capsys.readouterr().out and "fid_two_stage" in load_arrays(run / "eval.npz")
+    main(evaluate, *argv, "--draws", 2)
+    arrays, text = load_arrays(run / "eval.npz"), (tmp_path / "out" / "table.md").read_text()
+    assert arrays["fid_mixture"] == arrays["fid_draws_mixture"].mean() and arrays["fid_draws"].shape == (2,) and "draws" in text
 
 
 def test_bernoulli_latents_have_their_prior_and_evaluate_names_them(folders, cache, tmp_path, monkeypatch, capsys):
     assert set(load_sampler(folders / "bernoulli", "prior").sample(100, generator()).unique().tolist()) == {0.0, 1.0}
     limited(shutil.copytree(folders / "bernoulli", tmp_path / "run"), limit=200)
     trained_on = []
-    monkeypatch.setattr(evaluate, "sampler_metrics", lambda vae, samplers, reference, train, generator: (
-        trained_on.append(len(train)), sampler_metrics(vae, samplers, reference, train, generator))[1])
+    monkeypatch.setattr(evaluate, "sampler_metrics", lambda vae, samplers, reference, train, *rest: (
+        trained_on.append(len(train)), sampler_metrics(vae, samplers, reference, train, *rest))[1])
     main(evaluate, tmp_path / "run", *QUICK, "--out", tmp_path / "out", "--sampler", "prior", "mixture")
     assert "its latents are 0 or 1, which mixture cannot be fitted to" in capsys.readouterr().err
     assert trained_on == [200]  # `nearest` is among the images of the training
@@ -355,5 +358,5 @@ def test_the_published_model_has_the_fid_that_readme_and_results_give_for_each_s
     vae, data = load_vae(MODEL), load_images("mnist", REAL, 2000, 2000)
     reference = reference_of(data.test, "mnist", REAL)
     found = fids(vae, reference, 0.1, generator()) | sampler_metrics(
-        vae, {"mixture": load_sampler(MODEL, "mixture")}, reference, data.train, generator())
+        vae, {"mixture": load_sampler(MODEL, "mixture")}, reference, data.train, 0)
     assert found["fid"] == pytest.approx(15.3, abs=1) and found["fid_mixture"] == pytest.approx(3.3, abs=0.5)

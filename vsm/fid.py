@@ -70,23 +70,34 @@ def distances(features1, features2):
             **metrics.precision_recall(features2, features1)}
 
 
-def sampler_metrics(vae, samplers, reference, train, generator, shown=64):
+def sampler_metrics(vae, samplers, reference, train, seed, draws=1, shown=64):
     """`distances` of n decoder means for each of the `samplers`, {name: sampler}; keys end with the name, but for the prior.
 
+    They are means over `draws` times n images, and fid_draws has the FID of each draw, [draws]. With one draw the prior's are
+    those of `fids`. A sampler's numbers do not depend on the others'.
     nearest: the median distance, in pixels, of 1000 of these to their nearest of the `train` images, divided by that of as many
-    test images. samples: the first `shown` images of each sampler but the prior. The prior's `distances` are those of `fids`.
+    test images. samples: the first `shown` images of each sampler but the prior.
     """
+    def draw(sampler, generator):
+        with evaluating(vae):
+            zs = sampler.sample(len(reference.images), generator).split(500)
+            return torch.cat([metrics.quantise(vae.decode(z)) for z in zs])
+
     def to_nearest(images):
         return metrics.nearest_distances(images[:NEIGHBOURS], train).median()
 
     result, of_test = {}, to_nearest(reference.images)
     for name, sampler in samplers.items():
-        with evaluating(vae):
-            zs = sampler.sample(len(reference.images), generator).split(500)
-            images = torch.cat([metrics.quantise(vae.decode(z)) for z in zs])
+        generator = torch.Generator(reference.images.device).manual_seed(seed)
+        images = draw(sampler, generator)
         measured = {"nearest": to_nearest(images) / of_test}
         if name != "prior":
-            measured |= {"samples": images[:shown], **distances(reference.network(images), reference.features)}
+            measured["samples"] = images[:shown]
+        if name != "prior" or draws > 1:
+            found = [distances(reference.network(images), reference.features)]
+            found += [distances(reference.network(draw(sampler, generator)), reference.features) for _ in range(draws - 1)]
+            measured |= {key: torch.stack([each[key] for each in found]).mean() for key in found[0]}
+            measured["fid_draws"] = torch.stack([each["fid"] for each in found])
         result |= {f"{key}{ending_of(name)}": value.cpu() for key, value in measured.items()}
     return result
 

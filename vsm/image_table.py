@@ -115,7 +115,8 @@ def references_of(measured):
             settings, flags = each.evaluation["config"]["evaluation"], each.run.config["flags"]
             key = settings["data"], settings["test_images"], settings.get("digest"), each.features
             floor = {name: value for name, value in each.evaluation.items() if name.endswith("_floor")}
-            reference = references.setdefault(key, {"settings": settings, "floor": floor, "null_sd": {}})
+            reference = references.setdefault(key, {"settings": settings, "floor": floor, "null_sd": {}, "draws": set()})
+            reference["draws"].add(settings.get("draws", 1))
             reference["null_sd"][f"{flags['dim_z']} {flags['latent']} latents"] = each.evaluation["latent_mmd_null_sd"]
     return list(references.values())
 
@@ -190,5 +191,7 @@ def reference_note(reference):
     if not network:
         return note
     accuracy = f", test accuracy {network['accuracy']:.4f}" if network["accuracy"] else ""
-    return (f"- {settings['data']}: FID and KID of N = {n} decoder means of prior draws against the {n} clean test images; "
-            f"KID over 100 subsets of {min(n, 1000)}; features: {network['name']}{accuracy}, weights {network['hash']}\n{note}")
+    draws = " or ".join(map(str, sorted(reference["draws"])))
+    means = "" if draws == "1" else f", by the prior and by fitted samplers means over {draws} draws of N"
+    return (f"- {settings['data']}: FID and KID of N = {n} decoder means of prior draws against the {n} clean test images{means}; KID "
+            f"over 100 subsets of {min(n, 1000)}; features: {network['name']}{accuracy}, weights {network['hash']}\n{note}")

@@ -13,7 +13,7 @@ SAMPLERS = {"fid": "$z$ from the prior", "fid_mixture": "$z$ from a fitted mixtu
 MARKERS = {"fixed": "o", "stationary": "D", "learned": "^"}
 AXES = {"log_gamma": r"$\log\,\gamma$", "kl": "rate: KL(q || prior) (nats)", "width": "width of the networks"}
 FREE = (*NOT_IDENTITY, "seed", "learn", "infer", "estimator")  # flags in which the runs of every figure may differ
-EVALUATION = ("components", "features", "digest", "test_images")  # what the FIDs of a figure share
+EVALUATION = ("components", "draws", "features", "digest", "test_images")  # what the FIDs of a figure share
 
 
 def fid_by_sampler(runs, save):
@@ -28,7 +28,7 @@ def fid_by_sampler(runs, save):
     by, rows = ("width", ["width"]) if len(widths) > 1 else ("init_sd", ["log_gamma", "kl"])
     free = (*FREE, "width") if by == "width" else (*FREE, "gamma", "init_sd")
     keys = {key for point in points for key in point["flags"]} - {*free}
-    alike = {str([point["evaluation"].get(key) for key in EVALUATION] + [point["flags"].get(key) for key in sorted(keys)])
+    alike = {str([point["evaluation"].get(key, 1) for key in EVALUATION] + [point["flags"].get(key) for key in sorted(keys)])
              for point in points}
     if len(alike) != 1:
         raise UserError("fid_by_sampler compares runs, evaluated alike, that differ in objective, seed, gamma or width alone; "
