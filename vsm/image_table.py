@@ -192,6 +192,6 @@ def reference_note(reference):
         return note
     accuracy = f", test accuracy {network['accuracy']:.4f}" if network["accuracy"] else ""
     draws = " or ".join(map(str, sorted(reference["draws"])))
-    means = "" if draws == "1" else f", by the prior and by fitted samplers means over {draws} draws of N"
-    return (f"- {settings['data']}: FID and KID of N = {n} decoder means of prior draws against the {n} clean test images{means}; KID "
-            f"over 100 subsets of {min(n, 1000)}; features: {network['name']}{accuracy}, weights {network['hash']}\n{note}")
+    means = "" if draws == "1" else f", by the prior and by fitted samplers means over {draws} draws"
+    return (f"- {settings['data']}: FID and KID of N = {n} decoder means of prior draws against the {n} clean test images{means}"
+            f"; KID over 100 subsets of {min(n, 1000)}; features: {network['name']}{accuracy}, weights {network['hash']}\n{note}")
