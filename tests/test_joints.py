@@ -209,7 +209,7 @@ def test_every_column_of_the_tables_shows_its_own_number():
         assert (row[f"{key}_mean"], row[f"{key}_se"]) == pytest.approx((2 * value, value)), key
     floor = {key: value for key, value in members[0].evaluation.items() if key.endswith("_floor")}
     settings = members[0].evaluation["config"]["evaluation"]
-    references = [{"settings": settings, "floor": floor, "null_sd": {"3 gaussian latents": 0.5}}]
+    references = [{"settings": settings, "floor": floor, "null_sd": {"3 gaussian latents": 0.5}, "draws": {1, 10}}]
     header, _, first, last = (line.strip("| ").split(" | ") for line in table_of([row], references).splitlines())
     found = dict(zip(header, first))
     titles = {"FID": "6.0 ± 3.0", "FID, infinite n": "8.0 ± 4.0", "KID x1000": "10000 ± 5000", "FID, aggregate": "82 ± 41",
@@ -224,7 +224,7 @@ def test_every_column_of_the_tables_shows_its_own_number():
     assert mixture[0] == "206 ± 103" and mixture[2] == "210000 ± 105000" and mixture[-1] == "0.25 ± 0"
     assert training[:7] == ["0.1", "1.1", "2100", "3.1", "4.1", "5.1", "6.1"]
     note = reference_note(references[0])
-    assert "first 40 test images" in note and "KID over 100 subsets of 40" in note and "N = 40" in note
+    assert "first 40 test images" in note and "KID over 100 subsets of 40" in note and "N = 40" in note and "over 1 or 10 draws" in note
 
 
 def test_numbers_of_features_that_differ_are_in_no_mean():
