@@ -49,12 +49,16 @@ def latent_mmd(z1, z2, scaled=False):
 
 
 def _within(u, scale):
-    diagonal = (dot(u, u) * scale + 1).pow(3).sum()
+    diagonal = _kernel(dot(u, u) * scale).sum()
     return (_kernel_sum(u, u, scale) - diagonal) / (len(u) * (len(u) - 1))
 
 
 def _kernel_sum(u, v, scale, block=2048):
-    return sum((rows @ v.T * scale + 1).pow(3).sum() for rows in u.split(block))
+    return sum(_kernel(rows @ v.T * scale).sum() for rows in u.split(block))
+
+
+def _kernel(products):
+    return (products + 1).pow(3)
 
 
 def mmd_null_sd(z1, z2, n, scaled=False):
@@ -64,7 +68,7 @@ def mmd_null_sd(z1, z2, n, scaled=False):
     kernel centred in both arguments.
     """
     z1, z2 = z1.double(), z2.double()
-    kernel = (z1 @ z2.T / (z1.shape[1] if scaled else 1) + 1).pow(3)
+    kernel = _kernel(z1 @ z2.T / (z1.shape[1] if scaled else 1))
     centred = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
     return ((4 / (n * (n - 1)) + 4 / n**2) * centred.pow(2).mean()).sqrt()
 
@@ -127,10 +131,18 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=20
     equal numbers. The sd is not a standard error. latent_mmd(features1, features2, scaled=True) uses all features at once; it has
     the same mean and less variance.
     """
-    size = min(subset_size, len(features1), len(features2))
-    rng = np.random.RandomState(seed)
-    values = torch.stack([latent_mmd(*(f[rng.choice(len(f), size, replace=False)] for f in (features1, features2)), scaled=True)
-                          for _ in range(subsets)])
+    u, v = features1.double(), features2.double()
+    size, rng = min(subset_size, len(u), len(v)), np.random.RandomState(seed)
+    chosen = [[rng.choice(len(f), size, replace=False) for f in (u, v)] for _ in range(subsets)]
+    if len(u) * len(v) > 10 * size**2:
+        values = torch.stack([latent_mmd(u[i], v[j], scaled=True) for i, j in chosen])
+    else:  # the subsets overlap, so one kernel matrix serves all
+        in_u, in_v = u.new_zeros(subsets, len(u)), v.new_zeros(subsets, len(v))  # 1 where a subset has the row
+        for s, rows in enumerate(chosen):
+            in_u[s, rows[0]] = in_v[s, rows[1]] = 1
+        uu, vv, uv = (_kernel(a @ b.T / a.shape[1]) for a, b in ((u, u), (v, v), (u, v)))
+        within = sum(((rows @ k) * rows).sum(1) - rows @ k.diagonal() for k, rows in ((uu, in_u), (vv, in_v)))
+        values = within / (size * (size - 1)) - 2 * ((in_u @ uv) * in_v).sum(1) / size**2
     return values.mean(), values.std(correction=0)
 
 

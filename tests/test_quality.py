@@ -266,6 +266,11 @@ def test_kid_subsets_and_all_pairs_estimate_the_same():
     mean, sd = kernel_distance(*features, subsets=200, subset_size=100)
     full = latent_mmd(*features, scaled=True)
     assert abs(mean - full) < 4 * sd / 200**0.5 + 0.1 * full
+    for size in (100, 50):  # by one kernel matrix, and by one for each subset
+        rng = np.random.RandomState(2020)
+        each = [latent_mmd(*(f[rng.choice(300, size, replace=False)] for f in features), scaled=True) for _ in range(9)]
+        found = torch.stack(kernel_distance(*features, subsets=9, subset_size=size))
+        assert found.tolist() == pytest.approx([np.mean(each), np.std(each)])
     assert torch.equal(torch.stack(kernel_distance(*features)), torch.stack(kernel_distance(*features)))
     assert not torch.equal(kernel_distance(*features, subset_size=50)[0], kernel_distance(*features, subset_size=50, seed=1)[0])
 
