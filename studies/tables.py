@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vsm.cli import Parser, command_line
-from vsm.names import pair_name, pair_order, settings_of
+from vsm.names import pair_name, pair_order, refuse_twins, settings_of
 from vsm.runs import write_atomic
 from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
 from vsm.tables import count_failures, failures_text, markdown_table, mean_and_error, number_text, with_error
@@ -22,7 +22,7 @@ COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over th
 
 def study_table(runs):
     """The Markdown table of finished runs of one script, 2-D or image runs. Intervals are 95 %, by Student's t over seeds."""
-    loaded = [run.finished() | latent_scale_of(run) for run in runs]
+    loaded = [run.finished() | latent_scale_of(run) | mixture_of(run) | {"run": run.name} for run in runs]
     table = table_of_2d_runs(loaded) if loaded[0]["config"]["script"] == "train_synthetic" else table_of_image_runs(loaded)
     return table + "\n"
 
@@ -31,6 +31,12 @@ def latent_scale_of(run):
     """What studies/latent_scale.py measured of a run, under names of their own; nothing where it did not."""
     names = {"second_moment": "training_moment", "predicted_moment": "predicted_moment"}
     return {mine: run.arrays("latent_scale")[key] for key, mine in names.items()} if run.has("latent_scale") else {}
+
+
+def mixture_of(run):
+    """The FID by a fitted mixture, where evaluate.py has measured it."""
+    evaluation = run.arrays("eval") if run.has("eval") else {}
+    return {"fid_mixture": evaluation["fid_mixture"]} if "fid_mixture" in evaluation else {}
 
 
 def interval(values):
@@ -96,34 +102,40 @@ def table_of_image_runs(loaded):
     """A row for each pair and setting: final metrics over seeds, and how they changed in the last quarter of training.
 
     Runs with --fid-every have FIDs, FID's change in %, and FID over KLD-ELBO's: of two runs of the same seed and setting, with
-    the same N where KLD-ELBO has it. Runs without have the change of the negative ELBO, in nats. A failed run is in no mean.
+    the same N where KLD-ELBO has it. Those that evaluate.py has measured have the same by a fitted mixture. Runs without have the
+    change of the negative ELBO, in nats. A failed run is in no mean. Raises UserError where two runs of a row share a seed.
     """
     groups, elbos = {}, {}
     configs = [arrays["config"] for arrays in loaded]
-    apart = ("data", "net", "width", "norm", "init_sd", "gamma", "lr", "epochs")
+    apart = ("data", "net", "width", "norm", "init_sd", "gamma", "one_pass", "lr", "epochs")
     for arrays, settings in zip(loaded, settings_of(configs, apart)):
         flags = arrays["config"]["flags"]
         groups.setdefault((settings, *pair_order(flags), row_name(arrays, settings)), []).append(arrays)
         if arrays["config"]["label"] == "KLD-ELBO" and arrays["status"] == "ok":
-            elbos.setdefault((settings, flags["seed"]), {})[flags["samples"]] = final(arrays, "fid")
+            elbos.setdefault((settings, flags["seed"]), {})[flags["samples"]] = arrays
 
-    def ratio(arrays, settings):
+    def ratio(arrays, settings, key):
         flags = arrays["config"]["flags"]
         found = elbos.get((settings, flags["seed"]), {})
-        return final(arrays, "fid") / found.get(flags["samples"], next(iter(found.values()), math.nan))
+        return final(arrays, key) / final(found.get(flags["samples"], next(iter(found.values()), {})), key)
 
-    with_fid = any("fid" in arrays for arrays in loaded)
+    with_fid, with_mixture = (any(key in arrays for arrays in loaded) for key in ("fid", "fid_mixture"))
     of_change, form, unit = ("fid", "+.0f", " %") if with_fid else ("negative_elbo", "+.1f", "")
     scale = {"training_moment": "E z^2, training images", "predicted_moment": "its end by equation (6)"}
     scale = scale if any("predicted_moment" in arrays for arrays in loaded) else {}
     rows = []
     for (settings, *_, name), runs in sorted(groups.items()):
+        refuse_twins([(arrays["run"], [arrays["config"]["flags"]["seed"]]) for arrays in runs])
         members = [arrays for arrays in runs if arrays["status"] == "ok"]
         failures = failures_text(count_failures([str(arrays["status"]) for arrays in runs]))
         others = f" (+{failures})" if failures else ""
 
         def over_seeds(key, digits, factor=1):
             return interval_text([factor * final(arrays, key) for arrays in members], digits)
+
+        def over_elbo(key):
+            elbo = runs[0]["config"]["label"] == "KLD-ELBO"
+            return "" if elbo else interval_text([ratio(arrays, settings, key) for arrays in members], 2)
 
         ends = [(before_the_last_quarter(arrays, of_change), final(arrays, of_change)) for arrays in members]
         change = interval([100 * (end / before - 1) if with_fid else end - before for before, end in ends])[0]
@@ -132,9 +144,9 @@ def table_of_image_runs(loaded):
         if with_fid:
             row |= {"FID": over_seeds("fid", 2), "FID, aggregate posterior": over_seeds("fid_aggregate", 2),
                     "FID, reconstructions": over_seeds("fid_reconstruction", 2),
-                    "FID / KLD-ELBO's": "" if runs[0]["config"]["label"] == "KLD-ELBO" else
-                    interval_text([ratio(arrays, settings) for arrays in members], 2),
-                    "change in the last quarter": change}
+                    "FID / KLD-ELBO's": over_elbo("fid"), "change in the last quarter": change}
+        if with_mixture:
+            row |= {"FID, mixture": over_seeds("fid_mixture", 2), "the same / KLD-ELBO's": over_elbo("fid_mixture")}
         row |= {"E z^2": over_seeds("second_moment", 2), **{title: over_seeds(key, 2) for key, title in scale.items()},
                 "negative ELBO": over_seeds("negative_elbo", 1)}
         if not with_fid:

@@ -14,7 +14,7 @@ from small_runs import edit_arrays, main
 from studies import gradient_snr, latent_scale, spectrum
 from studies.gradient_snr import differentiable_decoder, gradient_moments
 from studies.latent_scale import measure_latent_scale
-from studies.tables import interval, latent_scale_of, study_table, table_of_2d_runs, table_of_image_runs
+from studies.tables import interval, latent_scale_of, mixture_of, study_table, table_of_2d_runs, table_of_image_runs
 from test_evaluate import train
 from training import EVALUATION, seed_of
 from vsm.cli import UserError
@@ -89,7 +89,7 @@ def image(seed, fid, label="KLD-ELBO", learn="elbo", samples=5, **more):
     keys = ("fid", "fid_aggregate", "fid_reconstruction", "negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
     arrays = {key: np.array([9.0, 9.0, 9.0, 2 * fid, fid]) for key in keys}
     return {"config": {"label": label, "flags": flags | more}, **arrays, "epoch": np.arange(5), "second_moment": np.ones((5, 4)),
-            "status": np.array("ok")}
+            "status": np.array("ok"), "run": f"run{seed}"}
 
 
 def test_every_column_of_the_image_table_is_of_its_own_array():
@@ -107,6 +107,20 @@ def test_ratios_of_image_runs_are_of_the_same_seed():
     swersky = [image(1, 60.0, "KLD-S", "swersky"), image(0, 20.0, "KLD-S", "swersky")]
     row = cells(table_of_image_runs([image(0, 10.0), image(1, 20.0), *swersky]), 1)
     assert row[:2] == ["KLD-S, N = 5", "2"] and row[5].startswith("2.50 ±") and row[6] == "-50 %"
+    with pytest.raises(UserError, match="run0 and run0 are the same experiment with the same seed 0"):
+        table_of_image_runs([image(0, 10.0), image(0, 10.0, batch=7)])
+
+
+def test_the_fid_by_a_mixture_has_ratios_of_its_own():
+    runs = [image(seed, 10.0, label, learn, one_pass=True) | {"fid_mixture": np.array(value)} for seed, label, learn, value in (
+        (0, "KLD-ELBO", "elbo", 2.0), (1, "KLD-ELBO", "elbo", 4.0), (0, "KLD-S", "swersky", 3.0), (1, "KLD-S", "swersky", 6.0))]
+    table = table_of_image_runs([*runs, image(0, 8.0, one_pass=False)])
+    elbo, swersky, two_passes = (row_of(table, i) for i in (1, 2, 0))
+    assert swersky["the same / KLD-ELBO's"] == "1.50 ± 0.00" and swersky["FID / KLD-ELBO's"] == "1.00 ± 0.00"
+    assert elbo["FID, mixture"].startswith("3.00 ±") and two_passes["FID, mixture"] == "-"
+    assert swersky["pair"] == "KLD-S, N = 5, one pass" and two_passes["pair"] == "KLD-ELBO, N = 5"
+    folder = SimpleNamespace(has=lambda part: True, arrays=lambda part: {"fid_mixture": 5.0, "fid": 9.0})
+    assert mixture_of(folder) == {"fid_mixture": 5.0}
 
 
 def test_image_runs_are_grouped_and_compared_within_their_setting_and_samples():

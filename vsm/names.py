@@ -99,9 +99,11 @@ def settings_of(configs, keys):
     def text(key, value):
         if key in ("data", "net"):
             return value
+        if isinstance(value, bool):  # a flag without a value, which is named where it is set
+            return key.replace("_", " ") if value else ""
         return f"{key.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
 
-    return [", ".join(text(key, run[key]) for key in vary if key in run) for run in flags]
+    return [", ".join(filter(None, (text(key, run[key]) for key in vary if key in run))) for run in flags]
 
 
 def group_by_seed(runs, configs):
