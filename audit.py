@@ -28,8 +28,8 @@ def parse_args(argv=None):
     flag("--estimator", choices=ESTIMATORS, default="plugin", help="how the objective estimates squared expectations under q")
     flag("--seed", type=count, default=0, help="of the random models")
     flag = parser.add_argument_group("output").add_argument
-    flag("--out", type=os.path.expanduser, help="the report's folder (default: runs/audit/NAME-ESTIMATOR)")
-    flag("--overwrite", action="store_true", help="audit again")
+    flag("--out", type=os.path.expanduser, help="the report's folder, whose audit is replaced (default: "
+         "runs/audit/NAME-ESTIMATOR)")
     args = parser.parse_args(argv)
     if args.estimator not in (LEARN[args.objective].estimators if LEARN[args.objective].takes("estimator") else ("plugin",)):
         parser.error(f"{args.objective} has no estimator {args.estimator}")
@@ -39,9 +39,7 @@ def parse_args(argv=None):
 
 def main(args):
     device = pick_device("cpu")
-    with Run(args.out, "audit", vars(args), device, args.overwrite) as run:
-        if run.status:
-            return
+    with Run(args.out, "audit", vars(args), device, overwrite=True) as run:  # it takes seconds
         options = {"estimator": args.estimator} if LEARN[args.objective].takes("estimator") else {}
         findings, arrays = [], {}
         if LEARN[args.objective].joint:

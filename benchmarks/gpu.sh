@@ -5,7 +5,7 @@
 # SIGTERM, which writes checkpoints, and what has ended is packed. The same command goes on with what is unfinished.
 # With REHEARSE=1 every stage runs at tiny sizes on drawn digits on a CPU; a test does this.
 set -u
-seconds=$1 data=$2 out=$(mkdir -p "$3" && cd "$3" && pwd)
+seconds=$1 data=$(realpath "$2") out=$(mkdir -p "$3" && cd "$3" && pwd)
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root VSM_CACHE=${VSM_CACHE:-$out/cache}  # one feature network for all stages
 cd "$out" || exit 2

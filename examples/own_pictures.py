@@ -9,6 +9,7 @@ seen, with the training noise; their reconstructions; samples with z from the pr
 Gaussians that is fitted to the latents. Running it again goes on where it was stopped.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -33,12 +34,14 @@ def parse_args(argv=None):
     flag("--updates", type=positive, default=7200, help="updates; fewer than 5000 are too few for a good model")
     flag("--width", type=positive, default=16, help="base channels of the ConvNets")
     flag("--components", type=positive, default=10, help="Gaussians in the mixture, at most the number of pictures")
-    flag("--out", default="runs/own", help="the run's folder")
+    flag("--out", type=os.path.expanduser, default="runs/own", help="the run's folder")
     return parser.parse_args(argv)
 
 
 def main(args):
     images = load_images(args.data)
+    if args.components > len(images.train):
+        raise UserError(f"--components {args.components} is more than the {len(images.train)} pictures to train on")
     batch = min(50, max(2, len(images.train) // 2))
     epochs = max(4, args.updates * batch // len(images.train))
     # The ELBO with one sample, one forward pass a minibatch, and steps that fall by half four times and sum to about 4.9.

@@ -17,13 +17,15 @@ def pack(paths, save, keep=(), drop=()):
     """Write runs into one pack, without the arrays that `drop` lists.
 
     The large arrays of HEAVY are kept where `keep` lists them, model samples only those of the member that figures show.
-    Raises UserError for two runs of the same name.
+    Raises UserError for two runs of the same name, and for one without metrics.
     """
     runs = open_runs(paths)
     names = [run.short_name for run in runs]
     if len({*names}) < len(names):
         twin = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two of these runs are named {twin}; rename a folder, or leave one out")
+    if lost := [name for run, name in zip(runs, names) if not run.has("metrics")]:
+        raise UserError(f"{lost[0]} has no metrics.npz")
     blocks, names_of, rows = {}, {}, []
     for run, name in zip(runs, names):
         rows.append({})

@@ -170,12 +170,12 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=1500, help="gradient steps")
     flag("--lr", type=positive_float, default=0.2, help="the first step, in units of gamma^2")
-    flag("--batch", type=positive, default=100, help="data per step, an even number")
+    flag("--batch", type=positive, default=100, help="data per step, a multiple of 4")
     flag = parser.add_argument_group("output").add_argument
     add_output(flag, "runs/spectrum", "cpu", " (the models are so small that a CPU is as fast)")
     args = parser.parse_args(argv)
-    if args.batch % 2:
-        parser.error(f"--batch {args.batch} must be even: every image is in its minibatch twice")
+    if args.batch % 4:
+        parser.error(f"--batch {args.batch} must be a multiple of 4: an image is in its minibatch twice, with noise four times")
     args.out = args.out or f"runs/spectrum/{run_name(args, ('data', 'seed'), vars(parser.parse_args([args.data])))}"
     return args
 

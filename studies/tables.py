@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from vsm.cli import Parser, command_line
-from vsm.names import pair_name, pair_order, refuse_twins, settings_of
+from vsm.names import NOT_IDENTITY, pair_name, pair_order, refuse_twins, settings_of
 from vsm.runs import write_atomic
 from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
 from vsm.tables import count_failures, failures_text, markdown_table, mean_and_error, number_text, with_error
 
+IN_NAME = ("learn", "infer", "estimator", "samples")  # flags that the name of a row shows
 COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over the data, is not in use
 
 
@@ -62,11 +63,12 @@ def row_name(arrays, settings):
 def table_of_2d_runs(loaded):
     """A row for each data set and pair: NLL above that of the data's law in nats, and what tells whether training converged.
 
-    Differences from KLD-ELBO are between members of the same seed and model, with the same N, K, J and epochs where KLD-ELBO
-    has them.
+    Differences from KLD-ELBO are between members of the same seed, model and data, with the same N, K, J, steps and epochs where
+    KLD-ELBO has them.
     """
     rows = []
-    of_model, of_training = ("init_sd", "gamma", "hidden", "batch"), ("inner_steps", "bilevel_steps", "epochs")
+    of_model = ("init_sd", "gamma", "hidden", "batch", "noise", "test_size")
+    of_training, unnamed = ("inner_steps", "bilevel_steps", "epochs", "infer_samples", "lr"), ("lr_half_life", "inner_lr")
     for data in dict.fromkeys(arrays["config"]["flags"]["data"] for arrays in loaded):
         mine = [arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data]
         configs = [arrays["config"] for arrays in mine]
@@ -75,7 +77,11 @@ def table_of_2d_runs(loaded):
                                         pair_order(run[0]["config"]["flags"]), row_name(*run[:2])))
         for arrays, settings, model in group:
             elbos = [run for run, _, other in group if run["config"]["label"] == "KLD-ELBO" and other == model]
-            elbo = nearest_run(elbos, arrays["config"]["flags"], ("samples", *of_training))
+            flags, theirs = arrays["config"]["flags"], {}
+            for elbo in sorted(elbos, key=lambda elbo: [elbo["config"]["flags"].get(key) == flags.get(key)
+                                                        for key in ("samples", *of_training, *unnamed)]):
+                theirs |= by_seed(elbo)  # of the members of one seed, that of the run most like this one
+            less = [nll - theirs.get(seed, math.nan) for seed, nll in by_seed(arrays).items()]
             unknown = np.full_like(arrays["nll"], math.nan)  # the law's density, or what older versions did not measure
             excess, curve = arrays.get("nll_excess", unknown), arrays.get("excess_curve", arrays["nll_curve"])
             quarter, sd = len(curve) - 1 - (len(curve) - 1) // 4, arrays["posterior_sd"][-1]
@@ -83,7 +89,7 @@ def table_of_2d_runs(loaded):
             rows.append({
                 "data": data, "pair": row_name(arrays, settings), "n": np.isfinite(arrays["nll"]).sum(),
                 "NLL above the truth": interval_text(excess), "median": number_text(mean_and_error(excess)[2], ".3f"),
-                "less KLD-ELBO's (paired)": "" if elbo is None or arrays is elbo else interval_text(arrays["nll"] - elbo["nll"]),
+                "less KLD-ELBO's (paired)": "" if arrays["config"]["label"] == "KLD-ELBO" or not theirs else interval_text(less),
                 "change in the last quarter": number_text(mean_and_error(curve[-1] - curve[quarter])[0], "+.3f"),
                 "members with 1, 2 unused latents": f"{(unused == 1).sum()}, {(unused == 2).sum()}",
                 "variance / data's": interval_text(arrays.get("variance_ratio", unknown)),
@@ -93,9 +99,10 @@ def table_of_2d_runs(loaded):
     return table_of(rows, names=2)
 
 
-def nearest_run(runs, flags, keys):
-    """The one of the runs that has the value of `flags` in the first of the `keys`, or else in the next; None without runs."""
-    return max(runs, default=None, key=lambda run: [run["config"]["flags"].get(key) == flags.get(key) for key in keys])
+def by_seed(arrays):
+    """The NLL of each member of a 2-D run by its seed."""
+    first = arrays["config"]["flags"].get("seed", 0)
+    return {first + i: nll for i, nll in enumerate(arrays["nll"])}
 
 
 def table_of_image_runs(loaded):
@@ -107,7 +114,7 @@ def table_of_image_runs(loaded):
     """
     groups, elbos = {}, {}
     configs = [arrays["config"] for arrays in loaded]
-    apart = ("data", "net", "width", "norm", "init_sd", "gamma", "one_pass", "lr", "epochs")
+    apart = [key for key in configs[0]["flags"] if key not in (*NOT_IDENTITY, *IN_NAME, "seed")]
     for arrays, settings in zip(loaded, settings_of(configs, apart)):
         flags = arrays["config"]["flags"]
         groups.setdefault((settings, *pair_order(flags), row_name(arrays, settings)), []).append(arrays)

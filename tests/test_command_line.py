@@ -80,7 +80,7 @@ MISTAKES = {
         "--precision tf32 --device cpu": "tf32 needs a CUDA GPU", "--device tpu": "not one of auto, cpu",
         "--pairs KLD-X": "invalid choice"},
     evaluate: {"run --inception-weights none.pth": "there is no such file", "run --iw-samples 0": "--iw-samples"},
-    audit: {"fd3": "VSM_IMPORT"}, spectrum: {"mnist --batch 5": "must be even", "letters": "unknown data"}}
+    audit: {"fd3": "VSM_IMPORT"}, spectrum: {"mnist --batch 6": "must be a multiple of 4", "letters": "unknown data"}}
 
 
 @pytest.mark.parametrize("script, argv", [(script, argv) for script in MISTAKES for argv in MISTAKES[script]])

@@ -233,6 +233,9 @@ def test_numbers_of_features_that_differ_are_in_no_mean():
     by_features = {f"{key}{ending}" for key in ("fid", "fid_infinite", "kid_x1000", *KEYS[3:]) for ending in ("", "_mixture")}
     assert by_features | {"fid_aggregate", "fid_reconstruction"} <= lost and not {"negative_elbo", "nearest"} & lost
     assert row["features"] == "EfficientNet, LeNet" and row["n"] == 2
+    fewer = measured_with(seed=1)
+    fewer.evaluation["config"]["evaluation"]["iw_samples"] = 1
+    assert np.isnan(row_of("KLD-F", [measured_with(), fewer])["negative_iw_bound_mean"])
 
 
 @pytest.mark.parametrize("name", ["mixture", "two-stage"])

@@ -37,10 +37,10 @@ def write_run(folder, script, flags, label, part="metrics", **arrays):
     return folder
 
 
-def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, seeds=3, data="ring", epochs=3):
+def synthetic_run(folder, learn="bao", infer="kld", K=5, seed=0, finished=True, seeds=3, data="ring", epochs=3, **more):
     rng = np.random.default_rng(seed)
     flags = {"data": data, "learn": learn, "infer": infer, "estimator": "plugin", "samples": 5, "inner_steps": K, "seed": seed,
-             "seeds": seeds, "bilevel_steps": 0, "epochs": epochs, "steps_per_epoch": 100, "hidden": 30}
+             "seeds": seeds, "bilevel_steps": 0, "epochs": epochs, "steps_per_epoch": 100, "hidden": 30} | more
     names = "log_gamma", "negative_elbo", "excess_curve", "nll_curve", "learn_loss"
     arrays = {"epoch": np.arange(4), "posterior_sd": rng.uniform(0.1, 0.5, (4, seeds, 2)).astype(np.float32)}
     arrays |= {key: rng.uniform(0.2, 1, (4, seeds)) for key in names}
@@ -307,14 +307,20 @@ def test_fid_by_sampler_is_against_gamma_or_width(axes_of, tmp_path, fails):
     assert line.lines[0].get_xydata().tolist() == [[16, 1.5], [32, 1]] and right.get_xscale() == "log"
     for other in ({"K": 50}, {"status": "exploded@9"}):  # of another mixture; no run that ended well
         alone = gamma_run(tmp_path / "other", "elbo", "fixed", 0.2, width=8, **other)
-        assert "choose them by --only" in fails(plots, "fid_by_sampler", *([*runs[:2], alone] if "K" in other else [alone]))
+        mixed, sentence = ([*runs[:2], alone], "choose them by --only") if "K" in other else ([alone], "all of these runs failed")
+        assert sentence in fails(plots, "fid_by_sampler", *mixed)
     again = gamma_run(tmp_path / "again", "elbo", "fixed", 0.2)
     assert "the same experiment with the same seed" in fails(plots, "fid_by_sampler", runs[0], again)
 
 
-def test_runs_of_further_seeds_are_one_point_of_a_sweep(runs, tmp_path):
+def test_runs_of_further_seeds_are_one_point_of_a_sweep_and_other_settings_are_refused(runs, tmp_path, fails):
     (point,) = sweep_points([runs["2d"][0], synthetic_run(tmp_path / "further", seed=3)])
     assert len(point["members"]["nll"]) == 6  # seeds 0, 1, 2 and 3, 4, 5
+    for more, figure, words in (({"infer_samples": 1}, "synthetic", "ring differ in infer_samples"),
+                                ({"hidden": 31}, "training_curves", "ring differ in hidden"),
+                                ({"hidden": 31}, "bilevel", "ring differ in hidden"), ({"data": "spiral"}, "bilevel", "one data set")):
+        other = synthetic_run(tmp_path / f"{figure}{more}", seed=6, **more)
+        assert words in fails(plots, figure, runs["2d"][0], other, "--save", tmp_path / "x.png")
 
 
 def test_limits_follow_most_values_and_not_one():

@@ -67,6 +67,13 @@ def test_a_run_is_compared_with_the_elbo_of_the_same_seeds_settings_and_samples(
     assert found["KLD-ELBO, N = 5, init sd 0.4"] == ""
 
 
+def test_differences_are_of_members_of_the_same_seed_and_data():
+    runs = [plane(nll=(1.0, 2.0), seed=0), plane(nll=(3.0, 5.0), seed=2), plane(nll=(50.0, 60.0), seed=0, noise=0.5),
+            plane("KLD-B", "bao", nll=(2.5, 3.5, 6.0), seed=1)]
+    found = {row[1]: row[5] for row in (cells(table_of_2d_runs(runs), i) for i in range(4))}
+    assert found["KLD-B, N = 5"].startswith("0.667 ±") and set(found.values()) == {"", found["KLD-B, N = 5"]}
+
+
 def test_a_run_with_bilevel_steps_is_compared_with_the_elbo_without_them():
     model = {"hidden": 100, "batch": 100, "inner_steps": 5}
     runs = [plane(**model, bilevel_steps=0), plane("KLD-S", "swersky", nll=(2.0, 3.0, 4.0), **model, bilevel_steps=20),

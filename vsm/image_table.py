@@ -82,17 +82,19 @@ def write_table(measured, out):
 
 
 def row_of(name, members):
-    """The row of a group of seeds: {column of table.npz: value}. What features measure is NaN where these differ."""
+    """The row of a group of seeds: {column of table.npz: value}. What was measured in different ways is NaN."""
     config, ok = members[0].run.config, [each.numbers() for each in members if not each.failed]
     features = sorted({each.features for each in members} - {None})
-    components = {each.evaluation["config"]["evaluation"].get("components") for each in members if each.evaluation} - {None}
+    settings = [each.evaluation["config"]["evaluation"] for each in members if each.evaluation]
+    components = {each.get("components") for each in settings} - {None}
+    bounds = {(each.get("iw_samples"), each.get("images")) for each in settings}
     row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "n": len(ok),
            "components": max(components, default=0), **count_failures([each.status for each in members]),
            "features": ", ".join(network for network, _ in features), **published(config)}
     for key in KEYS:
         values = np.array([numbers[key] for numbers in ok], float)
         if len(features) > 1 and key.startswith(("fid", "kid", "precision", "recall", "density", "coverage")) or \
-                len(components) > 1 and key.endswith(ending_of("mixture")):
+                len(components) > 1 and key.endswith(ending_of("mixture")) or len(bounds) > 1 and key == "negative_iw_bound":
             values[:] = np.nan
         row[f"{key}_mean"] = values.mean() if len(values) else np.nan
         row[f"{key}_se"] = values.std(ddof=1) / len(values)**0.5 if len(values) > 1 else np.nan
@@ -108,12 +110,12 @@ def published(config):
 
 
 def references_of(measured):
-    """A dict for each set of test images: the settings of the evaluation, the floor, and the MMD's null sd by latent space."""
+    """A dict for each set of test images and way of measuring: its settings, the floor, and the MMD's null sd by latent space."""
     references = {}
     for each in measured:
         if each.evaluation:
             settings, flags = each.evaluation["config"]["evaluation"], each.run.config["flags"]
-            key = settings["data"], settings["test_images"], settings.get("digest"), each.features
+            key = *(settings.get(name) for name in ("data", "test_images", "digest", "iw_samples", "images")), each.features
             floor = {name: value for name, value in each.evaluation.items() if name.endswith("_floor")}
             reference = references.setdefault(key, {"settings": settings, "floor": floor, "null_sd": {}, "draws": set()})
             reference["draws"].add(settings.get("draws", 1))

@@ -3,8 +3,10 @@
 import numpy as np
 
 from studies.tables import COLLAPSED
+from vsm.cli import UserError
 from vsm.figures.axes import round_ticks
 from vsm.figures.style import color_of, handles_of, legend_below, line_key, new_figure, save_figure
+from vsm.figures.synthetic import refuse_other_settings
 from vsm.linear import KAPPA_KNOWN, bilevel_end
 from vsm.names import pair_name, pair_order
 from vsm.stored_runs import open_runs
@@ -29,6 +31,10 @@ def bilevel(runs, save):
     for flags, arrays in ordered:
         if (flags["inner_steps"], flags["epochs"]) == (fewest, length):
             objectives.setdefault(pair_name(arrays["config"]), []).append((flags["bilevel_steps"], arrays))
+    shown = [(name, J, arrays) for name, group in objectives.items() for J, arrays in group]
+    refuse_other_settings([arrays["config"]["flags"] for *_, arrays in shown])
+    if len({arrays["config"]["flags"]["data"] for *_, arrays in shown}) > 1:
+        raise UserError("bilevel draws runs of one data set; choose them by --only")
     drawn = {J for group in objectives.values() for J, _ in group}
     figure, axes = new_figure(1, 3, size=(3.0, 2.6))
     for name, group in objectives.items():

@@ -4,7 +4,7 @@ import numpy as np
 
 from vsm.cli import UserError
 from vsm.figures.axes import round_ticks
-from vsm.figures.style import handles_of, legend_below, line_key, line_style, new_figure, save_figure
+from vsm.figures.style import handles_of, legend_below, line_key, line_style, new_figure, save_figure, seeds_key
 from vsm.names import NOT_IDENTITY, pair_name, pair_order, refuse_twins
 from vsm.stored_runs import open_runs
 from vsm.tables import failed
@@ -24,6 +24,8 @@ def fid_by_sampler(runs, save):
     that failed are left out. Raises UserError for runs that differ in more than objective, seed, and gamma or width.
     """
     points = [point_of(run) for run in open_runs(runs) if not failed(str(run.finished()["status"]))]
+    if not points:
+        raise UserError("all of these runs failed, so there is nothing to draw")
     widths = sorted({point["width"] for point in points})
     by, rows = ("width", ["width"]) if len(widths) > 1 else ("init_sd", ["log_gamma", "kl"])
     free = (*FREE, "width") if by == "width" else (*FREE, "gamma", "init_sd")
@@ -49,7 +51,8 @@ def fid_by_sampler(runs, save):
         row[0].set_ylabel(f"FID ({points[0]['evaluation']['features']['name']})")
     marks = {f"gamma {path}": line_key(marker=marker, color="0.4", linestyle="-" if path == "fixed" else "")
              for path, marker in MARKERS.items() if any(path == other for _, other in paths)}
-    legend_below(figure, handles_of(axes) | (marks if by == "init_sd" else {}))
+    bars = seeds_key() if any(point["flags"]["seed"] != points[0]["flags"]["seed"] for point in points) else {}
+    legend_below(figure, handles_of(axes) | (marks if by == "init_sd" else {}) | bars)
     save_figure(figure, save)
 
 

@@ -9,14 +9,12 @@ import torch
 from vsm.cli import UserError
 from vsm.distributions_2d import DISTRIBUTIONS, distribution
 from vsm.figures.style import RED, area_key, dot_style, handles_of, legend_below, line_key, line_style, new_figure, save_figure
-from vsm.figures.synthetic import marker_of
+from vsm.figures.synthetic import marker_of, refuse_other_settings
 from vsm.linear import KAPPA_KNOWN, kappa
-from vsm.names import NOT_IDENTITY, letter_of, pair_name, pair_order, refuse_twins
+from vsm.names import letter_of, pair_name, pair_order, refuse_twins
 from vsm.stored_runs import open_runs
 from vsm.tables import mean_and_error
 
-SWEEP_AXES = ("data", "learn", "infer", "estimator", "samples", "infer_samples", "inner_steps", "inner_lr", "bilevel_steps",
-              "seed", "seeds", *NOT_IDENTITY)  # flags in which the runs of one figure may differ
 THEORY = {"color": "black", "lw": 1.5, "linestyle": (0, (1, 1))}
 
 
@@ -67,16 +65,11 @@ def sweep_points(runs):
 
     nll and divergence: (mean, standard error, median) over the members. members: the values behind them. truth: the values of the
     data's law at the same test points. diverged: a flag for each member. Raises UserError for runs of one data set that differ in
-    more than SWEEP_AXES, or that share a seed.
+    more than AXES, or that share a seed.
     """
     opened = open_runs(runs)
     loaded = [run.finished() for run in opened]
-    first = {}
-    for flags in (arrays["config"]["flags"] for arrays in loaded):
-        reference = first.setdefault(flags["data"], flags)
-        if differ := sorted(key for key in reference if key not in SWEEP_AXES and flags.get(key) != reference[key]):
-            raise UserError(f"the runs of {flags['data']} differ in {', '.join(differ)}; "
-                            "draw runs that differ in nothing but the objective, data, K, J and seeds")
+    refuse_other_settings([arrays["config"]["flags"] for arrays in loaded])
     groups = {}
     for run, arrays in zip(opened, loaded):
         flags = arrays["config"]["flags"]
@@ -85,6 +78,9 @@ def sweep_points(runs):
     points = []
     for (data, J, name, K), members in groups.items():
         refuse_twins([(run, seeds) for run, seeds, _ in members])
+        settings = [[arrays["config"]["flags"].get(key) for key in ("infer_samples", "inner_lr")] for *_, arrays in members]
+        if any(each != settings[0] for each in settings):
+            raise UserError(f"the runs of {name} on {data} differ in infer_samples or inner_lr; draw those of one value")
         points.append({"data": data, "J": J, "name": name, "K": K, **sweep_point([arrays for *_, arrays in members])})
     return points
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from vsm.figures.axes import label_ticks, limit_robustly, set_scale, whole_ticks
 from vsm.figures.groups import band_key, fate_of, grouped, markers_of, named_groups, seeds_of
-from vsm.figures.style import handles_of, legend_below, letter_color, line_style, new_figure, new_panels, save_figure
+from vsm.figures.style import handles_of, legend_below, letter_color, line_style, new_figure, new_panels, save_figure, seeds_key
 from vsm.tables import mean_and_error
 
 CURVES = {  # metric: axis title, scale
@@ -148,14 +148,17 @@ def gradient_snr(runs, save):
     """Signal-to-noise ratio of the decoder's gradient against N by learning objective, two rows per group of seeds.
 
     The first row has the plug-in estimators, the second the others beside the ELBO. Bars go from the smallest to the largest of
-    several seeds; for one seed they are one standard error over draws, if stored.
+    several seeds; for one seed they are one standard error over draws, if stored. Negative estimates have no logarithm and are
+    left out.
     """
     groups = named_groups(grouped(runs, "gradient_snr"))
-    names = [str(name) for name in groups[0][1][0]["objectives"]]
-    others = [name for name in names if name.endswith(("unbiased", "released"))]
-    rows = [(*group, shown) for group in groups for shown in ([name for name in names if name not in others], ["ELBO", *others])]
+    rows = []
+    for group, members in groups:
+        names = [str(name) for name in members[0]["objectives"]]  # older runs have fewer
+        others = [name for name in names if name.endswith(("unbiased", "released"))]
+        rows += [(group, members, names, shown) for shown in ([name for name in names if name not in others], ["ELBO", *others])]
     figure, axes = new_figure(len(rows), len(SNR_PANELS), size=(3, 2.3))
-    for row, (group, members, shown) in zip(axes, rows):
+    for row, (group, members, names, shown) in zip(axes, rows):
         for ax, (key, title) in zip(row, SNR_PANELS.items()):
             samples = members[0]["samples"]
             for k, name in enumerate(shown):
@@ -164,7 +167,8 @@ def gradient_snr(runs, save):
             ax.set_xticks(range(len(samples)), samples)
             label_ticks(ax)
         row[0].set_ylabel(f"at the model of\n{group}, {seeds_of(members)}")
-    legend_below(figure, handles_of(axes))
+    several = any(len(members) > 1 for _, members in groups)
+    legend_below(figure, handles_of(axes) | (seeds_key() if several else {}))
     save_figure(figure, save)
 
 

@@ -75,6 +75,11 @@ def line_key(**style):
     return Line2D([], [], **style)
 
 
+def seeds_key():
+    """{label: handle} of bars over seeds, for a legend."""
+    return {"bar: smallest to largest seed": line_key(color="0.4", marker="|", ms=10, ls="")}
+
+
 def area_key(color):
     """A filled rectangle, for a legend."""
     from matplotlib.patches import Patch

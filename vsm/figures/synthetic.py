@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from vsm.cli import UserError
 from vsm.figures.axes import limit_robustly, set_scale, whole_ticks
 from vsm.figures.style import color_of, legend_below, line_key, line_style, new_panels, save_figure
-from vsm.names import letter_of, pair_name, pair_order
+from vsm.names import NOT_IDENTITY, letter_of, pair_name, pair_order
 from vsm.stored_runs import open_runs, samples_of_member, shown_member
 
 MARKERS = {"step": "D", "released": "X", "unbiased": "v", "N = ": "o", "": "^"}  # by the first of these parts in a pair's name
@@ -24,6 +25,8 @@ HISTORY = {  # metric: axis title, scale
     "infer_loss": ("encoder's training loss", "symlog"),
     "learn_loss": ("decoder's training loss", "symlog"),
 }
+AXES = ("data", "learn", "infer", "estimator", "samples", "infer_samples", "inner_steps", "inner_lr", "bilevel_steps",
+        "seed", "seeds", *NOT_IDENTITY)  # flags in which the runs of one figure may differ
 FEW = ("excess_curve", "nll_curve", "negative_elbo", "log_gamma", "posterior_sd")  # drawn where there are several data sets
 
 
@@ -33,6 +36,7 @@ def training_curves(runs, save):
     One data set has a panel per quantity; several have a row each, of fewer quantities. Runs far beyond most are left outside.
     """
     loaded = sorted((run.arrays() for run in open_runs(runs)), key=lambda arrays: pair_order(arrays["config"]["flags"]))
+    refuse_other_settings([arrays["config"]["flags"] for arrays in loaded], ("epochs", "steps_per_epoch"))
     datas = {}
     for arrays in loaded:
         datas.setdefault(arrays["config"]["flags"]["data"], []).append(arrays)
@@ -49,6 +53,16 @@ def training_curves(runs, save):
     handles = {name: line_key(lw=1.8, marker=marker_of(name), ms=4, **style) for name, style in styles.items()}
     legend_below(figure, handles, columns=4)
     save_figure(figure, save)
+
+
+def refuse_other_settings(flags, free=()):
+    """Raises UserError if the flags of two runs of one data set differ in more than AXES and those of `free`."""
+    first = {}
+    for mine in flags:
+        reference = first.setdefault(mine["data"], mine)
+        if differ := sorted(key for key in reference if key not in (*AXES, *free) and mine.get(key) != reference[key]):
+            raise UserError(f"the runs of {mine['data']} differ in {', '.join(differ)}; "
+                            "draw runs that differ in nothing but the objective, data, N, K, J and seeds")
 
 
 def curve_name(arrays):
