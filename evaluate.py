@@ -203,7 +203,7 @@ def importance_bounds(vae, images, noise, samples, generator, block=100):
 
 
 def draw_figures(measured, out):
-    """Draw the figures of all runs; the grids of samples are those of the first seed of each group that has samples."""
+    """Draw the figures of all runs; the grids of samples have the first seed of each group that has samples."""
     alive = [each for each in measured if not each.failed]
 
     def with_arrays(*keys):
@@ -214,10 +214,10 @@ def draw_figures(measured, out):
     figures = {images.trajectories: measured, latents.posterior_sd: with_arrays("posterior_sd"),
                latents.aggregate_posterior: with_arrays("posterior_sd", "aggregate_histogram"),
                latents.posterior_mean: with_arrays("posterior_mean_histogram"),
-               pictures.samples: [first for first in firsts if first]}  # published runs may have no samples
+               pictures.samples: (firsts := [first for first in firsts if first])}  # published runs may have no samples
     drawings = [(figure, figure.__name__, [each.run for each in members]) for figure, members in figures.items()]
     for key in (f"samples{ending_of(name)}" for name in SAMPLERS[1:]):
-        drawings.append((pictures.samples, key, [with_samples(each, key) for each in alive if key in each.evaluation]))
+        drawings.append((pictures.samples, key, [with_samples(each, key) for each in firsts if key in each.evaluation]))
     for figure, name, members in drawings:
         try:
             if members:

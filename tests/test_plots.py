@@ -318,7 +318,8 @@ def test_runs_of_further_seeds_are_one_point_of_a_sweep_and_other_settings_are_r
     assert len(point["members"]["nll"]) == 6  # seeds 0, 1, 2 and 3, 4, 5
     for more, figure, words in (({"infer_samples": 1}, "synthetic", "ring differ in infer_samples"),
                                 ({"hidden": 31}, "training_curves", "ring differ in hidden"),
-                                ({"hidden": 31}, "bilevel", "ring differ in hidden"), ({"data": "spiral"}, "bilevel", "one data set")):
+                                ({"hidden": 31}, "bilevel", "ring differ in hidden"),
+                                ({"data": "spiral"}, "bilevel", "one data set")):
         other = synthetic_run(tmp_path / f"{figure}{more}", seed=6, **more)
         assert words in fails(plots, figure, runs["2d"][0], other, "--save", tmp_path / "x.png")
 
