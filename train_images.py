@@ -41,8 +41,11 @@ def parse_args(argv=None):
 def parse_runs(argv=None):
     """The flags of every run: all combinations of the values that the flags are given."""
     runs = [parse_args(words) for words in combinations(argv, image_parser(__doc__))]
-    if len({run.out for run in runs}) < len(runs):
-        image_parser().error(f"several runs would write {runs[0].out}; give no value twice, and no --out for several runs")
+    outs = [run.out for run in runs]
+    if twice := [out for out in outs if outs.count(out) > 1]:
+        image_parser().error(f"several runs would write {twice[0]}; give no value twice, and no --out for several runs")
+    if len({run.precision == "tf32" for run in runs}) > 1:
+        image_parser().error("--precision tf32 holds for a whole process; give it a command of its own")
     return runs
 
 
@@ -57,6 +60,7 @@ def main_of_runs(runs):
         if data_of(args) not in images:
             data = load(args)
             images[data_of(args)] = data._replace(train=data.train.to(device), test=data.test.to(device))
+        refuse_too_few(args, images[data_of(args)])
     arguments = {args.out: (args, images[data_of(args)], device) for args in runs}
     if device.type == "cpu":
         for note in dict.fromkeys(filter(None, (reach_note(args, images[data_of(args)]) for args in runs))):
@@ -78,6 +82,12 @@ def data_of(args):
 def load(args):
     """The images of a run. Raises UserError for fewer than it needs."""
     data = load_images(*data_of(args))
+    refuse_too_few(args, data)
+    return data
+
+
+def refuse_too_few(args, data):
+    """Raises UserError for fewer images than a run needs."""
     if args.batch > len(data.train):
         raise UserError(f"--batch {args.batch} is more than the {len(data.train)} training images")
     minibatches = len(data.train) // args.batch * args.epochs
@@ -86,7 +96,6 @@ def load(args):
                         "raise --epochs, or lower --batch or --inner-steps")
     if len(data.test) < 2:
         raise UserError(f"{args.data} has fewer than two test images here; MMD and FID compare pairs of images")
-    return data
 
 
 def train_one(args, data, device, bar=progress):

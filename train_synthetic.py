@@ -76,8 +76,9 @@ class EnsembleTrainer(TrainingState):
         args, vae, x = self.args, self.vae, self.law.transform(self.data_noise)
         vae.encoder.requires_grad_(True)
         vae.decoder.requires_grad_(False)
+        score = [-self.data_noise[..., -2:] / args.noise] if LEARN[args.learn].takes("t") else []  # that of the data's noise
         for noise in self.infer_noise[:args.inner_steps]:
-            infer, *gradient = self.infer(vae, x, noise)
+            infer, *gradient = self.infer(vae, x, noise, *score)
             with torch.no_grad():
                 if args.lr_half_life:
                     torch._foreach_mul_(gradient, self.rate)
@@ -85,7 +86,6 @@ class EnsembleTrainer(TrainingState):
 
         vae.encoder.requires_grad_(args.bilevel_steps > 0)
         vae.decoder.requires_grad_(True)
-        score = [-self.data_noise[..., -2:] / args.noise] if LEARN[args.learn].takes("t") else []  # that of the data's noise
         learn, gradient, phi = self.learn(vae, x, self.infer_noise[args.inner_steps:], self.learn_noise, *score)
         set_gradients(self.theta, gradient)
         self.adam.step()
@@ -99,9 +99,9 @@ class EnsembleTrainer(TrainingState):
             self.note_divergence(learn, vae.log_gamma)
             self.clock += 1
 
-    def infer(self, vae, x, noise):
+    def infer(self, vae, x, noise, t=None):
         """The loss of phi per member [S], followed by its gradients."""
-        loss = phi_loss(vae, x, self.args.infer, noise).mean(-1)
+        loss = phi_loss(vae, x, self.args.infer, noise, estimator=self.args.estimator, t=t).mean(-1)
         return loss.detach(), *grad(loss.sum(), list(vae.encoder.parameters()))
 
     def learn(self, vae, x, kept_noise, noise, t=None):
@@ -109,7 +109,7 @@ class EnsembleTrainer(TrainingState):
         args, phi, options = self.args, dict(vae.encoder.named_parameters()), {"estimator": self.args.estimator, "t": t}
         for step_noise in kept_noise:
             lr = args.inner_lr * self.rate if args.lr_half_life else args.inner_lr
-            phi = kept_step(vae, phi, x, args.infer, step_noise, lr)
+            phi = kept_step(vae, phi, x, args.infer, step_noise, lr, **options)
         if args.bilevel_steps:
             loss = bilevel_loss(vae, phi, x, args.learn, noise, **options).mean(-1)
         else:

@@ -24,17 +24,19 @@ def seed_of(*key):
 INIT, ORDER, NOISE, EVALUATION = range(4)  # separate streams, so that evaluating more often changes no weight
 
 
-def phi_loss(vae, x, infer, noise):
-    """The loss of phi per datum [B], from standard `noise` [N, B, Dz] of z. FD takes z as a constant (Section 3.3.2)."""
+def phi_loss(vae, x, infer, noise, **options):
+    """The loss of phi per datum [B], from standard `noise` [N, B, Dz] of z. FD takes z as a constant (Section 3.3.2).
+
+    An objective gets those of the `options` that it declares, such as its estimator.
+    """
+    x.requires_grad_(INFER[infer].needs_b)
     q = vae.encode(x)
     z = vae.sample(q, noise)
-    return INFER[infer](vae, x, q, z if INFER[infer].reparametrised else z.detach())
+    return INFER[infer](vae, x, q, z if INFER[infer].reparametrised else z.detach(), **options)
 
 
 def theta_loss(vae, x, learn, noise, **options):
     """The loss of theta per datum [B], from standard `noise` [N, B, Dz] of z. phi gets no gradient and z is a constant (Alg. 1).
-
-    The objective gets those of the `options` that it declares, such as its estimator.
     """
     x.requires_grad_(LEARN[learn].needs_b)  # b_n is the encoder's input gradient, a constant for theta
     with torch.set_grad_enabled(x.requires_grad):
@@ -49,11 +51,11 @@ def shared_losses(vae, x, infer, learn, noise, **options):
     Where both are the same objective, such as that of the Fisher autoencoder, they are one tensor, whose gradient serves both.
     Neither q nor z is a constant here: the caller differentiates the first loss by phi alone and the second by theta alone.
     """
-    x.requires_grad_(LEARN[learn].needs_b)
+    x.requires_grad_(LEARN[learn].needs_b or INFER[infer].needs_b)
     q = vae.encode(x)
     z = vae.sample(q, noise)
     decoded = Decoded(vae, z)
-    loss = INFER[infer](decoded, x, q, z)
+    loss = INFER[infer](decoded, x, q, z, **options)
     if LEARN[learn].function is INFER[infer].function:
         return loss, loss
     return loss, LEARN[learn](decoded, x, q, z, **options)
@@ -135,7 +137,7 @@ class TrainingState(Resumable):
         if self.graphs is None:
             update()
         else:
-            self.graphs.run(kind, update, self.state(), self.captured_generators)
+            self.graphs.run(kind, update, self.state, self.captured_generators)
 
     captured_generators = ()  # the generators that draw inside an update
     unit = "epoch"
@@ -171,8 +173,8 @@ class ParameterGroup:
     """The parameters that one loss trains, phi or theta, and their optimiser, which leaves out those in `closed_form`."""
 
     def __init__(self, params, lr, capturable, scheduled, closed_form=()):
-        self.params = [*params, *closed_form]
-        self.optimiser = adam(self.params[:len(self.params) - len(closed_form)], lr, capturable, scheduled)
+        stepped = list(params)
+        self.params, self.optimiser = [*stepped, *closed_form], adam(stepped, lr, capturable, scheduled)
 
 
 class ImageTrainer(TrainingState):
@@ -211,7 +213,7 @@ class ImageTrainer(TrainingState):
         if self.lr_half_life:
             for optimiser in self.optimisers:
                 set_rate(optimiser, self.lr * decay(self.step, self.steps_per_epoch, self.lr_half_life))
-        with_decoder = (self.step + 1) % self.inner_steps == 0
+        with_decoder = LEARN[self.learn].joint or (self.step + 1) % self.inner_steps == 0
         self.advance(with_decoder, lambda: self.update(with_decoder))
 
     def update(self, with_decoder):
@@ -221,10 +223,11 @@ class ImageTrainer(TrainingState):
         """
         x, noise = self.minibatch()
         t = -noise.flatten(1) / self.noise if LEARN[self.learn].takes("t") else None  # the score of the data's noise
+        options = {"estimator": self.estimator, "t": t}
         if LEARN[self.learn].joint or self.one_pass:
             self.train_only(self.phi, self.theta)
             z_noise = latent_noise(self.vae, x, self.samples, self.generator)
-            loss, other = shared_losses(self.vae, x, self.infer, self.learn, z_noise, estimator=self.estimator, t=t)
+            loss, other = shared_losses(self.vae, x, self.infer, self.learn, z_noise, **options)
             if other is loss:
                 self.step_by(loss, self.phi, self.theta)
             else:
@@ -233,12 +236,12 @@ class ImageTrainer(TrainingState):
         else:
             self.train_only(self.phi)
             z_noise = latent_noise(self.vae, x, self.infer_samples, self.generator)
-            loss = phi_loss(self.vae, x, self.infer, z_noise)
+            loss = phi_loss(self.vae, x, self.infer, z_noise, **options)
             self.step_by(loss, self.phi)
             if with_decoder:
                 self.train_only(self.theta)
                 z_noise = latent_noise(self.vae, x, self.samples, self.generator)
-                loss = theta_loss(self.vae, x, self.learn, z_noise, estimator=self.estimator, t=t)
+                loss = theta_loss(self.vae, x, self.learn, z_noise, **options)
                 self.step_by(loss, self.theta)
         self.clock += 1
 

@@ -264,7 +264,7 @@ def test_each_row_has_its_budget_where_budgets_differ():
     defaults = image_defaults() | {"infer_samples": 5}
     one, other = defaults | {"seed": 3, "out": "x"}, defaults | {"epochs": 7, "samples": 1, "infer_samples": 1, "learn": "bao"}
     paper = "the defaults, which are those of the paper"
-    assert budget_notes([("a", one), ("b", one | {"net": "mlp"})]) == [f"- budget of all runs: {paper}"]
+    assert budget_notes([("a", one), ("b", one | {"net": "mlp", "width": 400})]) == [f"- budget of all runs: {paper}"]
     assert budget_notes([("a", other), ("b", other)]) == ["- budget of all runs: --samples 1 --epochs 7"]
     assert budget_notes([("a", one), ("b", other), ("c", one)]) == [f"- budget of a; c: {paper}",
                                                                    "- budget of b: --samples 1 --epochs 7"]

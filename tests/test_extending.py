@@ -20,11 +20,13 @@ import train_synthetic
 from benchmarks import benchmark
 from examples import own_pictures
 from models import NETS
-from objectives import INFER, LEARN, Objective
+from objectives import INFER, LEARN, Objective, posterior_score
 from sketches import contents_in
 from small_runs import IMAGES, ROOT, environment, image_trainer, main, noise_pictures
 from vsm.cli import command_line
+from vsm.device import to_channels_last
 from vsm.distributions_2d import DISTRIBUTIONS
+from vsm.loading import vae_of
 from vsm.runs import load_arrays
 from vsm.stored_runs import open_runs
 
@@ -68,6 +70,32 @@ def test_a_new_network_trains(mine, digits, tmp_path, no_pictures):
     mine(train_images, *argv)
     arrays = load_arrays(tmp_path / "run" / "metrics.npz")
     assert str(arrays["status"]) == "ok" and arrays["config"]["flags"]["net"] == "linear"
+
+
+def test_a_joint_objective_and_one_of_the_encoder_get_what_they_declare(monkeypatch):
+    seen = []
+
+    def joint(vae, x, q, z, estimator, t):
+        seen.append((estimator, t.shape))
+        return LEARN["fae"](vae, x, q, z)
+
+    entry = Objective(joint, "J", needs_b=True, joint=True)
+    monkeypatch.setitem(LEARN, "joint", entry)
+    monkeypatch.setitem(INFER, "joint", entry)
+    image_trainer(learn="joint", infer="joint", estimator="unbiased", samples=2).run_step()
+    words = ["--learn", "joint", "--estimator", "unbiased", "--samples", 2, "--noise", 0.1, "--inner-steps", 1]
+    args = train_synthetic.parse_args([*map(str, [*small_runs.SMALL, *words])])
+    train_synthetic.EnsembleTrainer(args, small_runs.CPU).run_step()
+    assert seen == [("unbiased", (4, 4)), ("unbiased", (2, 20, 2)), ("unbiased", (2, 20, 2))]
+
+    def with_b(vae, x, q, z):
+        return INFER["kld"](vae, x, q, z) + 0 * posterior_score(vae, x, q, z).sum((0, 2))
+
+    monkeypatch.setitem(INFER, "with_b", Objective(with_b, "W", needs_b=True))
+    images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
+    image_trainer(vae_of({"net": "conv", "width": 2, "dim_z": 2, "norm": "batch", "latent": "gaussian", "temperature": 0.5,
+                          "init_sd": 1.0, "precision": "float32"}, (1, 32, 32)), images, infer="with_b").run_step()
+    assert to_channels_last(torch.nn.Linear(1, 1), "not known here", "kld")
 
 
 @pytest.mark.slow

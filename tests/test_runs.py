@@ -174,6 +174,8 @@ def test_a_folder_that_is_removed_meanwhile_ends_the_run_and_stays_away(tmp_path
 
 
 def test_a_foreign_folder_its_lock_and_the_root_are_not_touched(tmp_path, fails):
+    (tmp_path / "file").write_text("mine")
+    assert "file is a file; choose another --out" in fails(train_synthetic, *SMALL, "--out", tmp_path / "file")
     (tmp_path / ".lock").write_text("another program's")
     (tmp_path / "thesis.tex").write_text("all of it")
     os.utime(tmp_path / ".lock", (0, 0))
@@ -344,10 +346,25 @@ def test_a_run_of_another_value_of_a_flag_is_another_run(parser, defaults, axes)
     assert same == {*usual} & WHERE_AND_HOW
 
 
-@pytest.mark.parametrize("argv", [["--seed", "1", "1"], ["--seed", "1", "2", "--out", "x"]])
-def test_two_runs_in_one_folder_are_refused(argv):
+@pytest.mark.parametrize("argv, words", [("--seed 1 2 2", "seed2; give no value twice"), ("--seed 1 2 --out x", "would write x;"),
+                                         ("--precision float32 tf32", "holds for a whole process")])
+def test_runs_that_cannot_share_a_command_are_refused(argv, words, capsys):
     with pytest.raises(SystemExit):
-        train_images.parse_runs(argv)
+        train_images.parse_runs(argv.split())
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, words", [("--inner-steps 1 7 --epochs 1", "the 7 of one"), ("--batch 20 301", "301 is more")])
+def test_every_run_of_a_sweep_needs_enough_images(digits, argv, words):
+    with pytest.raises(UserError, match=words):
+        train_images.main_of_runs(train_images.parse_runs([*IMAGES, "--data-root", str(digits), *argv.split()]))
+
+
+def test_a_continued_run_that_is_stopped_has_not_ended(tmp_path, monkeypatch):
+    train(tmp_path / "run", epochs=2)
+    half_a_run(tmp_path / "run", monkeypatch, updates=2)
+    arrays = load_arrays(tmp_path / "run" / "metrics.npz")
+    assert "status" not in arrays and arrays["epoch"].tolist() == [0, 2]
 
 
 def test_processes_give_the_bits_of_runs_alone_and_a_failure_leaves_the_others_alone(digits, tmp_path):

@@ -136,7 +136,7 @@ def test_a_graph_of_each_kind_of_update_stands_for_all_of_its_kind():
             self.first = {}
 
         def run(self, kind, update, state, generators):
-            assert set(state) == set(replayed.state()) and generators == replayed.generators
+            assert set(state()) == set(replayed.state()) and generators == replayed.generators
             self.first.setdefault(kind, update)()
 
     eager, replayed = (ImageTrainer(image_vae(), IMAGES, **settings(learn="bao", inner_steps=3)) for _ in range(2))

@@ -21,9 +21,9 @@ class Graphs:
         self.stream, self.pool, self.graphs = torch.cuda.Stream(device), torch.cuda.graph_pool_handle(), {}
 
     def run(self, kind, update, state, generators=()):
-        """Replay the graph of this `kind`. `state` holds every tensor that update() changes, `generators` those it draws from."""
+        """Replay the graph of this `kind`. state() has every tensor that update() changes, `generators` those it draws from."""
         if kind not in self.graphs:
-            self.graphs[kind] = capture(update, state, generators, self.stream, self.pool)
+            self.graphs[kind] = capture(update, state(), generators, self.stream, self.pool)
         self.graphs[kind].replay()
 
 

@@ -63,7 +63,7 @@ def to_channels_last(model, learn, infer):
     A double backward through the networks, mostly that of batch norm, is slower so. The order of a convolution's sums depends on
     the layout, so whoever wants the bits of training must call this too.
     """
-    if LEARN[learn].joint or infer == "fd-repar":
+    if learn in LEARN and LEARN[learn].joint or infer == "fd-repar":
         return model
 
     def crashes(m):  # PyTorch 2.14 corrupts the heap in the backward pass of these on a CPU

@@ -38,7 +38,7 @@ def features_of(name, root, device, inception_weights=None):
     torch-fidelity has put them; EfficientNet-Lite0. Raises UserError where the weights are damaged or a package is missing.
     """
     one = load_images(name, root, limit=1, test_limit=1)
-    if one.train_labels is not None and one.train.shape[1:] == (1, 32, 32):
+    if None not in (one.train_labels, one.test_labels) and one.train.shape[1:] == (1, 32, 32):
         network, description = lenet5(name, root)
     elif weights := inception_weights or fetched_inception():
         network, description = inception(weights)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from models import NETS
 from vsm.fid import ending_of
 from vsm.flags import image_defaults
 from vsm.names import NOT_IDENTITY, flag_text, group_by_seed
@@ -175,7 +176,7 @@ def budget_notes(groups):
     """A note for each budget, the flags that differ from the defaults, among groups [(row's title, flags)]."""
     rows = {}
     for title, flags in groups:
-        defaults = image_defaults() | {"infer_samples": flags["samples"]}
+        defaults = image_defaults(flags["net"] if flags["net"] in NETS else "conv", flags["samples"])
         budget = " ".join(f"--{flag_text(key, value)}" for key, value in flags.items()
                           if key not in (*NOT_IDENTITY, *AXES) and value != defaults[key])
         rows.setdefault(budget or "the defaults, which are those of the paper", []).append(title)

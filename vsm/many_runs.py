@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from multiprocessing.connection import wait
 
 import torch
@@ -90,9 +91,14 @@ def in_a_process(train, arguments, threads, done, connection):
     except Stopped:
         code = STOPPED
     except BaseException as error:  # noqa: BLE001 (whatever the error is, the first process reports it)
-        connection.send(sentence(error))
+        connection.send(told(error))
         code = 2
     os._exit(code)
+
+
+def told(error):
+    """An exception as one sentence, followed by its traceback if $VSM_TRACEBACK is set."""
+    return sentence(error) + (f"\n{traceback.format_exc()}" if os.environ.get("VSM_TRACEBACK") else "")
 
 
 class Counted(tqdm):
@@ -128,7 +134,7 @@ def in_lockstep(runs, begin, device):
                 except (StopIteration, Stopped):
                     pass
                 except Exception as error:  # noqa: BLE001 (whatever the error is, the other runs go on)
-                    errors[folder] = sentence(error)
+                    errors[folder] = told(error)
                 del active[folder]
                 bar.update()
             if time.monotonic() - looked > 1:

@@ -140,10 +140,13 @@ class Run:
     def __init__(self, path, script, flags, device, overwrite=False, **extra):
         self.path, self.overwrite, self.status = Path(path), overwrite, None
         self._owned, self._outdated = False, []  # whether it has written; files of the old run, which go when it does
+        self._continues = False  # whether it has a larger budget than the finished run that is there
         kept = {key: value for key, value in flags.items() if key != "overwrite"}
         self.config = {"script": script, "flags": kept, **environment(device), **extra}
 
     def __enter__(self):
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; choose another --out")
         if self._files() and not (self.path / "config.json").exists():
             raise UserError(f"{self.path} holds files but no config.json, so it is not a run folder; choose another --out")
         try:
@@ -192,6 +195,7 @@ class Run:
         status, epochs = status_of(self.path), self.config["flags"].get("epochs")
         has = int(load_arrays(self.path / "metrics.npz")["epoch"][-1]) if epochs and status == "ok" else None
         if has and has < epochs:
+            self._continues = True
             for picture in self.path.glob("*.png"):
                 picture.unlink()
         elif status:
@@ -259,6 +263,10 @@ class Run:
         """Write bytes to a file of the run, whole or not at all. The first write takes the folder over."""
         if not (self.path / "config.json").exists():
             raise UserError(f"{self.path} has been removed or emptied while the run went on; nothing more is written there")
+        if self._continues:  # from here on the arrays are not those of a run that has ended
+            self._continues, arrays = False, load_arrays(self.path / "metrics.npz")
+            arrays.pop("status")
+            write_atomic(self.path / "metrics.npz", packed(arrays.pop("config"), arrays))
         write_atomic(self.path / name, data)
         if not self._owned:
             self._take_over(name)
