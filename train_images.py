@@ -13,6 +13,7 @@ A run writes config.json, checkpoint.pt, metrics.npz and PNGs into a folder unde
 """
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -27,7 +28,7 @@ from vsm.figures.run import draw_run
 from vsm.flags import announce, image_args, image_parser
 from vsm.loading import vae_of
 from vsm.loop import drain, stack, updates
-from vsm.many_runs import combinations, in_lockstep, in_processes
+from vsm.many_runs import combinations, in_lockstep, in_processes, one_thread
 from vsm.names import short_name
 from vsm.runs import Run
 
@@ -56,11 +57,12 @@ def main_of_runs(runs):
     if len(runs) == 1:
         train_one(runs[0], load(runs[0]), device)
         return
-    for args in runs:  # every data set once, and on a GPU, where all runs are in this process, on the device
-        if data_of(args) not in images:
-            data = load(args)
-            images[data_of(args)] = data._replace(train=data.train.to(device), test=data.test.to(device))
-        refuse_too_few(args, images[data_of(args)])
+    with one_thread():
+        for args in runs:  # every data set once, and on a GPU, where all runs are in this process, on the device
+            if data_of(args) not in images:
+                data = load(args)
+                images[data_of(args)] = data._replace(train=data.train.to(device), test=data.test.to(device))
+            refuse_too_few(args, images[data_of(args)])
     arguments = {args.out: (args, images[data_of(args)], device) for args in runs}
     if device.type == "cpu":
         for note in dict.fromkeys(filter(None, (reach_note(args, images[data_of(args)]) for args in runs))):
@@ -176,7 +178,8 @@ def reach_note(args, data):
 def reach_of(args, steps_per_epoch):
     """The sum of the step sizes of the decoder's updates, which is about the farthest that Adam moves log gamma."""
     K, half_life = 1 if LEARN[args.learn].joint else args.inner_steps, args.lr_half_life or math.inf
-    return math.fsum(args.lr * decay(step, steps_per_epoch, half_life) for step in range(K - 1, steps_per_epoch * args.epochs, K))
+    ends = [epoch * steps_per_epoch // K for epoch in range(args.epochs + 1)]  # the decoder's updates before each epoch
+    return math.fsum(args.lr * decay(epoch, 1, half_life) * (end - start) for epoch, (start, end) in enumerate(pairwise(ends)))
 
 
 def describe(args, vae, data, device):

@@ -393,6 +393,16 @@ def test_lockstep_gives_the_bits_of_runs_alone(digits, tmp_path):
     assert_equals_one_alone(digits, tmp_path / "swersky", "--learn", "swersky", "--epochs", 2)
 
 
+def test_a_sweep_starts_no_threads_before_it_forks(digits, tmp_path):
+    """Images that are made with several threads, as glyphs are at the first call, must not leave its children waiting."""
+    (tmp_path / "parallel.py").write_text(
+        "import torch, data\nload = data.DATA_SETS['mnist']\n"
+        "data.DATA_SETS['mnist'] = lambda root: (torch.randn(400, 400, 50).exp().sum(), load(root))[1]\n")
+    environment = small_runs.environment() | {"OMP_NUM_THREADS": "2", "VSM_IMPORT": "parallel", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, small_runs.ROOT / "train_images.py", *SIDE, "--data-root", digits, "--epochs", 1, "--seed", 0, 1]
+    subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, timeout=100, check=True)
+
+
 @pytest.mark.slow
 def test_a_signal_stops_all_with_checkpoints_and_the_command_goes_on(digits, tmp_path):
     command = ["--seed", "0", "1", "--epochs", "40", "--jobs", "2"]

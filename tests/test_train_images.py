@@ -99,9 +99,10 @@ def test_an_exploded_run_ends_with_a_status_of_its_own(digits, tmp_path, capsys,
     assert "finished before (exploded@" in capsys.readouterr().out
     monkeypatch.setattr(loop, "EXPLODED_KL", math.inf)
     evaluate_images = train_images.evaluate_images
-    monkeypatch.setattr(train_images, "evaluate_images",
-                        lambda *args, **options: evaluate_images(*args, **options) | {"kl": torch.tensor(math.nan)})
-    assert str(train(digits, tmp_path / "nan", "--learn", "elbo")["status"]) == "exploded@6"
+    for key in ("kl", "negative_elbo"):
+        monkeypatch.setattr(train_images, "evaluate_images",
+                            lambda *args, key=key, **options: evaluate_images(*args, **options) | {key: torch.tensor(math.nan)})
+        assert str(train(digits, tmp_path / key, "--learn", "elbo")["status"]) == "exploded@6"
 
 
 @pytest.mark.parametrize("words, reach", [

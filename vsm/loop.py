@@ -35,7 +35,7 @@ def updates(run, trainer, epochs, eval_every, evaluate, stop, bar=progress):
 
     evaluate() returns a dict of CPU tensors; it is called at epoch 0, every `eval_every` epochs and at the last one. The history
     is a list of its values per metric. The status is `ok`, or a failure, which is a result: `diverged@<step>` where a loss was
-    not finite, `exploded@<step>` where at an evaluation, which then is no row, the metric `kl` was above EXPLODED_KL or NaN.
+    not finite, `exploded@<step>` where at an evaluation, which then is no row, the model had `exploded`.
     `epochs` is a budget: a run that ended with fewer continues, and equals one that had the larger budget from the start.
     Once `stop` (of `stopping`) is requested, it writes a checkpoint and raises Stopped, in an evaluation at once.
     bar(total, initial) is the progress bar.
@@ -76,7 +76,7 @@ def updates(run, trainer, epochs, eval_every, evaluate, stop, bar=progress):
                     except Stopped:
                         checkpoint()
                         raise
-                    if trainer.step and not tested.get("kl", 0) <= EXPLODED_KL:
+                    if trainer.step and exploded(tested):
                         return f"exploded@{trainer.step}", history
                     record(tested)
                 if evaluates or last_look - last_save > CHECKPOINT_SECONDS:
@@ -91,6 +91,11 @@ def updates(run, trainer, epochs, eval_every, evaluate, stop, bar=progress):
             trainer.run_step()
             bar.update(trainer.step - before)
             yield
+
+
+def exploded(tested):
+    """Whether these metrics of an image run are of a lost model: its KL is absurd or NaN, or its negative ELBO is not finite."""
+    return "kl" in tested and not (tested["kl"] <= EXPLODED_KL and tested["negative_elbo"].isfinite())
 
 
 def resume(run, trainer, epochs, eval_every):

@@ -37,6 +37,17 @@ def combinations(argv, parser):
     return [[*rest, *itertools.chain(*chosen)] for chosen in itertools.product(*words)]
 
 
+@contextlib.contextmanager
+def one_thread():
+    """A context for what precedes `in_processes`: OpenMP's threads do not survive a fork, and a child waits for them forever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def in_processes(runs, train, jobs):
     """Train each of `runs`, a dict {folder: arguments of train}, in a process of its own, `jobs` at once.
 
