@@ -33,7 +33,7 @@ from vsm.image_table import COLUMNS, Measured, by_data_and_pair, write_table
 from vsm.loading import epochs_trained, flags_of, load_vae, place_of_images
 from vsm.names import group_by_seed
 from vsm.runs import checkpoint_hash, load_arrays, save_arrays
-from vsm.samplers import SAMPLERS, components_of, load_sampler
+from vsm.samplers import SAMPLERS, load_sampler, mixture_of
 from vsm.stored_runs import StoredRun, open_runs
 from vsm.tables import failed
 
@@ -49,6 +49,8 @@ def parse_args(argv=None):
     flag("--sampler", nargs="+", choices=SAMPLERS, default=["prior"],
          help="laws of z to sample images from, beside the prior (docs/images.md)")
     flag("--components", type=positive, help="Gaussians of the sampler mixture (default: those of the run's fitted one, or 10)")
+    flag("--fits", type=positive, help="fits of the sampler mixture from random starts, of which the likeliest is kept (default: "
+         "as many as the run's fitted one had, or 1)")
     flag("--draws", type=positive, help="times that images are sampled; FID to coverage are means over them (default: those of "
          "the run's evaluation, or 1)")
     flag = parser.add_argument_group("model").add_argument
@@ -169,7 +171,7 @@ def evaluate_run(folder, config, status, args, device):
     settings = {"checkpoint": checkpoint, "images": args.images, "iw_samples": args.iw_samples, "samplers": names,
                 "draws": args.draws or before["draws"], **reference.settings}
     if "mixture" in names:
-        settings["components"] = components_of(folder, args.components)
+        settings |= mixture_of(folder, args.components, args.fits)
     if missing := {*args.sampler} - {*names}:
         print(f"{folder}: its latents are 0 or 1, which {', '.join(sorted(missing))} cannot be fitted to", file=sys.stderr)
     if before == settings and not args.overwrite:
@@ -181,7 +183,7 @@ def evaluate_run(folder, config, status, args, device):
     result = fids(vae, reference, flags["noise"], generator, kid=True) | reference.floor
     generator.manual_seed(seed)
     result |= mmd_nulls(vae, len(reference.images), generator)
-    samplers = {name: load_sampler(folder, name, device, args.components, args.data_root, args.data) for name in names}
+    samplers = {name: load_sampler(folder, name, device, args.components, args.data_root, args.data, args.fits) for name in names}
     train = load_images(*place, flags["limit"], flags["test_limit"]).train.to(device)
     result |= sampler_metrics(vae, samplers, reference, train, seed, settings["draws"])
     result |= importance_bounds(vae, reference.images[:args.images], flags["noise"], args.iw_samples, generator)

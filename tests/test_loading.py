@@ -271,6 +271,21 @@ def test_the_number_of_components_is_that_of_the_file_unless_another_is_asked_fo
     assert load_vae(MODEL).decode(published.sample(4, generator())).shape == (4, 1, 32, 32)
 
 
+def test_the_likeliest_of_several_fits_is_kept_and_their_number_is_that_of_the_file_unless_another_is_asked_for(run):
+    z = torch.cat([torch.randn(60, 2, generator=generator(i)) / 5 + 3 * torch.tensor([i % 3, i // 3]) for i in range(6)])
+
+    def likelihood(fits, seed):
+        law = {key: torch.as_tensor(value).float() for key, value in Gaussians.fit(z, seed, 6, fits).items()}
+        normal = torch.distributions.MultivariateNormal(law["means"], scale_tril=law["roots"])
+        return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(law["weights"]), normal).log_prob(z).mean()
+
+    assert min(likelihood(8, seed) for seed in range(4)) >= max(likelihood(1, seed) for seed in range(4)) - 0.01
+    for asked, found in ((2, {"components": 3, "fits": 2}), (None, {"components": 3, "fits": 2}), (1, {"components": 3})):
+        load_sampler(run, "mixture", components=3, fits=asked)
+        config = load_arrays(run / "sampler-mixture.npz")["config"]
+        assert {key: config[key] for key in config if key in ("components", "fits")} == found
+
+
 @pytest.mark.parametrize("folder, name, words", [
     ("bernoulli", "mixture", "have the prior only"), ("plane", "gaussian", "no run of train_images.py"),
     ("mlp", "flow", "choose one of prior, gaussian")])
@@ -312,9 +327,10 @@ def test_evaluate_measures_every_sampler(run, cache, tmp_path, capsys):
     assert text in capsys.readouterr().out
     main(evaluate, *argv)  # it measures nothing again, and loses nothing
     assert "evaluated before" in capsys.readouterr().out and "fid_two_stage" in load_arrays(run / "eval.npz")
-    main(evaluate, *argv, "--draws", 2)
+    main(evaluate, *argv, "--draws", 2, "--fits", 2)
     arrays, text = load_arrays(run / "eval.npz"), (tmp_path / "out" / "table.md").read_text()
     assert arrays["fid_mixture"] == arrays["fid_draws_mixture"].mean() and arrays["fid_draws"].shape == (2,) and "draws" in text
+    assert "| mixture of 3, best of 2 fits |" in text
 
 
 def test_bernoulli_latents_have_their_prior_and_evaluate_names_them(folders, cache, tmp_path, monkeypatch, capsys):

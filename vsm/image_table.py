@@ -87,15 +87,15 @@ def row_of(name, members):
     config, ok = members[0].run.config, [each.numbers() for each in members if not each.failed]
     features = sorted({each.features for each in members} - {None})
     settings = [each.evaluation["config"]["evaluation"] for each in members if each.evaluation]
-    components = {each.get("components") for each in settings} - {None}
+    mixtures = {(each["components"], each.get("fits", 1)) for each in settings if "components" in each}
     bounds = {(each.get("iw_samples"), each.get("images")) for each in settings}
     row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "n": len(ok),
-           "components": max(components, default=0), **count_failures([each.status for each in members]),
+           **dict(zip(("components", "fits"), max(mixtures, default=(0, 1)))), **count_failures([each.status for each in members]),
            "features": ", ".join(network for network, _ in features), **published(config)}
     for key in KEYS:
         values = np.array([numbers[key] for numbers in ok], float)
         if len(features) > 1 and key.startswith(("fid", "kid", "precision", "recall", "density", "coverage")) or \
-                len(components) > 1 and key.endswith(ending_of("mixture")) or len(bounds) > 1 and key == "negative_iw_bound":
+                len(mixtures) > 1 and key.endswith(ending_of("mixture")) or len(bounds) > 1 and key == "negative_iw_bound":
             values[:] = np.nan
         row[f"{key}_mean"] = values.mean() if len(values) else np.nan
         row[f"{key}_se"] = values.std(ddof=1) / len(values)**0.5 if len(values) > 1 else np.nan
@@ -158,7 +158,8 @@ def samplers_table(rows, references):
     for row, name in ((row, name) for row in rows for name in SAMPLERS):
         cells = [(row[f"{key}{ending_of(name)}_mean"], row[f"{key}{ending_of(name)}_se"]) for key in QUALITY]
         if np.isfinite([mean for mean, _ in cells[3:]]).any():  # one that older evaluations lack
-            law = f"mixture of {row['components']}" if name == "mixture" else name
+            best = f", best of {row['fits']} fits" if row["fits"] > 1 else ""
+            law = f"mixture of {row['components']}{best}" if name == "mixture" else name
             lines.append([row["data"], row["net"], row["objectives"], law, *(mean_and_error_text(*cell) for cell in cells)])
     if not lines:
         return []

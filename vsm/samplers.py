@@ -59,13 +59,13 @@ class Gaussians:
         return z
 
     @staticmethod
-    def fit(z, seed, components):
-        """The arrays of a mixture of `components` Gaussians, fitted to z [n, Dz]."""
+    def fit(z, seed, components, fits=1):
+        """The arrays of a mixture of `components` Gaussians, that of the largest likelihood of z [n, Dz] among so many `fits`."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a likelihood that still grows a little is no fault of a sampler
-            mixture = GaussianMixture(components, random_state=seed % 2**32).fit(z.double().numpy())
+            mixture = GaussianMixture(components, n_init=fits, random_state=seed % 2**32).fit(z.double().numpy())
         return {"weights": mixture.weights_, "means": mixture.means_,
                 "roots": torch.linalg.cholesky(torch.from_numpy(mixture.covariances_))}
 
@@ -121,12 +121,13 @@ LAWS = {"gaussian": Gaussians, "mixture": Gaussians, "two-stage": SecondVAE}  # 
 SAMPLERS = ("prior", *LAWS)
 
 
-def load_sampler(folder, name="mixture", device="cpu", components=None, data_root=None, data=None):
+def load_sampler(folder, name="mixture", device="cpu", components=None, data_root=None, data=None, fits=None):
     """The sampler `name` of an image run: sampler.sample(n, generator=None) returns z [n, Dz] on `device` for vae.decode.
 
     It is read from sampler-<name>.npz in the folder. Where that is missing or of another checkpoint, it is fitted to the run's
     training images and written there; data_root is where these are now, or data="folder:PATH". components: the number of
-    Gaussians of the mixture, by default that of the file, or 10. Raises UserError for Bernoulli latents, which have a prior only.
+    Gaussians of the mixture, by default that of the file, or 10. fits: its fits from random starts, of which the likeliest is
+    kept, by default as many as the file had, or 1. Raises UserError for Bernoulli latents, which have a prior only.
     """
     folder, config = Path(folder), load_config(folder)
     flags = flags_of(config)
@@ -139,27 +140,31 @@ def load_sampler(folder, name="mixture", device="cpu", components=None, data_roo
     if flags["latent"] != "gaussian":
         raise UserError(f"the sampler {name} is continuous, and the latents of {folder} are 0 or 1; they have the prior only")
     path = folder / f"sampler-{name}.npz"
-    components = components_of(folder, components) if name == "mixture" else 1
+    options = mixture_of(folder, components, fits) if name == "mixture" else {"components": 1}
 
     def fit():
         place = place_of_images(folder, config, SimpleNamespace(data=data, data_root=data_root))
-        return fit_sampler(LAWS[name], load_vae(folder, device), load_images(*place, flags["limit"]).train, flags, components)
+        return fit_sampler(LAWS[name], load_vae(folder, device), load_images(*place, flags["limit"]).train, flags, **options)
 
-    settings = {"sampler": name, "checkpoint": checkpoint_hash(folder), "components": components}
+    settings = {"sampler": name, "checkpoint": checkpoint_hash(folder), **options}
     tensors = {key: torch.as_tensor(value, device=device) for key, value in load_or_make(path, fit, settings).items()}
     centre, scale = tensors.pop("centre"), tensors.pop("scale")
     return Scaled(LAWS[name](**tensors), centre, scale)
 
 
-def components_of(folder, asked=None):
-    """The number of Gaussians of a run's mixture: `asked`, by default that of its file, or 10."""
-    if asked is None:
-        with contextlib.suppress(UserError):  # a file that is missing or damaged is made again
-            asked = load_arrays(Path(folder) / "sampler-mixture.npz")["config"].get("components")
-    return asked or COMPONENTS
+def mixture_of(folder, components=None, fits=None):
+    """{"components": K, "fits": R} of a run's mixture: what is asked for, by default that of its file, or 10 and 1.
+
+    One fit is left out, as in older files.
+    """
+    found = {}
+    with contextlib.suppress(UserError):  # a file that is missing or damaged is made again
+        found = load_arrays(Path(folder) / "sampler-mixture.npz")["config"]
+    fits = fits or found.get("fits", 1)
+    return {"components": components or found.get("components", COMPONENTS)} | ({"fits": fits} if fits > 1 else {})
 
 
-def fit_sampler(law, vae, images, flags, components):
+def fit_sampler(law, vae, images, flags, components, **options):
     """The arrays of a law, fitted to posterior samples of some of the training `images` of a run with these flags, float32.
 
     Raises UserError for fewer images than components, and where the latents or the law are not finite.
@@ -172,7 +177,7 @@ def fit_sampler(law, vae, images, flags, components):
     centre, scale = z.mean(0), z.std(0).clamp_min(torch.finfo(z.dtype).tiny)
     if not scale.isfinite().all():
         raise UserError("its latents are not finite, so no sampler can be fitted to them")
-    arrays = law.fit((z - centre) / scale, seed, components) | {"centre": centre, "scale": scale}
+    arrays = law.fit((z - centre) / scale, seed, components, **options) | {"centre": centre, "scale": scale}
     arrays = {key: torch.as_tensor(value).float() for key, value in arrays.items()}
     if not all(value.isfinite().all() for value in arrays.values()):
         raise UserError("its sampler diverged while it was fitted")

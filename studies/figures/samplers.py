@@ -13,7 +13,7 @@ SAMPLERS = {"fid": "$z$ from the prior", "fid_mixture": "$z$ from a fitted mixtu
 MARKERS = {"fixed": "o", "stationary": "D", "learned": "^"}
 AXES = {"log_gamma": r"$\log\,\gamma$", "kl": "rate: KL(q || prior) (nats)", "width": "width of the networks"}
 FREE = (*NOT_IDENTITY, "seed", "learn", "infer", "estimator")  # flags in which the runs of every figure may differ
-EVALUATION = ("components", "draws", "features", "digest", "test_images")  # what the FIDs of a figure share
+EVALUATION = ("components", "fits", "draws", "features", "digest", "test_images")  # what the FIDs of a figure share
 
 
 def fid_by_sampler(runs, save):
