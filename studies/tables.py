@@ -35,9 +35,11 @@ def latent_scale_of(run):
 
 
 def mixture_of(run):
-    """The FID by a fitted mixture, where evaluate.py has measured it."""
-    evaluation = run.arrays("eval") if run.has("eval") else {}
-    return {"fid_mixture": evaluation["fid_mixture"]} if "fid_mixture" in evaluation else {}
+    """The FID by a fitted mixture, where evaluate.py has measured it, and FID that ends at the one which it measured beside."""
+    evaluation, curve = run.arrays("eval") if run.has("eval") else {}, run.arrays().get("fid")
+    if "fid_mixture" not in evaluation or curve is None:
+        return {}
+    return {"fid_mixture": evaluation["fid_mixture"], "fid": np.append(curve[:-1], evaluation["fid"])}
 
 
 def interval(values):

@@ -126,8 +126,9 @@ def test_the_fid_by_a_mixture_has_ratios_of_its_own():
     assert swersky["the same / KLD-ELBO's"] == "1.50 ± 0.00" and swersky["FID / KLD-ELBO's"] == "1.00 ± 0.00"
     assert elbo["FID, mixture"].startswith("3.00 ±") and two_passes["FID, mixture"] == "-"
     assert swersky["pair"] == "KLD-S, N = 5, one pass" and two_passes["pair"] == "KLD-ELBO, N = 5"
-    folder = SimpleNamespace(has=lambda part: True, arrays=lambda part: {"fid_mixture": 5.0, "fid": 9.0})
-    assert mixture_of(folder) == {"fid_mixture": 5.0}
+    folder = SimpleNamespace(has=lambda part: True, arrays=lambda part="metrics": {
+        "metrics": {"fid": np.array([8.0, 7.0])}, "eval": {"fid_mixture": 5.0, "fid": 9.0}}[part])
+    assert mixture_of(folder)["fid_mixture"] == 5 and mixture_of(folder)["fid"].tolist() == [8, 9]
 
 
 def test_image_runs_are_grouped_and_compared_within_their_setting_and_samples():

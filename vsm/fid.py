@@ -97,6 +97,7 @@ def sampler_metrics(vae, samplers, reference, train, seed, draws=1, shown=64):
             found = [distances(reference.network(images), reference.features)]
             found += [distances(reference.network(draw(sampler, generator)), reference.features) for _ in range(draws - 1)]
             measured |= {key: torch.stack([each[key] for each in found]).mean() for key in found[0]}
+        if draws > 1:
             measured["fid_draws"] = torch.stack([each["fid"] for each in found])
         result |= {f"{key}{ending_of(name)}": value.cpu() for key, value in measured.items()}
     return result
