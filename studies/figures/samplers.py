@@ -36,7 +36,7 @@ def fid_by_sampler(runs, save):
         raise UserError("fid_by_sampler compares runs, evaluated alike, that differ in objective, seed, gamma or width alone; "
                         "choose them by --only")
     paths = {}
-    for point in sorted(points, key=lambda point: pair_order(point["flags"])):
+    for point in sorted(points, key=lambda point: (pair_order(point["flags"]), point["flags"]["gamma"] != "fixed")):
         paths.setdefault((point["name"], point["flags"]["gamma"]), []).append(point)
     figure, axes = new_figure(len(rows), 2, size=(3.6, 2.7), sharey="col", sharex="row")
     for row, x in zip(axes, rows):
