@@ -52,7 +52,7 @@ TESTS = {file: [f"tests/{test if '::' in test else f'test_{test}.py'}" for test 
 # on a CPU without graphs, and wrong in a graph.
 MUTANTS = {
     "training.py": [
-        ("with_decoder = (self.step + 1) % self.inner_steps == 0", "with_decoder = self.step % self.inner_steps == 0"),
+        ("or (self.step + 1) % self.inner_steps == 0", "or self.step % self.inner_steps == 0"),
         ("seed_of(self.seed, ORDER, epoch)", "seed_of(self.seed, ORDER, 0)"),
         ("self.begin_epoch(self.step // self.steps_per_epoch)", "self.begin_epoch(0)"),
         ("self.cursor += self.batch", "self.cursor += 1"), ("self.cursor.copy_(torch.arange(self.batch))", "pass"),
@@ -67,12 +67,13 @@ MUTANTS = {
         ("x, self.samples, self.generator)\n            loss, other", "x, 1, self.generator)\n            loss, other"),
         ("self.samples, self.infer_samples, self.inner_steps = samples, infer_samples or samples",
          "self.samples, self.infer_samples, self.inner_steps = infer_samples or samples, samples"),
-        ("x, self.learn, z_noise, estimator=self.estimator, t=t)", "x, self.learn, z_noise, t=t)"),
+        ("theta_loss(self.vae, x, self.learn, z_noise, **options)", "theta_loss(self.vae, x, self.learn, z_noise, t=t)"),
         ("self.step_by(loss, self.theta)", "self.step_by(loss, self.theta, self.phi)"),
         ("self.step_by(loss, self.phi)", "self.step_by(loss, self.phi, self.theta)"),
         ("self.step_by(loss, self.phi, self.theta)", "self.step_by(loss, self.phi, keep_graph=True)"),
-        ("z if INFER[infer].reparametrised else z.detach())", "z)"),
-        ("z if INFER[infer].reparametrised else z.detach())", "z.detach())"), ("relaxed=False).detach()", ").detach()"),
+        ("z if INFER[infer].reparametrised else z.detach(), **options)", "z, **options)"),
+        ("z if INFER[infer].reparametrised else z.detach(), **options)", "z.detach(), **options)"),
+        ("relaxed=False).detach()", ").detach()"),
         ("relaxed=False).detach()", "relaxed=False)"),
         ("vae.sample(q, noise)\n    decoded", "vae.sample(q, noise).detach()\n    decoded"),
         ("p.requires_grad_(group in groups)", "p.requires_grad_(group is self.phi)"), ("loss.mean(), [p", "loss.sum(), [p"),
@@ -93,7 +94,7 @@ MUTANTS = {
         ('"order": self.order, "cursor": self.cursor}', '"order": self.order}'),
         ("torch.zeros((), dtype=torch.int64, device=device)", "torch.zeros((), dtype=torch.int64)"),
         ("self.captured_generators = self.generators", "pass"),
-        ("self.state(), self.captured_generators)", "{}, self.captured_generators)"),
+        ("update, self.state, self.captured_generators)", "update, dict, self.captured_generators)"),
         ("images[0].numel()) if", "images[0, 0].numel()) if")],
     "vsm/gamma.py": [
         ("DECAY = 0.99", "DECAY = 0.9"), ("(self.means > 0).all(0)", "(self.means[1] > 0)"),
@@ -106,7 +107,7 @@ MUTANTS = {
         ("epoch % eval_every == 0 or trainer.step == total", "epoch % eval_every == 0"),
         ("time.monotonic() - seconds", "time.monotonic()")],
     "vsm/device.py": [
-        ("if LEARN[learn].joint or infer", "if False or infer")],
+        ("if learn in LEARN and LEARN[learn].joint or infer", "if False or infer")],
     "train_images.py": [
         ("infer_samples=args.infer_samples", "infer_samples=args.samples"), (" lr_half_life=args.lr_half_life,", ""),
         ("graph=not args.no_graph", "graph=True"), ("seed_of(args.seed, INIT)", "args.seed")],
@@ -143,7 +144,7 @@ MUTANTS = {
         ("torch._foreach_copy_(self.phi, phi)", "pass"), ('{"estimator": self.args.estimator, "t": t}', '{"t": t}'),
         ("self.note_divergence(learn, vae.log_gamma)", "self.note_divergence(learn.mean(), vae.log_gamma)"),
         ("torch.stack([infer, one]), torch.stack([learn, one])", "torch.stack([learn, one]), torch.stack([infer, one])"),
-        ("self.args.infer, noise).mean(-1)", "self.args.infer, noise).sum(-1)"),
+        ("noise, estimator=self.args.estimator, t=t).mean(-1)", "noise, estimator=self.args.estimator, t=t).sum(-1)"),
         ("row.normal_(generator=generator)", "row.normal_(generator=self.generators[0])"),
         ("row.normal_(generator=generator)", "row.normal_(generator=generator) if self.step == 0 else row"),
         ("compiled(self.infer), compiled(self.learn)", "compiled(self.infer), self.learn"),
@@ -195,16 +196,16 @@ MUTANTS = {
         ('status.startswith("unfinished@"):  #', 'status.startswith("never"):  #'),
         ('flags["noise"], seed=seed)', "0.3, seed=seed)"), (' "samplers": names,', "")],
     "vsm/image_table.py": [
-        ("self.last | evaluation |", "evaluation | self.last |"), ('{"infer_samples": flags["samples"]}', '{"infer_samples": 5}'),
+        ("self.last | evaluation |", "evaluation | self.last |"), ('else "conv", flags["samples"])', 'else "conv", 5)'),
         ("flags.items()\n                          if key not in (*NOT_IDENTITY, *AXES) and",
          "flags.items()\n                          if"),
-        ('settings.get("digest"), each.features', "each.features")],
+        ('"test_images", "digest", "iw_samples"', '"test_images", "iw_samples"')],
     "studies/auditing.py": [
         ("split_kappa(name, 1.0, image=True, **options)", "split_kappa(name, 1.0, **options)"),
         ("measured_kappa(name, samples, alpha, image=True, **options)", "measured_kappa(name, samples, alpha, **options)")],
     "studies/tables.py": [
         ("settings_of(configs, of_model)),", "settings_of(configs, of_model + of_training)),"), ("and other == model]", "]"),
-        ('("samples", *of_training))', "of_training)"),
+        ('("samples", *of_training, *unnamed)]', "(*of_training, *unnamed)]"),
         ("run.finished() | latent", "run.arrays() | latent"), ("student.ppf(0.975,", "student.ppf(0.95,"),
         ('for arrays in runs if arrays["status"] == "ok"]', "for arrays in runs]"),
         ('"KLD-ELBO" and arrays["status"] == "ok":', '"KLD-ELBO":')],

@@ -90,7 +90,8 @@ def row_of(name, members):
     mixtures = {(each["components"], each.get("fits", 1)) for each in settings if "components" in each}
     bounds = {(each.get("iw_samples"), each.get("images")) for each in settings}
     row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "n": len(ok),
-           **dict(zip(("components", "fits"), max(mixtures, default=(0, 1)))), **count_failures([each.status for each in members]),
+           **dict(zip(("components", "fits"), max(mixtures, default=(0, 1)))),
+           **count_failures([each.status for each in members]),
            "features": ", ".join(network for network, _ in features), **published(config)}
     for key in KEYS:
         values = np.array([numbers[key] for numbers in ok], float)
