@@ -116,7 +116,8 @@ def table_of_image_runs(loaded):
     """
     groups, elbos = {}, {}
     configs = [arrays["config"] for arrays in loaded]
-    apart = [key for key in configs[0]["flags"] if key not in (*NOT_IDENTITY, *IN_NAME, "seed")]
+    flags = dict.fromkeys(key for config in configs for key in config["flags"])  # older runs lack some
+    apart = [key for key in flags if key not in (*NOT_IDENTITY, *IN_NAME, "seed")]
     for arrays, settings in zip(loaded, settings_of(configs, apart)):
         flags = arrays["config"]["flags"]
         groups.setdefault((settings, *pair_order(flags), row_name(arrays, settings)), []).append(arrays)

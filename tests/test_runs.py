@@ -378,7 +378,7 @@ def test_processes_give_the_bits_of_runs_alone_and_a_failure_leaves_the_others_a
     assert_equals_one_alone(digits, one, "--learn", "elbo", "--epochs", 2)
 
 
-def test_lockstep_gives_the_bits_of_runs_alone(digits, tmp_path):
+def test_lockstep_gives_the_bits_of_runs_alone(digits, tmp_path, monkeypatch):
     argv = [*SIDE, "--data-root", str(digits), "--epochs", "2"]
     runs = [train_images.parse_args([*argv, "--learn", learn, "--out", str(tmp_path / learn)]) for learn in ("swersky", "elbo")]
     arguments = {args.out: (args, train_images.load(args), small_runs.CPU) for args in runs}
@@ -388,8 +388,12 @@ def test_lockstep_gives_the_bits_of_runs_alone(digits, tmp_path):
             raise ValueError("this one fails")
         yield from train_images.begin(args, *rest, **options)
 
+    shown = []
+    monkeypatch.setenv("VSM_TRACEBACK", "1")
+    monkeypatch.setattr("traceback.print_exc", lambda file: shown.append(file))
     with pytest.raises(UserError, match="1 of 2 runs failed: elbo: ValueError: this one fails"):
         in_lockstep(arguments, begin, small_runs.CPU)
+    assert shown == [sys.__stderr__]  # a child has no other stderr
     assert_equals_one_alone(digits, tmp_path / "swersky", "--learn", "swersky", "--epochs", 2)
 
 

@@ -61,6 +61,8 @@ def test_a_run_is_compared_with_the_elbo_of_the_same_seeds_settings_and_samples(
             plane("KLD-B", "bao", nll=(3.5, 4.5, 5.5)), plane(nll=(4.0, 5.0, 6.0), init_sd=0.4),
             plane("KLD-S", "swersky", nll=(6.0, 7.0, 8.5), init_sd=0.4)]
     assert settings_of([run["config"] for run in runs], ("init_sd",)) == ["init sd 0.1"] * 4 + ["init sd 0.4"] * 2
+    assert settings_of([image(0, 1.0, lr_half_life=half)["config"] for half in (None, 2.0)], ("lr_half_life",)) == [
+        "", "lr half life 2"]
     found = {row[1]: row[5] for row in (cells(table_of_2d_runs(runs), i) for i in range(6))}
     assert found["KLD-B, N = 1, init sd 0.1"] == "1.000 ± 0.000" and found["KLD-B, N = 5, init sd 0.1"] == "2.500 ± 0.000"
     assert found["KLD-S, N = 5, init sd 0.4"].startswith("2.167 ±")
@@ -115,7 +117,7 @@ def test_ratios_of_image_runs_are_of_the_same_seed():
     row = cells(table_of_image_runs([image(0, 10.0), image(1, 20.0), *swersky]), 1)
     assert row[:2] == ["KLD-S, N = 5", "2"] and row[5].startswith("2.50 ±") and row[6] == "-50 %"
     with pytest.raises(UserError, match="run0 and run0 are the same experiment with the same seed 0"):
-        table_of_image_runs([image(0, 10.0), image(0, 10.0, batch=7)])
+        table_of_image_runs([image(0, 10.0), image(0, 10.0)])
 
 
 def test_the_fid_by_a_mixture_has_ratios_of_its_own():

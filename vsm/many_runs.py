@@ -108,8 +108,10 @@ def in_a_process(train, arguments, threads, done, connection):
 
 
 def told(error):
-    """An exception as one sentence, followed by its traceback if $VSM_TRACEBACK is set."""
-    return sentence(error) + (f"\n{traceback.format_exc()}" if os.environ.get("VSM_TRACEBACK") else "")
+    """An exception as one sentence; its traceback goes to the first process's stderr if $VSM_TRACEBACK is set."""
+    if os.environ.get("VSM_TRACEBACK"):
+        traceback.print_exc(file=sys.__stderr__)
+    return sentence(error)
 
 
 class Counted(tqdm):

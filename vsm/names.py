@@ -99,7 +99,7 @@ def settings_of(configs, keys):
     def text(key, value):
         if key in ("data", "net"):
             return value
-        if isinstance(value, bool):  # a flag without a value, which is named where it is set
+        if isinstance(value, bool) or value is None:  # named where it is set
             return key.replace("_", " ") if value else ""
         return f"{key.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
 
