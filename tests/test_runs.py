@@ -1,5 +1,6 @@
 """A run's folder as its user meets it: runs continue, resume, are redone, lose nothing, and go side by side by one command."""
 
+import fcntl
 import functools
 import itertools
 import os
@@ -408,15 +409,21 @@ def test_a_sweep_starts_no_threads_before_it_forks(digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_stops_all_with_checkpoints_and_the_command_goes_on(digits, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_stops_all_with_checkpoints_and_the_command_goes_on(digits, tmp_path, number):
+    """After SIGKILL, which ends the first process alone, the others must not train on."""
     command = ["--seed", "0", "1", "--epochs", "40", "--jobs", "2"]
     process, folder = script(digits, tmp_path, *command), tmp_path / "runs" / "images"
     while len(list(folder.glob("*/checkpoint.pt"))) < 2:
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "resumes" in error
+    assert process.returncode == (130 if number == signal.SIGINT else -9) and ("resumes" in error) == (number == signal.SIGINT)
+    for path in folder.glob("*/.lock"):
+        with open(path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    assert not any("status" in load_arrays(path) for path in folder.glob("*/metrics.npz"))
     process = script(digits, tmp_path, *command)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 0 and "2 runs: 2 ok" in out

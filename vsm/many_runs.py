@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -96,8 +97,9 @@ def in_a_process(train, arguments, threads, done, connection):
     os.setsid()
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = open(os.devnull, "w")
+    first = multiprocessing.parent_process().pid
     try:
-        train(*arguments, bar=lambda total, initial: Counted(done, total, initial))
+        train(*arguments, bar=lambda total, initial: Counted(done, total, initial, first))
         code = 0
     except Stopped:
         code = STOPPED
@@ -115,15 +117,21 @@ def told(error):
 
 
 class Counted(tqdm):
-    """A progress bar that is not shown: it writes the numbers of updates, done and in all, to shared memory."""
+    """A progress bar that is not shown: it writes the numbers of updates, done and in all, to shared memory.
 
-    def __init__(self, done, total, initial):
+    It stops this process, by a signal that leaves a checkpoint, when its `parent` is gone, for example by `kill -9`.
+    """
+
+    def __init__(self, done, total, initial, parent=None):
         super().__init__(total=total, initial=initial, disable=True)
-        self.done = done
+        self.done, self.parent = done, parent
         done[:] = initial, total
 
     def update(self, n=1):
         self.done[0] += n
+        if self.parent not in (None, os.getppid()):
+            self.parent = None
+            signal.raise_signal(signal.SIGTERM)
 
 
 def in_lockstep(runs, begin, device):
