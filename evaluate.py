@@ -162,9 +162,10 @@ def evaluate_run(folder, config, status, args, device):
     flags, save = flags_of(config), folder / "eval.npz"
     place = place_of_images(folder, config, args)
     reference = reference_set(*place, flags["test_limit"], args.inception_weights, device)
-    checkpoint, before = checkpoint_hash(folder), {}
+    checkpoint, before, was = checkpoint_hash(folder), {}, None
     with contextlib.suppress(UserError):  # a damaged one is made again
-        before = load_arrays(save)["config"].get("evaluation", {})
+        stored = load_arrays(save)
+        before, was = stored["config"].get("evaluation", {}), str(stored.get("status"))
     before = {"draws": 1} | (before if before.get("checkpoint") == checkpoint else {})  # older ones have no such key
     asked = {*args.sampler, *before.get("samplers", [])}  # none gets lost
     names = [name for name in SAMPLERS if name == "prior" or name in asked and flags["latent"] == "gaussian"]
@@ -172,9 +173,11 @@ def evaluate_run(folder, config, status, args, device):
                 "draws": args.draws or before["draws"], **reference.settings}
     if "mixture" in names:
         settings |= mixture_of(folder, args.components, args.fits)
+    elif args.components or args.fits:
+        print(f"{folder}: --components and --fits have no effect without --sampler mixture", file=sys.stderr)
     if missing := {*args.sampler} - {*names}:
         print(f"{folder}: its latents are 0 or 1, which {', '.join(sorted(missing))} cannot be fitted to", file=sys.stderr)
-    if before == settings and not args.overwrite:
+    if (before, was) == (settings, status) and not args.overwrite:
         print(f"{folder}: evaluated before")
         return
     print(f"{folder}: evaluating")

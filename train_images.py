@@ -23,6 +23,7 @@ from objectives import LEARN, label
 from training import EVALUATION, INIT, ImageTrainer, decay, seed_of
 from vsm.cli import UserError, command_line, progress, stopping, while_slow
 from vsm.device import evaluating, pick_device, set_precision
+from vsm.features import features_of
 from vsm.fid import FIDS, fids, reference_of
 from vsm.figures.run import draw_run
 from vsm.flags import announce, image_args, image_parser
@@ -62,6 +63,8 @@ def main_of_runs(runs):
             if data_of(args) not in images:
                 data = load(args)
                 images[data_of(args)] = data._replace(train=data.train.to(device), test=data.test.to(device))
+                if device.type == "cpu" and args.fid_every:
+                    features_of(args.data, args.data_root, device)  # trains the network of FID once, before the processes begin
             refuse_too_few(args, images[data_of(args)])
     arguments = {args.out: (args, images[data_of(args)], device) for args in runs}
     if device.type == "cpu":

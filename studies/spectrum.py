@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import load_images
+from data import data_name, load_images
 from objectives import LEARN
 from studies.figures import spectrum as figures
 from vsm.cli import Parser, UserError, add_output, command_line, count, positive, positive_float
@@ -160,7 +160,7 @@ def report_spectrum(arrays):
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("data", metavar="DATA", help="mnist, fashion, celeba, glyphs or folder:PATH")
+    parser.add_argument("data", metavar="DATA", type=data_name, help="mnist, fashion, celeba, glyphs or folder:PATH")
     flag = parser.add_argument_group("experiment").add_argument
     flag("--data-root", default="data", help="folder of the data sets")
     flag("--limit", type=count, default=0, help="use the first so many training images; 0: all")

@@ -75,7 +75,7 @@ def table_of_2d_runs(loaded):
         mine = [arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data]
         configs = [arrays["config"] for arrays in mine]
         group = sorted(zip(mine, settings_of(configs, of_model + of_training), settings_of(configs, of_model)),
-                       key=lambda run: ([run[0]["config"]["flags"].get(key, 0) for key in of_model + of_training],
+                       key=lambda run: (sortable(run[0]["config"]["flags"].get(key, 0) for key in of_model + of_training),
                                         pair_order(run[0]["config"]["flags"]), row_name(*run[:2])))
         for arrays, settings, model in group:
             elbos = [run for run, _, other in group if run["config"]["label"] == "KLD-ELBO" and other == model]
@@ -99,6 +99,11 @@ def table_of_2d_runs(loaded):
                 "KL from q to the posterior": interval_text(arrays["negative_elbo"][-1] - arrays["nll"]),
                 "Fisher divergence": number_text(mean_and_error(arrays.get("fisher_divergence", unknown))[0], ".3g")})
     return table_of(rows, names=2)
+
+
+def sortable(values):
+    """Numbers and strings as something to sort, the numbers first."""
+    return [(isinstance(value, str), value) for value in values]
 
 
 def by_seed(arrays):

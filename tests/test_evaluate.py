@@ -243,6 +243,9 @@ def test_all_numbers_of_an_unfinished_run_are_of_its_checkpoint_and_it_is_labell
     assert table["active_second_moment_mean"][1] == last["active_second_moment"].item()
     assert np.isnan(table["paper_fid"][1]) and table["paper_fid"][0] == 5.22
     assert "KLD-F unfinished@8" in (tmp_path / "out" / "table.md").read_text()
+    edit_arrays(half / "metrics.npz", status=np.array("ok"))  # it resumes, and has nothing left to train
+    run_evaluate(tmp_path / "out", half)
+    assert load_arrays(half / "eval.npz")["status"] == "ok"
 
 
 def test_a_floor_for_each_set_of_test_images_and_the_papers_numbers_for_its_models_alone():

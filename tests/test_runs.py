@@ -25,7 +25,7 @@ from train_synthetic import EnsembleTrainer
 from training import ImageTrainer
 from vsm import flags, loop
 from vsm.cli import Stopped, UserError, command_line, while_slow
-from vsm.many_runs import Counted, combinations, in_lockstep, names_of, shares
+from vsm.many_runs import Counted, combinations, in_lockstep, names_of, report_stop, shares
 from vsm.names import run_name
 from vsm.runs import load_arrays, load_checkpoint, status_of
 from vsm.toys.descent import Descent
@@ -368,6 +368,20 @@ def test_a_continued_run_that_is_stopped_has_not_ended(tmp_path, monkeypatch):
     assert "status" not in arrays and arrays["epoch"].tolist() == [0, 2]
 
 
+def test_pictures_without_a_digest_are_told_apart_by_their_folder():
+    one, other = ({"script": "spectrum", "flags": {"data": f"folder:/{name}"}} for name in "ab")
+    assert vsm.runs.identity_of(one) != vsm.runs.identity_of(other)
+    assert vsm.runs.identity_of({**one, "data": {}}) != vsm.runs.identity_of({**one, "data": {"digest": "1"}}) == (
+        vsm.runs.identity_of({**other, "data": {"digest": "1"}}))
+
+
+def test_a_stopped_sweep_names_what_failed_and_what_had_not_begun(capsys):
+    report_stop({"a": "seed0", "b": "seed1"}, {"a": "no disk"}, ["b"])
+    assert capsys.readouterr().err.splitlines()[0] == "seed0 failed: no disk"
+    report_stop({}, {})
+    assert not capsys.readouterr().err
+
+
 def test_processes_give_the_bits_of_runs_alone_and_a_failure_leaves_the_others_alone(digits, tmp_path):
     one, other = (tmp_path / train_images.parse_args([*SIDE, "--learn", "elbo", "--seed", seed]).out for seed in "01")
     other.mkdir(parents=True)
@@ -409,17 +423,20 @@ def test_a_sweep_starts_no_threads_before_it_forks(digits, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_signal_stops_all_with_checkpoints_and_the_command_goes_on(digits, tmp_path, number):
-    """After SIGKILL, which ends the first process alone, the others must not train on."""
+@pytest.mark.parametrize("numbers, code, message", [
+    ([signal.SIGINT], 130, "resumes"), ([signal.SIGINT] * 2, 130, "interrupted"), ([signal.SIGKILL], -9, "")])
+def test_a_signal_stops_all_with_checkpoints_and_the_command_goes_on(digits, tmp_path, numbers, code, message):
+    """After SIGKILL, which ends the first process alone, and after two quick signals the others must not train on."""
     command = ["--seed", "0", "1", "--epochs", "40", "--jobs", "2"]
     process, folder = script(digits, tmp_path, *command), tmp_path / "runs" / "images"
     while len(list(folder.glob("*/checkpoint.pt"))) < 2:
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(number)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.1)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -9) and ("resumes" in error) == (number == signal.SIGINT)
+    assert process.returncode == code and message in error
     for path in folder.glob("*/.lock"):
         with open(path) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

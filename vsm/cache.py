@@ -70,8 +70,8 @@ def cached(path, recipe, shape, rows):
 def read_cache(path, recipe, shape):
     """The cached array and its digest, or None where the array is absent, of another recipe, or damaged."""
     try:
+        kept = json.loads(path.with_suffix(".json").read_text())  # first, because it is written last
         images = np.load(path, mmap_mode="r")
-        kept = json.loads(path.with_suffix(".json").read_text())
         content = kept.pop("digest")
     except Exception:  # the readers raise almost anything, depending on the damage; a damaged cache is made again
         return None

@@ -159,7 +159,7 @@ def sentence(error):
         return text
     on_a_cpu = type(error) is RuntimeError and "can't allocate memory" in text
     if on_a_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return "out of memory; use a smaller --batch, --samples, --width or --hidden"
+        return "out of memory; use smaller minibatches, networks, or numbers of samples or images"
     return f"{type(error).__name__}: {text[:300]} (set VSM_TRACEBACK=1 in the environment to see the traceback)"
 
 

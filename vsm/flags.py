@@ -87,8 +87,8 @@ def image_args(argv=None, description=None):
                      "--latent bernoulli goes with --infer kld")
     if args.latent == "gaussian" and args.temperature != parser.get_default("temperature"):
         parser.error("--temperature applies to --latent bernoulli only")
-    if args.norm == "group" and not NETS[args.net].has_norm:
-        parser.error(f"--norm group does not apply to --net {args.net}, which has no normalisation layers")
+    if args.norm != "batch" and not NETS[args.net].has_norm:
+        parser.error(f"--norm {args.norm} does not apply to --net {args.net}, which has no normalisation layers")
     if args.one_pass:
         refuse_one_pass(parser, args)
     if args.fid_every % args.eval_every:

@@ -41,6 +41,7 @@ def combinations(argv, parser):
 @contextlib.contextmanager
 def one_thread():
     """A context for what precedes `in_processes`: OpenMP's threads do not survive a fork, and a child waits for them forever."""
+    tqdm.monitor_interval = 0  # no thread of a progress bar either
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -56,10 +57,10 @@ def in_processes(runs, train, jobs):
     failed, and Stopped after a signal, when every process has written its checkpoint.
     """
     context = multiprocessing.get_context("fork")  # the processes share the images that are loaded already
-    tqdm.monitor_interval = 0  # no thread, because threads and fork do not go together
-    threads = max(1, torch.get_num_threads() // jobs)
+    threads = max(1, torch.get_num_threads() // min(jobs, len(runs)))
     waiting, active, errors, names = list(runs), {}, {}, names_of(runs)
-    with stopping() as stop, progress(len(runs), unit="run") as bar:
+    with stopping() as stop, progress(len(runs), unit="run") as bar, contextlib.ExitStack() as last:
+        last.callback(lambda: tell(active, stop.requested or signal.SIGTERM))  # after an error, or two signals at once
         while active or (waiting and not stop.requested):
             while waiting and len(active) < jobs and not stop.requested:
                 folder = waiting.pop(0)
@@ -80,6 +81,7 @@ def in_processes(runs, train, jobs):
                 bar.update()
             bar.set_postfix_str(shares(names, {folder: done for folder, (_, done, _) in active.items()}))
         if stop.requested:
+            report_stop(names, errors, waiting)
             raise Stopped(stop.requested)
     report(runs, errors)
 
@@ -162,6 +164,7 @@ def in_lockstep(runs, begin, device):
                 looked = time.monotonic()
                 bar.set_postfix_str(shares(names, {folder: done[folder] for folder in active}))
         if stop.requested:
+            report_stop(names, errors)
             raise Stopped(stop.requested)
     report(runs, errors)
 
@@ -185,6 +188,15 @@ def names_of(folders):
 def shares(names, done):
     """The progress of the active runs for the bar; done {folder: (updates, updates in all)}."""
     return "  ".join(f"{names[folder]} {100 * now / max(total, 1):.0f}%" for folder, (now, total) in done.items())
+
+
+def report_stop(names, errors, waiting=()):
+    """Print which runs had failed before a signal, and which had not begun."""
+    for folder, error in errors.items():
+        print(f"{names[folder]} failed: {error}", file=sys.stderr)
+    if waiting:
+        print(f"not begun: {', '.join(names[folder] for folder in waiting)}; if --overwrite was to redo them, give it again for "
+              "these alone", file=sys.stderr)
 
 
 def report(runs, errors):

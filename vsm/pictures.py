@@ -88,7 +88,7 @@ class Pictures:
             else:
                 raise UserError(f"{source} is neither a folder nor a file; name a folder of pictures or a zip of them")
         except OSError as error:
-            absent = error.errno == errno.ENOENT
+            absent = error.errno == errno.ENOENT and not source.exists()
             mend = "--data folder:PATH names a folder of pictures, or a zip of them" if absent else "mend it or take it away"
             raise UserError(f"{error.filename} cannot be read ({error.strerror}); {mend}") from error
         self.names = [name for name, *_ in stamp]

@@ -112,7 +112,7 @@ def environment(device):
 def identity_of(config):
     """The script and the flags that make a run what it is. Pictures may move: of folder:PATH only the content counts."""
     flags = {key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, BUDGET)}
-    moved = {"data": "folder"} if str(flags.get("data")).startswith("folder:") else {}
+    moved = {"data": "folder"} if str(flags.get("data")).startswith("folder:") and config.get("data") else {}
     return {"script": config["script"], **flags, **moved}
 
 
