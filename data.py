@@ -26,10 +26,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+from tqdm import tqdm
 
 from vsm.cache import cache_folder, cached, digest
 from vsm.cli import UserError
-from vsm.glyphs import FONTS, draw_glyphs
 from vsm.pictures import EXTENSIONS, Pictures
 from vsm.runs import write_atomic
 
@@ -43,6 +44,10 @@ DATA_SETS = {
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CELEBA_TRAIN, CELEBA_TEST = range(1, 162771), range(182638, 202600)  # by file number; between them lies the validation set
 MAX_IDX_BYTES = 2**30  # a small .gz file can expand to more than the memory holds
+FONTS = [
+    *(f"DejaVu{family}{style}" for family in ("Sans", "SansMono") for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
+    "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"]
 FEWEST_PICTURES = 11  # the fewest of which two are test pictures, as MMD and FID need
 
 
@@ -219,10 +224,38 @@ def converted(pictures, name, train, test, size, split):
 
 
 def load_glyphs():
-    """70,000 drawn digits. A change of vsm/glyphs.py must raise the version in the recipe; otherwise old caches stay in use."""
+    """70,000 drawn digits. A change of draw_glyphs must raise the version in the recipe; otherwise old caches stay in use."""
     recipe = {"name": "glyphs", "source": f"digits of {len(FONTS)} fonts, affine jitter (version 2), seed 0",
               "size": [1, 32, 32], "crop": None, "filter": None, "pad": 2, "split": "60,000 + 10,000 independent draws"}
     images, content = cached(cache_folder() / "glyphs.npy", dict(recipe, fonts=FONTS), (70_000, 1, 32, 32),
                              lambda: draw_glyphs(70_000))
     labels = np.arange(70_000) % 10
     return ImageData(images[:60_000], images[60_000:], labels[:60_000], labels[60_000:], {**recipe, "digest": content})
+
+
+def draw_glyphs(count, seed=0, batch=500):
+    """Yields `count` digits in batches, uint8 [at most batch, 1, 32, 32]. Image i shows the digit i % 10 and ignores `count`."""
+    atlas, u = glyph_atlas(), torch.rand(count, 7, generator=torch.Generator().manual_seed(seed))
+    for i in tqdm(torch.arange(count).split(batch), "drawing glyphs", disable=None):
+        font, digit = (u[i, 0] * len(atlas)).long(), i % 10
+        angle, shear, *zoom, dx, dy = ((2 * u[i, 1:] - 1) * torch.tensor([0.17, 0.15, 0.15, 0.15, 0.1, 0.1])).T
+        (sx, sy), cos, sin = (1.1 + z for z in zoom), angle.cos(), angle.sin()
+        affine = torch.stack([cos * sx, (shear * cos - sin) * sy, dx, sin * sx, (shear * sin + cos) * sy, dy], -1)
+        grid = F.affine_grid(affine.view(-1, 2, 3), (len(i), 1, 84, 84), align_corners=False)
+        images = F.avg_pool2d(F.grid_sample(atlas[font, digit], grid, align_corners=False), 3)  # 3x3 samples a pixel
+        yield F.pad((images * 255).round(), (2, 2, 2, 2)).to(torch.uint8).numpy()
+
+
+def glyph_atlas():
+    """Every digit of every font, centred and about 60 of 84 pixels high: float [fonts, 10, 1, 84, 84] in [0, 1]."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    atlas = np.zeros((len(FONTS), 10, 1, 84, 84), np.float32)
+    for i, name in enumerate(FONTS):
+        font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"), 86)
+        for digit in range(10):
+            left, top, right, bottom = font.getbbox(str(digit))
+            canvas = Image.new("L", (84, 84))
+            ImageDraw.Draw(canvas).text((42 - (left + right) / 2, 42 - (top + bottom) / 2), str(digit), fill=255, font=font)
+            atlas[i, digit, 0] = np.asarray(canvas) / 255
+    return torch.from_numpy(atlas)

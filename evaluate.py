@@ -43,7 +43,7 @@ CURVES = ("epoch", "negative_elbo", "reconstruction_mse", "latent_mmd")  # every
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train_images.py made, or packs of them")
-    flag = parser.add_argument_group("experiment").add_argument
+    flag = parser.add_argument
     flag("--images", type=positive, default=500, help="test images for the importance-weighted bound")
     flag("--iw-samples", type=positive, default=100, help="posterior samples of the importance-weighted bound")
     flag("--sampler", nargs="+", choices=SAMPLERS, default=["prior"],
@@ -53,10 +53,8 @@ def parse_args(argv=None):
          "as many as the run's fitted one had, or 1)")
     flag("--draws", type=positive, help="times that images are sampled; FID to coverage are means over them (default: those of "
          "the run's evaluation, or 1)")
-    flag = parser.add_argument_group("model").add_argument
     flag("--inception-weights", metavar="FILE", help="file of Inception's weights, for colour images (default: the one that "
          "torch-fidelity has fetched, or else the features are those of EfficientNet-Lite0)")
-    flag = parser.add_argument_group("output").add_argument
     flag("--data-root", help="folder of the data sets (default: the one that each run had)")
     flag("--data", type=moved_folder, metavar="folder:PATH", help="where the pictures of runs on a folder are now")
     flag("--device", default="auto", help="auto | cpu | cuda | cuda:1 ...")
@@ -118,7 +116,7 @@ def measured_run(run, args, device):
         else:
             print(f"{run}: evaluated before" + (", and its checkpoint is gone" if folder.is_dir() else ""))
     if status.startswith("unfinished@"):
-        run = with_label(run, f"{config['label']} {status}")
+        run = with_changes(run, {"label": f"{config['label']} {status}"})
     last = {key: value[-1] for key, value in run.arrays().items() if key != "config" and value.ndim == 1 and len(value)}
     if not {*CURVES} <= last.keys():
         raise UserError("its metrics.npz is damaged; delete it, and the command of its folder makes it again from the checkpoint")
@@ -149,12 +147,12 @@ def run_status(run):
     return str(run.arrays("eval")["status"])
 
 
-def with_label(run, label):
-    """The run with this label in its config and in the configs beside its arrays."""
-    def arrays(part):
-        return (loaded := run.arrays(part)) | {"config": loaded["config"] | {"label": label}}
+def with_changes(run, config, **arrays):
+    """The run with these entries in its config and in the configs beside its arrays, and with these arrays."""
+    def changed(part):
+        return (loaded := run.arrays(part)) | arrays | {"config": loaded["config"] | config}
 
-    return StoredRun(run.name, lambda: run.config | {"label": label}, arrays, ["metrics", "eval"])
+    return StoredRun(run.name, lambda: run.config | config, changed, ["metrics", "eval"])
 
 
 def evaluate_run(folder, config, status, args, device):
@@ -222,19 +220,14 @@ def draw_figures(measured, out):
                pictures.samples: (firsts := [first for first in firsts if first])}  # published runs may have no samples
     drawings = [(figure, figure.__name__, [each.run for each in members]) for figure, members in figures.items()]
     for key in (f"samples{ending_of(name)}" for name in SAMPLERS[1:]):
-        drawings.append((pictures.samples, key, [with_samples(each, key) for each in firsts if key in each.evaluation]))
+        shown = [with_changes(each.run, {}, samples=each.evaluation[key]) for each in firsts if key in each.evaluation]
+        drawings.append((pictures.samples, key, shown))
     for figure, name, members in drawings:
         try:
             if members:
                 figure(members, out / f"{name}.png")
         except (UserError, KeyError, IndexError, ValueError) as error:
             print(f"{name}.png was not drawn: {sentence(error)}", file=sys.stderr)
-
-
-def with_samples(measured, key):
-    """The run with the samples that its evaluation has under `key` in place of those of the prior."""
-    run, samples = measured.run, measured.evaluation[key]
-    return StoredRun(run.name, lambda: run.config, lambda part: run.arrays(part) | {"samples": samples}, ["metrics"])
 
 
 if __name__ == "__main__":

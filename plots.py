@@ -9,7 +9,7 @@ The training scripts call the same functions when a run ends, so a figure can be
 
 from pathlib import Path
 
-from studies.figures import bilevel, samplers, spectrum, sweep_2d
+from studies.figures import samplers, spectrum, sweep_2d
 from vsm.cli import Parser, UserError, command_line
 from vsm.figures import images, latents, pictures, recovery, synthetic, toys
 from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
@@ -20,7 +20,7 @@ FIGURES = {  # script that makes the runs: its figures, each a function figure(r
         pictures.samples, pictures.reconstructions, pictures.interpolations, latents.posterior_sd,
         latents.posterior_mean, latents.aggregate_posterior, samplers.fid_by_sampler],
     "train_synthetic": [
-        synthetic.training_curves, sweep_2d.synthetic, sweep_2d.study, synthetic.synthetic_samples, bilevel.bilevel],
+        synthetic.training_curves, sweep_2d.synthetic, sweep_2d.study, synthetic.synthetic_samples, sweep_2d.bilevel],
     "param_recovery": [recovery.param_recovery, recovery.recovery_rules],
     "spectrum": [spectrum.spectrum],
     "toy_inference": [toys.toy_trajectories, toys.toy_basins, toys.toy_mixtures, toys.toy_gradients],

@@ -22,10 +22,8 @@ from vsm.figures import toys
 from vsm.loop import train
 from vsm.names import flag_name, run_name
 from vsm.runs import Run
-from vsm.toys.descent import Descent
-from vsm.toys.ends import location_gradients, print_ends, where_runs_ended
-from vsm.toys.gaussians import gradients_on_a_grid
-from vsm.toys.gradients import FAMILIES, GRADIENTS
+from vsm.toys.descent import Descent, location_gradients, print_ends, where_runs_ended
+from vsm.toys.gradients import FAMILIES, GRADIENTS, gradients_on_a_grid
 from vsm.toys.mixtures import Mixtures, how_well_mixtures_fit, print_mixtures
 from vsm.toys.posteriors import LIKELIHOODS, Grid
 
@@ -93,9 +91,9 @@ def experiment_of(args):
     return "gradients" if args.gradients else args.family
 
 
-def make_parser():
+def parse_args(argv=None):
     parser = Parser(description=__doc__)
-    flag = parser.add_argument_group("experiment").add_argument
+    flag = parser.add_argument
     flag("--family", choices=[*FAMILIES, "mixture"], default="gaussian", help="family of q")
     flag("--gradients", action="store_true", help="A.5.1: fit nothing, compare gradients between two univariate Gaussians")
     flag("--objectives", nargs="+", choices=GRADIENTS, default=OBJECTIVES, help="divergences to minimise (gaussian, laplace)")
@@ -103,23 +101,15 @@ def make_parser():
     flag("--x", type=float, default=2.0, help="the observed x")
     flag("--target-sd", type=positive_float, default=0.5, help="sd of the target p, with --gradients")
     flag("--seed", type=seed_number, default=0, help="seed of the noise, and of a mixture's first means")
-    flag = parser.add_argument_group("model").add_argument
     flag("--grid", type=positive, default=6, help="starts per coordinate (gaussian, laplace)")
     flag("--extent", type=positive_float, default=2.5, help="starts lie in [-extent, extent]^2 (gaussian, laplace)")
     flag("--components", type=positive, default=10, help="Gaussians in a mixture")
     flag("--repeats", type=positive, default=10, help="number of mixtures, each from its own first means")
-    flag = parser.add_argument_group("optimisation").add_argument
     flag("--lr", type=positive_float, help="step size (default: 1e-4; mixture 1e-3)")
     flag("--samples", type=positive, help="samples of q per step, N (default: 1; mixture 10)")
     flag("--iterations", type=positive, help="steps (default: 1000000; laplace 300000, mixture 5000)")
-    flag = parser.add_argument_group("output").add_argument
     flag("--frames", type=positive, default=200, help="points to keep of every trajectory, evenly spaced in log iterations")
     add_output(flag, "runs/toy", "cpu", " (a GPU pays for thousands of starts only)")
-    return parser
-
-
-def parse_args(argv=None):
-    parser = make_parser()
     args = parser.parse_args(argv)
     experiment = experiment_of(args)
     refuse_meaningless_flags(parser, args, experiment)

@@ -28,7 +28,7 @@ from vsm.fid import FIDS, fids, reference_of
 from vsm.figures.run import draw_run
 from vsm.flags import announce, image_args, image_parser
 from vsm.loading import vae_of
-from vsm.loop import drain, stack, updates
+from vsm.loop import stack, updates
 from vsm.many_runs import combinations, in_lockstep, in_processes, one_thread
 from vsm.names import short_name
 from vsm.runs import Run
@@ -105,7 +105,8 @@ def refuse_too_few(args, data):
 
 def train_one(args, data, device, bar=progress):
     with stopping() as stop:
-        drain(begin(args, data, device, stop, bar))
+        for _ in begin(args, data, device, stop, bar):
+            pass
 
 
 def begin(args, data, device, stop, bar):

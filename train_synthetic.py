@@ -10,18 +10,19 @@ A run writes config.json, checkpoint.pt, metrics.npz and PNGs into a folder unde
 
 import math
 
+import numpy as np
 import torch
 from torch.autograd import grad
+from torch.func import functional_call
 
+from metrics import importance, negative_elbo, posterior_fd
 from models import build_ensemble
-from objectives import LEARN, label
-from training import INIT, NOISE, TrainingState, adam, decay, phi_loss, seed_of, set_gradients, set_rate, theta_loss
-from vsm.bilevel import bilevel_loss, kept_step
+from objectives import INFER, LEARN, dot, label
+from training import EVALUATION, INIT, NOISE, TrainingState, adam, decay, phi_loss, seed_of, set_gradients, set_rate, theta_loss
 from vsm.cli import command_line
 from vsm.cuda_graphs import compiled, refuse_to_compile
-from vsm.device import pick_device
+from vsm.device import evaluating, pick_device
 from vsm.distributions_2d import distribution
-from vsm.evaluation_2d import evaluate, evaluation_generator, measure
 from vsm.figures.synthetic import synthetic_samples
 from vsm.flags import announce, default_inner_lr, synthetic_args
 from vsm.gamma import StationaryGamma
@@ -125,6 +126,103 @@ class EnsembleTrainer(TrainingState):
     def averages(self, reset=True):
         """Means since the last reset of the two training losses, per member [S]."""
         return dict(zip(("infer_loss", "learn_loss"), self.means(reset)[:, 0]))
+
+
+def kept_step(vae, phi, x, infer, noise, lr, **options):
+    """phi after an SGD step whose graph is kept: a function of theta and of phi before the step, as dicts of tensors by name.
+
+    The step takes its gradient with respect to `here`, a view of phi. An objective that takes z (`--infer fd`) or z and its
+    weight (`fd-weighted`) as constants gets them from phi itself, so the outer gradient still flows through them.
+    """
+    x, here = x.detach().requires_grad_(), {name: p.view_as(p) for name, p in phi.items()}
+    q = vae.posterior(functional_call(vae.encoder, here, x))
+    held = q if INFER[infer].reparametrised else vae.posterior(functional_call(vae.encoder, phi, x))
+    loss = INFER[infer](vae, x, q, vae.sample(held, noise), weight=held.base_dist.scale, **options).mean(-1).sum()
+    gradient = grad(loss, list(here.values()), create_graph=True)
+    return {name: p - lr * g for (name, p), g in zip(phi.items(), gradient)}
+
+
+def bilevel_loss(vae, phi, x, learn, noise, **options):
+    """theta_loss [S, B] where phi is a function of theta; z is reparametrised, so that the gradient is exact."""
+    x = x.detach().requires_grad_()  # a new leaf, because phi depends on x too, but b_n is the derivative at fixed phi
+    q = vae.posterior(functional_call(vae.encoder, phi, x))
+    return LEARN[learn](vae, x, q, vae.sample(q, noise), **options)
+
+
+def evaluation_generator(device):
+    """A generator with the same seed in every run, so that all runs and members share test data, posterior and prior samples."""
+    return torch.Generator(device).manual_seed(seed_of(0, EVALUATION))
+
+
+def measure(trainer, test, importance_samples, log_density=None, samples=5):
+    """The test metrics of one evaluation during training: means over the test data per member [S], and posterior_sd [S, Dz].
+
+    nll_curve is the negative log likelihood of the first 500 test points, by `importance_samples` draws from the prior.
+    excess_curve, where the law's log density [B] at the test points is given, is nll_curve less the law's own. They show whether
+    training has converged.
+    """
+    vae, x = trainer.vae, test.expand(len(trainer.vae.log_gamma), -1, -1)
+    generator = evaluation_generator(test.device)
+    with evaluating(vae):
+        row = {"posterior_sd": vae.encode(x).stddev.mean(1), "log_gamma": vae.log_gamma.detach().clone()}
+    row |= {"negative_elbo": negative_elbo(vae, x, samples, generator).mean(1),
+            "posterior_fd": posterior_fd(vae, x, samples, generator).mean(1)}
+    row["nll_curve"] = -importance(vae, x[:, :500], max(importance_samples, 1), generator=generator).log_likelihood.mean(1)
+    if log_density is not None:
+        row["excess_curve"] = row["nll_curve"] + log_density[:500].mean()
+    return {name: value.cpu() for name, value in row.items()}
+
+
+def evaluate(trainer, test, samples):
+    """The final evaluation of every member, by importance sampling: NumPy arrays, [S] unless stated, nan if a member diverged.
+
+    Means over the test data, each with its standard error over the data in <name>_se:
+    nll                   negative log likelihood by `samples` draws from the prior, nats
+    nll_posterior         the same by samples / 100 draws from q(z|x) per datum, as a check
+    sm_loss               score matching loss, the Fisher divergence less a constant
+    fisher_divergence     only where the law's density is known, as the next two
+    nll_excess, sm_excess nll and sm_loss less the law's own at the same points; their standard errors are of paired differences
+    Others: ess [S, 3], the quantiles 0, 0.01 and 0.5 of the effective sample size over the data; model_samples [S, 1000, 2];
+    variance_ratio and second_moment [S, Dz] of `moments`; diverged_at, the step or -1; member_status.
+    """
+    vae, law, S = trainer.vae, trainer.law, len(trainer.vae.log_gamma)
+    x, generator = test.expand(S, -1, -1), evaluation_generator(test.device)
+    prior = importance(vae, x, samples, generator=generator)
+    posterior = importance(vae, x, -(-samples // 100), "posterior", generator, chunk=8)
+    per_datum = {"nll": -prior.log_likelihood, "nll_posterior": -posterior.log_likelihood, "sm_loss": prior.score_matching_loss}
+    if law.log_prob:
+        points = test.double()
+        gap = law.score(points) - prior.score
+        per_datum |= {"fisher_divergence": 1 / 2 * dot(gap, gap), "nll_excess": per_datum["nll"] + law.log_prob(points),
+                      "sm_excess": per_datum["sm_loss"] - law.score_matching_loss(points)}
+    diverged_at = torch.where(trainer.diverged_at < trainer.clock, trainer.diverged_at, -1)
+    result = {name: value.mean(1) for name, value in per_datum.items()}
+    result |= {f"{name}_se": value.std(1) / value.shape[1] ** 0.5 for name, value in per_datum.items()}
+    result["ess"] = prior.ess.quantile(torch.tensor([0, 0.01, 0.5], dtype=prior.ess.dtype, device=test.device), dim=1).T
+    with evaluating(vae):
+        z, noise = (torch.randn(1000, 2, generator=generator, device=test.device) for _ in range(2))
+        result["model_samples"] = vae.decode(z.expand(S, -1, -1)) + (vae.log_gamma / 2).exp()[:, None, None] * noise
+    result |= moments(vae, law, x)
+    for value in result.values():  # the values of a diverged member depend on when the loop noticed the divergence
+        value[diverged_at >= 0] = torch.nan
+    result = {name: value.cpu().numpy() for name, value in result.items()} | {"diverged_at": diverged_at.cpu().numpy()}
+    result["member_status"] = np.array(["ok" if step < 0 else f"diverged@{step}" for step in result["diverged_at"]])
+    return result
+
+
+def moments(vae, law, x, samples=20_000):
+    """What the theory of linear VAEs predicts: 1 / kappa and, for active latents, kappa.
+
+    variance_ratio [S] is the total variance of the model over that of the data; second_moment [S, Dz] is E z^2 of the aggregate
+    posterior over the data x [S, B, 2].
+    """
+    generator = evaluation_generator("cpu")  # the same draws on every device
+    data_variance = law.sample(100_000, generator).var(0).sum()
+    with evaluating(vae):
+        g = vae.decode(torch.randn(samples, vae.dim_z, generator=generator).to(x.device).expand(len(x), -1, -1))
+        q = vae.encode(x)
+        model_variance = g.var(1).sum(-1) + x.shape[-1] * vae.log_gamma.exp()
+        return {"variance_ratio": model_variance / data_variance.to(x.device), "second_moment": (q.mean**2 + q.variance).mean(1)}
 
 
 def parse_args(argv=None):

@@ -11,7 +11,6 @@ turns, with the smallest and the largest. The mode `reference` is the step as on
 """
 
 import math
-import os
 import time
 from functools import partial
 from itertools import product
@@ -19,7 +18,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from benchmarks.reference_step import ReferenceStep, has_reference
+from benchmarks.reference_step import INFERENCE, OBJECTIVES, ReferenceStep
 from models import build_vae
 from objectives import INFER, LEARN, label
 from training import ImageTrainer
@@ -91,7 +90,7 @@ def training_rows(args, device, image, net, pair):
     cycles = 20 if device.type == "cuda" else 1
     for precision in args.precision:  # one at a time, so that the CUDA graphs of one are freed before the next makes its own
         makers = {}
-        if precision == args.precision[0] and has_reference(learn, infer):
+        if precision == args.precision[0] and learn in OBJECTIVES and (infer in INFERENCE or infer == learn):
             makers["reference", "float32"] = lambda: ReferenceStep(vae(), images, device, **options)
         makers["eager", precision] = partial(trainer, precision, graph=False)
         if device.type == "cuda":
@@ -105,40 +104,28 @@ def table_row(row, rows):
     rival = {key: row[key] for key in ("image", "net", "pair")} | {"mode": "reference", "precision": "float32"}
     seconds = next((other["seconds"] for other in rows if rival.items() <= other.items()), math.nan)
     step, speed = np.median(row["seconds"]), seconds / row["seconds"]
+    text = f"{np.median(speed):.2f} [{np.min(speed):.2f}, {np.max(speed):.2f}]" if np.isfinite(speed).all() else "-"
     return [f"{row['net']} {row['image']}", row["pair"], row["batch"], row["mode"], row["precision"],
-            f"{1e3 * step:.4g}", f"{row['batch'] / step:.4g}", median_and_range(speed)]
-
-
-def median_and_range(values, form=".2f"):
-    """The text "median [smallest, largest]"; "-" where a value is not finite."""
-    if not np.isfinite(values).all():
-        return "-"
-    return f"{np.median(values):{form}} [{np.min(values):{form}}, {np.max(values):{form}}]"
+            f"{1e3 * step:.4g}", f"{row['batch'] / step:.4g}", text]
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
-    flag = parser.add_argument_group("experiment").add_argument
+    flag = parser.add_argument
     flag("--pairs", nargs="+", choices=pairs(), default=list(pairs()), metavar="PAIR",
          help="pairs of objectives, named as in the paper")
     flag("--precision", nargs="+", choices=("float32", "tf32", "bf16"), default=["float32"],
          help="precisions of the arithmetic; tf32 needs a GPU")
     flag("--repeats", type=positive, default=5, help="turns; each times every mode once")
     flag("--samples", type=positive, default=5, help="posterior samples per image, N")
-    flag = parser.add_argument_group("model").add_argument
     flag("--net", nargs="+", choices=("conv", "resnet"), default=["conv", "resnet"], help="networks")
     flag("--image", nargs="+", choices=("1x32", "3x64"), default=["1x32"], help="channels and side of the images")
     flag("--width", type=positive, default=None, help="base channels (default: 64)")
     flag("--dim-z", type=positive, default=100, help="latent dimensions")
-    flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K")
     flag("--batch", type=positive, default=100, help="images per minibatch")
-    flag = parser.add_argument_group("output").add_argument
     add_output(flag, "runs/benchmark")
-    flag("--threads", type=positive, default=None, help="threads of the CPU (default: PyTorch's)")
     args = parser.parse_args(argv)
-    if args.threads and args.threads > 4 * os.cpu_count():
-        parser.error(f"--threads {args.threads} is more than four times the {os.cpu_count()} processors here")
     args.out = args.out or "runs/benchmark/images"
     return args
 
@@ -147,7 +134,6 @@ def main(args):
     device = pick_device(args.device)
     for precision in args.precision:
         set_precision(precision, device)  # here, so that a precision that the device lacks ends the script before it measures
-    torch.set_num_threads(args.threads or torch.get_num_threads())
     with Run(args.out, "benchmark", vars(args), device, args.overwrite) as run:
         if not run.status:
             cases = product(args.image, args.net, args.pairs)

@@ -12,11 +12,6 @@ INFERENCE = {"kld": "elbo", "fd": "posterior_fd", "fd-weighted": "posterior_fd_w
 OBJECTIVES = ("elbo", "fd", "swersky", "bao", "dsm", "fae", "posterior_fd", "posterior_fd_weighted")
 
 
-def has_reference(learn, infer):
-    """Whether this module knows a pair of --learn and --infer; it does not know objectives that somebody has added."""
-    return learn in OBJECTIVES and (infer in INFERENCE or infer == learn)
-
-
 def reference_loss(vae, x, noise, objective, reparametrised, t=None):
     """The mean loss over x [B, C, H, W] by log densities and autograd alone; noise [N, B, Dz]. Every score keeps its graph.
 

@@ -379,7 +379,7 @@ audits() {  # the reports of docs/extending.md: seconds each
 }
 
 speed() {  # the performance table: 20 min, with nothing else running
-    python -m benchmarks.benchmark --net conv --threads 2 --pairs KLD-ELBO KLD-F KLD-S KLD-B FD-F FD-B FAE FD-REPAR-F
+    OMP_NUM_THREADS=2 python -m benchmarks.benchmark --net conv --pairs KLD-ELBO KLD-F KLD-S KLD-B FD-F FD-B FAE FD-REPAR-F
 }
 
 speed_gpu() {  # the performance table of a GPU: 30 s on an H200

@@ -61,8 +61,7 @@ def predicted_moment(flags, dim_z, variance_slope, divergence_slope):
     return 1 + (excess[flags["learn"]] if known else math.nan) * torch.ones_like(variance_slope) / dim_z
 
 
-def parse_args(argv=None):
-    return parser_of_runs(__doc__).parse_args(argv)
+parse_args = parser_of_runs(__doc__).parse_args
 
 
 def main(args):

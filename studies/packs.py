@@ -1,4 +1,4 @@
-"""Write many runs into one `.npz`, a pack, which vsm/stored_runs.py reads; it describes the arrays.
+"""Write many runs into one `.npz`, a pack, which vsm/stored_runs.py reads; docs/files.md describes its arrays.
 
     python -m studies.packs runs/synthetic/* --save runs/mine.npz --keep test_data
 """
@@ -13,8 +13,8 @@ from vsm.runs import save_arrays
 from vsm.stored_runs import HEAVY, PARTS, add_run_flags, chosen_runs, open_runs, shown_member
 
 
-def pack(paths, save, keep=(), drop=()):
-    """Write runs into one pack, without the arrays that `drop` lists.
+def pack(paths, save, keep=()):
+    """Write runs into one pack.
 
     The large arrays of HEAVY are kept where `keep` lists them, model samples only those of the member that figures show.
     Raises UserError for two runs of the same name, and for one without metrics.
@@ -29,7 +29,7 @@ def pack(paths, save, keep=(), drop=()):
     blocks, names_of, rows = {}, {}, []
     for run, name in zip(runs, names):
         rows.append({})
-        for key, value in _record(run, keep, drop).items():
+        for key, value in _record(run, keep).items():
             kind = key, value.shape, "U" if value.dtype.kind == "U" else value.dtype.str  # strings of any length share a block
             variant = sum(other[0] == key for other in names_of)
             block = names_of.setdefault(kind, f"{key}.{variant}" if variant else key)
@@ -41,7 +41,7 @@ def pack(paths, save, keep=(), drop=()):
                 runs=np.array(names), blocks=np.array(list(blocks)), index=index, **stacked)
 
 
-def _record(run, keep, drop):
+def _record(run, keep):
     """{block: array} for one run."""
     record = {"config.json": np.array(json.dumps(run.config))}
     for part in filter(run.has, PARTS):
@@ -52,7 +52,7 @@ def _record(run, keep, drop):
         member = shown_member(arrays["nll"]) if "nll" in arrays else None
         for key, value in arrays.items():
             heavy = part == "metrics" and key in HEAVY or key.startswith("samples_")  # `samples` of gradient_snr.npz are numbers
-            if key in drop or heavy and key not in keep or key == "model_samples" and member is None:
+            if heavy and key not in keep or key == "model_samples" and member is None:
                 continue
             if key == "model_samples" and "model_samples_of" not in arrays:
                 record[f"{part}.model_samples_of"], value = np.array([member]), value[member:member + 1]
@@ -67,7 +67,6 @@ def parse_args(argv=None):
     flag("--save", required=True, metavar="FILE.npz", help="the pack to write")
     flag("--keep", nargs="+", default=[], choices=HEAVY, metavar="KEY",
          help=f"large arrays to keep, of {', '.join(HEAVY)}; of model_samples the pack has the member that figures show")
-    flag("--drop", nargs="+", default=[], metavar="KEY", help="arrays to leave out")
     args = parser.parse_args(argv)
     if Path(args.save).suffix != ".npz":
         parser.error(f"--save {args.save} must end in .npz")
@@ -75,7 +74,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    pack(chosen_runs(args), args.save, args.keep, args.drop)
+    pack(chosen_runs(args), args.save, args.keep)
     print(args.save)
 
 

@@ -161,17 +161,15 @@ def report_spectrum(arrays):
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("data", metavar="DATA", type=data_name, help="mnist, fashion, celeba, glyphs or folder:PATH")
-    flag = parser.add_argument_group("experiment").add_argument
+    flag = parser.add_argument
     flag("--data-root", default="data", help="folder of the data sets")
     flag("--limit", type=count, default=0, help="use the first so many training images; 0: all")
     flag("--latents", type=positive, default=48, help="number of latents")
     flag("--gamma", type=positive_float, default=0.25, help="variance of p(x|z), which is not learnt")
     flag("--seed", type=count, default=0, help="seed of the minibatches and the posterior samples")
-    flag = parser.add_argument_group("optimisation").add_argument
     flag("--iterations", type=positive, default=1500, help="gradient steps")
     flag("--lr", type=positive_float, default=0.2, help="the first step, in units of gamma^2")
     flag("--batch", type=positive, default=100, help="data per step, a multiple of 4")
-    flag = parser.add_argument_group("output").add_argument
     add_output(flag, "runs/spectrum", "cpu", " (the models are so small that a CPU is as fast)")
     args = parser.parse_args(argv)
     if args.batch % 4:

@@ -6,12 +6,11 @@ import pytest
 import audit
 from objectives import LEARN, Objective, dot, likelihood_score, posterior_score
 from small_runs import main
-from studies import auditing
 from vsm.runs import load_arrays
 
 
 def findings(name, **options):
-    return {finding.title: finding for check in auditing.CHECKS for finding in check(name, options, 0)[0]}
+    return {finding.title: finding for check in audit.CHECKS for finding in check(name, options, 0)[0]}
 
 
 @pytest.mark.parametrize("name, options, notes", [
@@ -27,15 +26,15 @@ def test_right_objectives_pass(name, options, notes):
 
 def test_the_numbers_of_the_released_estimator_are_those_of_images():
     """On vectors it couples the data of a minibatch and has no fixed point; the paper's images have kappa 1 + 1/N."""
-    found, arrays = auditing.check_contraction("bao", {"estimator": "released"}, 0)
+    found, arrays = audit.check_contraction("bao", {"estimator": "released"}, 0)
     assert arrays["kappa"][1] == pytest.approx([2, 1.5, 1.2, 1.05], abs=1e-6)
     assert (arrays["kappa_limit"], arrays["kappa_slope"]) == pytest.approx((1, 1), abs=1e-6)
     assert [finding.verdict for finding in found] == ["ok", "ok", "note"]
 
 
 def test_a_composition_is_named():
-    (swersky,), _ = auditing.check_composition("swersky", {"estimator": "plugin"}, 0)
-    (elbo,), _ = auditing.check_composition("elbo", {}, 0)
+    (swersky,), _ = audit.check_composition("swersky", {"estimator": "plugin"}, 0)
+    (elbo,), _ = audit.check_composition("elbo", {}, 0)
     assert swersky.text == "2 E 1/2 |a|^2 -1 1/2 |E a|^2 +1 lap" and elbo.text == "1 -log p(x|z) +1 KL"
 
 
@@ -63,7 +62,7 @@ def test_wrong_objectives_are_caught(monkeypatch, wrong, titles, words):
 
 def test_a_reduced_loss_is_caught(monkeypatch):
     monkeypatch.setitem(LEARN, "wrong", Objective(REDUCED, "W"))
-    assert auditing.check_form("wrong", {}, 0)[0][0].verdict == "WRONG"
+    assert audit.check_form("wrong", {}, 0)[0][0].verdict == "WRONG"
 
 
 def test_the_script_writes_its_report(tmp_path, capsys):
@@ -77,7 +76,7 @@ def test_the_script_writes_its_report(tmp_path, capsys):
 
 def test_a_wrong_objective_ends_with_exit_code_1(monkeypatch, tmp_path):
     monkeypatch.setitem(LEARN, "wrong", Objective(FACTOR, "W"))
-    monkeypatch.setattr(auditing, "CHECKS", (auditing.check_target,))
+    monkeypatch.setattr(audit, "CHECKS", (audit.check_target,))
     for _ in range(2):  # an audit always runs again
         with pytest.raises(SystemExit, match="findings are wrong"):
             main(audit, "wrong", "--out", tmp_path / "run")

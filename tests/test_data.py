@@ -20,11 +20,11 @@ from torchvision import datasets
 import data
 import evaluate
 import train_images
+from data import glyph_atlas
 from small_runs import CPU, REAL, main, real, train_on, write_idx
 from vsm import features
 from vsm.cache import digest
 from vsm.cli import UserError
-from vsm.glyphs import glyph_atlas
 from vsm.names import short_name
 
 
@@ -297,7 +297,7 @@ def test_glyphs_are_drawn_alike_every_time():
 
 @pytest.mark.parametrize(("ink", "pixel"), [(1, 255), (0.25, 64), (0, 0)])
 def test_ink_becomes_pixels(ink, pixel, monkeypatch):
-    monkeypatch.setattr("vsm.glyphs.F.grid_sample", lambda images, *_, **__: torch.full_like(images, ink))
+    monkeypatch.setattr("data.F.grid_sample", lambda images, *_, **__: torch.full_like(images, ink))
     expected = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
     expected[:, :, 2:30, 2:30] = pixel
     assert torch.equal(glyphs(3), expected)

@@ -16,6 +16,7 @@ from data import load_images
 from metrics import importance, negative_elbo, posterior_fd, quantise
 from models import NORMS
 from objectives import LEARN, dot
+from param_recovery import RULES, joint_fd, joint_kld, recover
 from small_runs import CPU, IMAGES, SMALL, main, train, train_on
 from studies import gradient_snr
 from training import EVALUATION, seed_of
@@ -25,7 +26,6 @@ from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.fid import Reference, sampler_metrics
 from vsm.image_table import Measured, reference_note, row_of, samplers_table, table_of
 from vsm.loading import epochs_trained, load_vae, vae_of
-from vsm.recovery import RULES, joint_fd, joint_kld, recover
 from vsm.runs import load_arrays
 
 
@@ -173,11 +173,10 @@ def test_the_distances_of_several_draws_are_means_over_them_and_of_each_sampler_
     assert torch.equal(three["samples_mixture"], drawn[0]) and three["nearest_mixture"] == one["nearest_mixture"]
 
 
-def test_a_figure_of_another_sampler_has_its_samples():
-    run = SimpleNamespace(name="run", config={}, arrays=lambda part: {"samples": "prior", "epoch": 1})
-    evaluation = {"samples_mixture": "mixture", "samples_gaussian": "no"}
-    shown = evaluate.with_samples(Measured(run, "ok", {}, evaluation), "samples_mixture")
-    assert shown.arrays() == {"samples": "mixture", "epoch": 1}
+def test_a_figure_of_another_sampler_has_its_samples_and_a_run_its_new_label():
+    run = SimpleNamespace(name="run", config={}, arrays=lambda part: {"samples": "prior", "epoch": 1, "config": {}})
+    shown = evaluate.with_changes(run, {"label": "new"}, samples="mixture")
+    assert shown.arrays() == {"samples": "mixture", "epoch": 1, "config": {"label": "new"}} and shown.config == {"label": "new"}
 
 
 KEYS = ("fid", "fid_infinite", "kid", "precision", "recall", "density", "coverage")

@@ -13,14 +13,15 @@ import evaluate
 from data import load_images
 from metrics import evaluate_images, iw_log_likelihood, nearest_distances, precision_recall
 from small_runs import REAL, ROOT, RUNS, main, real
+from train_synthetic import evaluation_generator, measure
 from training import EVALUATION, seed_of
-from vsm import evaluation_2d, samplers
+from vsm import samplers
 from vsm.cli import UserError
 from vsm.distributions_2d import DISTRIBUTIONS
-from vsm.fid import fids, reference_of, sampler_metrics
+from vsm.fid import fids, posterior_samples, reference_of, sampler_metrics
 from vsm.loading import epochs_trained, export, load_vae, place_of_images
 from vsm.runs import NOT_IDENTITY, load_arrays, load_checkpoint, load_config
-from vsm.samplers import SAMPLERS, Gaussians, SecondVAE, load_sampler, posterior_samples
+from vsm.samplers import SAMPLERS, Gaussians, SecondVAE, load_sampler
 from vsm.stored_runs import open_runs
 
 PUBLISHED = ROOT / "results"
@@ -45,8 +46,8 @@ def recorded(name, pack):
 
 def test_the_published_2d_models_reproduce_their_recorded_metrics():
     vae, (flags, arrays) = load_vae(PUBLISHED / "models" / "mixture-bao"), recorded("mixture-bao", "study2d.npz")
-    test = DISTRIBUTIONS[flags["data"]].sample(flags["test_size"], evaluation_2d.evaluation_generator("cpu"))
-    again = evaluation_2d.measure(SimpleNamespace(vae=vae), test, 100)
+    test = DISTRIBUTIONS[flags["data"]].sample(flags["test_size"], evaluation_generator("cpu"))
+    again = measure(SimpleNamespace(vae=vae), test, 100)
     for key in ("negative_elbo", "posterior_sd", "log_gamma"):
         np.testing.assert_allclose(again[key], arrays[key][-1], rtol=1e-5, err_msg=key)
 
@@ -247,7 +248,7 @@ def test_a_law_is_kept_as_plain_arrays_until_the_checkpoint_changes(run, name, m
 
 
 def test_a_fitted_gaussian_has_the_moments_of_posterior_samples(run, digits):
-    z = posterior_samples(load_vae(run), load_images("mnist", digits).train, 0.1, seed=5)
+    z, *_ = posterior_samples(load_vae(run), load_images("mnist", digits).train, 0.1, generator(5))
     drawn = load_sampler(run, "gaussian").sample(20_000, generator())
     assert torch.allclose(drawn.mean(0), z.mean(0), atol=4 * (z.std(0) / 300**0.5).max())
     assert torch.allclose(drawn.T.cov(), z.T.cov(), rtol=0.35, atol=0.1)
@@ -256,12 +257,12 @@ def test_a_fitted_gaussian_has_the_moments_of_posterior_samples(run, digits):
 def test_a_sampler_is_fitted_to_the_images_of_its_run_with_its_noise(run, digits, monkeypatch):
     seen, seed, images = [], seed_of(3, samplers.STREAM), load_images("mnist", digits).train
     monkeypatch.setattr(samplers, "IMAGES", 50)
-    monkeypatch.setattr(samplers, "posterior_samples", lambda vae, *of: seen.append(of) or torch.randn(len(of[0]), 3))
+    monkeypatch.setattr(samplers, "posterior_samples", lambda vae, *of: seen.append(of) or [torch.randn(len(of[0]), 3)])
     monkeypatch.setattr(Gaussians, "fit", lambda z, seed, components: seen.append((len(z), seed, components)) or {
         "weights": [1.0], "means": torch.zeros(1, 3), "roots": torch.eye(3)[None]})
     load_sampler(limited(run, limit=200, noise=0.4, seed=3), "mixture", components=7)
     assert torch.equal(seen[0][0], images[torch.randperm(200, generator=generator(seed))[:50]])
-    assert seen[0][1:] == (0.4, seed) and seen[1] == (50, seed, 7)
+    assert seen[0][1] == 0.4 and seen[0][2].initial_seed() == seed and seen[1] == (50, seed, 7)
 
 
 def test_the_number_of_components_is_that_of_the_file_unless_another_is_asked_for(run):

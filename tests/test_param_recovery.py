@@ -9,10 +9,9 @@ import torch
 import param_recovery
 from models import EnsembleVAE
 from objectives import LEARN
-from param_recovery import CHECKED
+from param_recovery import CHECKED, RULES, MismatchedEncoder, Scale, joint_fd, joint_kld, minimise, posterior_variance, recover
 from small_runs import CPU, main
 from vsm.linear import kappa, matched_noise
-from vsm.recovery import RULES, MismatchedEncoder, Scale, joint_fd, joint_kld, minimise, posterior_variance, recover
 from vsm.runs import load_arrays
 
 POINTS = [(0.7, 0.2, 0.5, 1.3, 1.1), (1.5, 0.6, 2.0, 0.7, 0.4), (0.0, -0.3, 0.9, 1.0, 2.0)]  # w, phi, alpha, gamma, w*

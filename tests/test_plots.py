@@ -116,14 +116,14 @@ def test_a_pack_draws_the_same_pixels_as_its_folders(runs, tmp_path, kind):
 
 
 def test_a_pack_keeps_every_value_and_heavy_arrays_on_request(runs, tmp_path, monkeypatch):
-    main(packs, *runs["2d"], "--save", tmp_path / "small.npz", "--drop", "sm_loss")
+    main(packs, *runs["2d"], "--save", tmp_path / "small.npz")
     pack(runs["2d"], tmp_path / "large.npz", keep=["model_samples", "test_data"])
     pack([tmp_path / "large.npz"], tmp_path / "again.npz", keep=["model_samples", "test_data"])
     assert (tmp_path / "again.npz").stat().st_size == (tmp_path / "large.npz").stat().st_size
     for folder, small, large in zip(*map(open_runs, (runs["2d"], [tmp_path / "small.npz"], [tmp_path / "large.npz"]))):
         arrays, kept = folder.arrays(), large.arrays()
         assert small.config == folder.config and small.name.endswith(":" + Path(folder.name).name)
-        assert {"model_samples", "test_data", "sm_loss"} & small.arrays().keys() == set()
+        assert {"model_samples", "test_data"} & small.arrays().keys() == set()
         for key, value in small.arrays().items():
             assert key == "config" or np.array_equal(value, arrays[key], equal_nan=value.dtype.kind == "f")
         member = shown_member(arrays["nll"])

@@ -14,7 +14,7 @@ from vsm.names import NOT_IDENTITY
 from vsm.stored_runs import open_runs
 
 SCRIPT = ROOT / "results" / "reproduce.sh"
-GONE = ("batches", "importance_samples", "part", "members", "quick")  # flags that the benchmark no longer has, in older packs
+GONE = ("batches", "importance_samples", "part", "members", "quick", "threads")  # flags of older packs
 UNPACKED = ("evaluations", "audits", "speed", "speed_gpu")  # parts with commands whose results are in no pack of their own
 
 

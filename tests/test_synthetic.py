@@ -19,10 +19,8 @@ from small_runs import CPU, edit_arrays, main, run_steps
 from studies import tables
 from studies.figures.sweep_2d import truth_of
 from studies.tables import interval_text
-from train_synthetic import EnsembleTrainer
+from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step, measure
 from training import phi_loss, theta_loss
-from vsm import evaluation_2d
-from vsm.bilevel import bilevel_loss, kept_step
 from vsm.distributions_2d import DISTRIBUTIONS, distribution
 from vsm.runs import Run, load_arrays
 
@@ -51,7 +49,7 @@ def test_noise_is_in_the_data_and_in_the_truth_and_its_score_goes_to_the_objecti
     assert torch.allclose(t, -(x - DISTRIBUTIONS["banana"].transform(made.data_noise[..., :2])) / sd**2, rtol=1e-4, atol=1e-4)
     counts = []
     monkeypatch.setattr(train_synthetic, "measure", lambda trainer, test, count, log_density: (
-        counts.append(count), evaluation_2d.measure(trainer, test, count, log_density))[1])
+        counts.append(count), measure(trainer, test, count, log_density))[1])
     arrays = train(tmp_path / "run", "--learn", "dsm", "--noise", sd, "--data", "banana", "--test-size", 400)
     assert counts == 3 * [25]  # a quarter of --importance-samples
     points = torch.tensor(arrays["test_data"]).double()
@@ -167,7 +165,7 @@ def test_a_run_leaves_its_documented_files_and_arrays(tmp_path):
 def test_the_moments_are_those_of_samples():
     vae, law = trainer("--seeds", "2", steps=30).vae, DISTRIBUTIONS["mixture"]
     x = law.sample(2000, torch.Generator().manual_seed(1)).expand(2, -1, -1)
-    moments = evaluation_2d.moments(vae, law, x)
+    moments = train_synthetic.moments(vae, law, x)
     with torch.no_grad():
         q, z = vae.encode(x), torch.randn(2, 100_000, 2)
         samples = vae.decode(z) + (vae.log_gamma / 2).exp()[:, None, None] * torch.randn(2, 100_000, 2)
@@ -175,7 +173,7 @@ def test_the_moments_are_those_of_samples():
     assert torch.allclose(moments["variance_ratio"], samples.var(1).sum(-1) / 0.58, rtol=0.03)  # of each coordinate: .5^2 + .2^2
     assert torch.allclose(moments["second_moment"], (latents**2).mean((0, 2)), rtol=0.03)
     log_density = law.log_prob(x[0].double())
-    row = evaluation_2d.measure(SimpleNamespace(vae=vae), x[0], 10, log_density)
+    row = measure(SimpleNamespace(vae=vae), x[0], 10, log_density)
     assert torch.allclose(row["excess_curve"] - row["nll_curve"], log_density[:500].mean())  # both of the first 500 points
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from models import VAE, build_vae
 from objectives import INFER, LEARN, dot, dsm, likelihood_score, posterior_score
+from train_synthetic import bilevel_loss, kept_step
 from vsm import linear
-from vsm.bilevel import bilevel_loss, kept_step
 from vsm.linear import expected_slope, kappa, linear_vae, matched_noise, measured_kappa, set_posterior
 
 ROWS = [("elbo", None), ("fd", None), ("swersky", "plugin"), ("swersky", "unbiased"), ("swersky", "released"),

@@ -15,10 +15,8 @@ from models import VAE
 from small_runs import CPU, run_steps
 from test_toy_inference import fit, parsed, run
 from training import phi_loss
-from vsm.toys.descent import OPTIMISERS, Descent
-from vsm.toys.ends import best_fits, kl_and_fd, location_gradients, noise_quadrature, wasserstein_distance
-from vsm.toys.gaussians import closed_gradients
-from vsm.toys.gradients import FAMILIES, GRADIENTS, gradients, normal_nodes
+from vsm.toys.descent import OPTIMISERS, Descent, best_fits, kl_and_fd, location_gradients, noise_quadrature, wasserstein_distance
+from vsm.toys.gradients import FAMILIES, GRADIENTS, closed_gradients, gradients, normal_nodes
 from vsm.toys.mixtures import Mixtures, how_well_mixtures_fit, log_components, mixture_score
 from vsm.toys.posteriors import LIKELIHOODS, Grid, Posterior
 

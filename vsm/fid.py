@@ -122,6 +122,17 @@ def aggregate_posterior(vae, mean, second_moment):
     return Independent(Normal(mean, (second_moment - mean**2).clamp_min(0).sqrt(), validate_args=False), 1, validate_args=False)
 
 
+def posterior_samples(vae, images, noise, generator, block=500):
+    """One z ~ q(z|x) of each uint8 image [n, C, H, W] with noise of sd `noise`; mean and E z^2 of q(z|x): [n, Dz] each."""
+    parts, device = [], vae.log_gamma.device
+    with evaluating(vae):
+        for clean in images.split(block):
+            clean = clean.to(device).float() / 255
+            q = vae.encode(clean + noise * torch.randn(clean.shape, generator=generator, device=device))
+            parts.append((vae.sample(q, vae.noise(q, 1, generator), relaxed=False)[0], q.mean, q.mean**2 + q.variance))
+    return [torch.cat(part) for part in zip(*parts)]
+
+
 def fids(vae, reference, noise, generator, kid=False, block=500):
     """FIDs of n = len(reference.images) decoder means against those clean test images, 0-d CPU tensors.
 
@@ -141,16 +152,10 @@ def fids(vae, reference, noise, generator, kid=False, block=500):
     def sample_latents(q, n):
         return vae.sample(q, vae.noise(q, n, generator), relaxed=False)
 
-    n, zs, means, squares = len(reference.images), [], [], []
+    n, (z, means, squares) = len(reference.images), posterior_samples(vae, reference.images, noise, generator, block)
     with evaluating(vae):
-        for clean in reference.images.split(block):
-            clean = clean.float() / 255
-            q = vae.encode(clean + noise * torch.randn(clean.shape, generator=generator, device=clean.device))
-            zs.append(sample_latents(q, 1)[0])
-            means.append(q.mean)
-            squares.append(q.mean**2 + q.variance)
-        aggregate = aggregate_posterior(vae, torch.cat(means).mean(0), torch.cat(squares).mean(0))
+        aggregate = aggregate_posterior(vae, means.mean(0), squares.mean(0))
         generated = features(sample_latents(vae.prior, n))
         result = distances(generated, reference.features) if kid else {"fid": fid(generated)}
         return result | {"fid_aggregate": fid(features(sample_latents(aggregate, n))),
-                         "fid_reconstruction": fid(features(torch.cat(zs)))}
+                         "fid_reconstruction": fid(features(z))}

@@ -14,11 +14,6 @@ IMAGE_AXES = ("data", "net", "infer", "learn", "seed")  # the flags that name a 
 SYNTHETIC_AXES = ("data", "infer", "learn", "inner_steps", "bilevel_steps", "seed")
 
 
-def groups_of(parser):
-    """The functions that add a flag to each of the four groups: experiment, model, optimisation, output."""
-    return [parser.add_argument_group(name).add_argument for name in ("experiment", "model", "optimisation", "output")]
-
-
 def add_pair(flag, samples, datum):
     """The pair of objectives and its numbers of posterior samples per `datum`."""
     flag("--learn", choices=LEARN, default="fd", help="objective of the decoder")
@@ -35,7 +30,7 @@ def add_graph(flag):
 def image_parser(description=None):
     """The flags of train_images.py."""
     parser = Parser(description=description)
-    flag, of_model, of_updates, of_output = groups_of(parser)
+    flag = parser.add_argument_group("experiment").add_argument
     flag("--data", type=data_name, default="mnist", metavar="NAME", help=data_names())
     flag("--data-root", type=os.path.expanduser, default="data", help="folder of the data sets, also for downloads")
     flag("--limit", type=count, default=0, help="number of training images, the first ones; 0: all")
@@ -43,7 +38,7 @@ def image_parser(description=None):
     add_pair(flag, samples=5, datum="image")
     flag("--noise", type=nonnegative, default=0.1, help="sd of the Gaussian noise added to training and test images")
     flag("--seed", type=seed_number, default=0, help="seed of weights, data order and noise")
-    flag = of_model
+    flag = parser.add_argument_group("model").add_argument
     flag("--net", choices=NETS, default="conv", help="mlp, conv (DCGAN) or resnet (ResNet18)")
     flag("--width", type=positive, help="base channels of conv and resnet (default: 64), hidden units of mlp (default: 400)")
     flag("--norm", choices=NORMS, default="batch", help="normalisation in conv and resnet; batch couples the data of a minibatch")
@@ -54,7 +49,7 @@ def image_parser(description=None):
          help="temperature of the Gumbel-softmax relaxation of Bernoulli latents")
     flag("--init-sd", type=positive_float, default=1.0, help="initial standard deviation of p(x|z)")
     flag("--gamma", choices=MODES, default="learned", help=GAMMA_HELP)
-    flag = of_updates
+    flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K (no effect with fae)")
     flag("--one-pass", action="store_true",
          help="one forward pass of a minibatch serves encoder and decoder, and the decoder moves by the samples from before the "
@@ -66,7 +61,7 @@ def image_parser(description=None):
     flag("--epochs", type=positive, default=1000, help="passes over the training images")
     flag("--precision", choices=("float32", "tf32", "bf16"), default="float32",
          help="arithmetic of the networks' convolutions and matrix products; all else is float32; tf32 needs a GPU")
-    flag = of_output
+    flag = parser.add_argument_group("output").add_argument
     flag("--eval-every", type=positive, default=10, help="epochs between evaluations on the test images")
     flag("--fid-every", type=count, default=0, metavar="EPOCHS",
          help="epochs between FIDs, a multiple of --eval-every; 0: no FID during training")
@@ -115,17 +110,17 @@ def image_defaults(net="conv", samples=5):
 def synthetic_parser(description=None):
     """The flags of train_synthetic.py."""
     parser = Parser(description=description)
-    flag, of_model, of_updates, of_output = groups_of(parser)
+    flag = parser.add_argument_group("experiment").add_argument
     flag("--data", choices=DISTRIBUTIONS, default="mixture", help="2-D distribution")
     flag("--noise", type=nonnegative, default=0.0, help="sd of Gaussian noise added to the data; likelihoods are with it")
     add_pair(flag, samples=1, datum="datum")
     flag("--seeds", type=positive, default=10, help="number of members of the ensemble; their seeds count up from --seed")
     flag("--seed", type=seed_number, default=0, help="the first member's seed, for its weights, data and noise")
-    flag = of_model
+    flag = parser.add_argument_group("model").add_argument
     flag("--hidden", type=positive, default=30, help="units of each of the two hidden layers (100 in Figure 6)")
     flag("--init-sd", type=positive_float, default=0.1, help="initial standard deviation of p(x|z)")
     flag("--gamma", choices=MODES, default="learned", help=GAMMA_HELP)
-    flag = of_updates
+    flag = parser.add_argument_group("optimisation").add_argument
     flag("--inner-steps", type=positive, default=5, help="encoder updates per decoder update, K")
     flag("--bilevel-steps", type=count, default=0,
          help="further encoder updates through which the decoder's gradient flows, J. In principle swersky and bao need them, "
@@ -139,7 +134,7 @@ def synthetic_parser(description=None):
          help="both step sizes halve every EPOCHS epochs (default: they are constant)")
     flag("--steps-per-epoch", type=positive, default=100, help="decoder updates per epoch")
     flag("--epochs", type=positive, default=100, help="epochs (1000 in Figure 6)")
-    flag = of_output
+    flag = parser.add_argument_group("output").add_argument
     flag("--test-size", type=positive, default=5000, help="number of unseen data on which the models are evaluated")
     flag("--importance-samples", type=positive, default=100_000, help="samples from the prior per member in the final evaluation")
     flag("--eval-every", type=positive, default=5, help="epochs between evaluations on the test data during training")

@@ -16,16 +16,12 @@ EXPLODED_KL = 1e5  # nats an image: more than the 68,000 that its 8-bit numbers 
 def train(run, trainer, epochs, eval_every=1, evaluate=None):
     """Train one run by `updates`. Returns the status and the history."""
     with stopping() as stop:
-        return drain(updates(run, trainer, epochs, eval_every, evaluate, stop))
-
-
-def drain(generator):
-    """Run a generator to its end. Returns what it returns."""
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
+        generator = updates(run, trainer, epochs, eval_every, evaluate, stop)
+        while True:
+            try:
+                next(generator)
+            except StopIteration as end:
+                return end.value
 
 
 def updates(run, trainer, epochs, eval_every, evaluate, stop, bar=progress):

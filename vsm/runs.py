@@ -1,10 +1,4 @@
-"""Run folders: flags, lock, checkpoint and arrays of a run.
-
-    runs/<family>/<name>/config.json      every flag, versions, commit, device, data recipe
-                         metrics.npz      plain arrays, `config` as a JSON string, `status`: ok | diverged@N | exploded@N
-                         checkpoint.pt    the state from which the same command resumes
-                         log.csv          a line per evaluation
-                         *.png            drawn from metrics.npz alone
+"""Run folders: flags, lock, checkpoint and arrays of a run. docs/files.md lists their files.
 
 The same command again resumes an unfinished run, skips a finished one, and refuses a folder made with other flags.
 """

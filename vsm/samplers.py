@@ -27,6 +27,7 @@ from training import ImageTrainer, seed_of
 from vsm.cache import load_or_make
 from vsm.cli import UserError
 from vsm.device import evaluating
+from vsm.fid import posterior_samples
 from vsm.loading import flags_of, load_vae, place_of_images
 from vsm.runs import checkpoint_hash, load_arrays, load_config
 
@@ -173,7 +174,7 @@ def fit_sampler(law, vae, images, flags, components, **options):
         raise UserError(f"{len(images)} training images are too few to fit {components} components; give fewer --components")
     seed = seed_of(flags["seed"], STREAM)
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:IMAGES]
-    z = posterior_samples(vae, images[some], flags["noise"], seed).cpu()
+    z = posterior_samples(vae, images[some], flags["noise"], torch.Generator(vae.log_gamma.device).manual_seed(seed))[0].cpu()
     centre, scale = z.mean(0), z.std(0).clamp_min(torch.finfo(z.dtype).tiny)
     if not scale.isfinite().all():
         raise UserError("its latents are not finite, so no sampler can be fitted to them")
@@ -182,14 +183,3 @@ def fit_sampler(law, vae, images, flags, components, **options):
     if not all(value.isfinite().all() for value in arrays.values()):
         raise UserError("its sampler diverged while it was fitted")
     return arrays
-
-
-def posterior_samples(vae, images, noise, seed, block=500):
-    """One draw z ~ q(z|x) of each image with noise of sd `noise`, [n, Dz], from uint8 images [n, C, H, W]."""
-    generator, zs = torch.Generator(vae.log_gamma.device).manual_seed(seed), []
-    with evaluating(vae):
-        for part in images.split(block):
-            x = part.to(vae.log_gamma.device).float() / 255
-            q = vae.encode(x + noise * torch.randn(x.shape, generator=generator, device=x.device))
-            zs.append(vae.sample(q, vae.noise(q, 1, generator), relaxed=False)[0])
-    return torch.cat(zs)

@@ -3,11 +3,8 @@
     for run in open_runs(["results/figure3.npz", "runs/synthetic/c"]):
         run.name, run.config, run.arrays("metrics")["nll"], run.has("eval")
 
-A pack holds plain arrays. `runs` [R] are the folders' names. For each key of metrics.npz, eval.npz or gradient_snr.npz there is a
-block of its distinct values over the runs, such as `metrics.nll` [U, members], and a second block `metrics.nll.1` where shapes
-differ. `blocks` [K] are the blocks' names, and `index` [R, K] is the row of each run in each block, -1 for none. Configs are JSON
-strings: `config.json`, and `metrics.config` or `eval.config` where they differ from it. Values are kept to the bit. A pack has no
-checkpoints, and it has large arrays (HEAVY) only where they were asked for.
+docs/files.md describes the arrays of a pack. Values are kept to the bit. It has no checkpoints, and large arrays (HEAVY) only
+where they were asked for.
 """
 
 import fnmatch

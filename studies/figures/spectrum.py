@@ -2,12 +2,12 @@
 
 import numpy as np
 
+from objectives import LEARN
 from vsm.figures.axes import round_ticks, whole_ticks
-from vsm.figures.style import letter_color, line_key, new_figure, save_figure
+from vsm.figures.style import line_key, new_figure, save_figure
 from vsm.linear import kappa, second_moment
 from vsm.stored_runs import open_runs
 
-LETTERS = {"elbo": "ELBO", "fd": "F", "swersky": "S", "bao": "B", "dsm": "DSM"}
 MARKERS = {"elbo": "s", "fd": "o", "swersky": "v", "bao": "D", "dsm": "P"}
 HIDDEN = (("swersky", "unbiased"), ("dsm", "plugin"))  # from the first panel, where they would lie on S and on plug-in B
 TEN = 10  # means are over so many of the largest directions
@@ -30,7 +30,7 @@ def spectrum(runs, save):
 
 def marker_style(objective, estimator):
     """Colour and marker of an objective; filled for plug-in, open for unbiased."""
-    color = letter_color(LETTERS[objective])
+    color = LEARN[objective].color
     filling = "white" if estimator == "unbiased" else color
     return {"color": color, "marker": MARKERS[objective], "ms": 5, "mfc": filling, "linestyle": "none"}
 
@@ -53,8 +53,8 @@ def draw_variances(ax, arrays, N=5):
         style = marker_style(objective, estimator)
         ax.plot(component, np.maximum(v[:K] / arrays["kappa"][m], gamma), color=style["color"], lw=1)
         shown = slice(offset % 3, None, 3)  # only every third component, so that equal spectra do not hide each other
-        has_estimator = objective in ("swersky", "bao", "dsm")
-        name = LETTERS[objective] + (f", {estimator.replace('plugin', 'plug-in')}" if has_estimator else "")
+        entry = LEARN[objective]
+        name = entry.letter + (f", {estimator.replace('plugin', 'plug-in')}" if entry.takes("estimator") else "")
         ax.plot(component[shown], arrays["learnt"][m][shown], label=name, **{**style, "ms": 4})
     ax.set_yscale("log")
     round_ticks(ax.yaxis)

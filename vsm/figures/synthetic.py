@@ -99,37 +99,25 @@ def draw_history(ax, loaded, name):
 
 def synthetic_samples(runs, save):
     """Samples of the member with the median NLL (colour) over the test data (grey), one panel per run."""
-    figure, axes, loaded = panels_of_runs(runs)
+    loaded = sorted((run.finished() for run in open_runs(runs)),
+                    key=lambda arrays: (arrays["config"]["flags"]["data"], pair_order(arrays["config"]["flags"])))
+    datas = [arrays["config"]["flags"]["data"] for arrays in loaded]
+    counts = {datas.count(data) for data in datas}  # data sets with equally many runs have a row each
+    figure, axes = new_panels(len(loaded), min(5, *(counts if len(counts) == 1 else [len(loaded)])), size=(2.3, 2.4))
     for ax, arrays in zip(axes.flat, loaded):
-        data, flags = arrays["test_data"], arrays["config"]["flags"]
-        member = shown_member(arrays["nll"])
+        data, nll, flags = arrays["test_data"], arrays["nll"], arrays["config"]["flags"]
+        member = shown_member(nll)
         ax.scatter(*data.T, s=3, c="0.75", lw=0)
         if member is not None:
             ax.scatter(*samples_of_member(arrays, member).T, s=3, color=color_of(flags), alpha=0.4, lw=0)
-        frame_data(ax, arrays)
+        result = f"NLL {np.nanmedian(nll):.2f}" if np.isfinite(nll).any() else "diverged"
+        steps = f"K = {flags['inner_steps']}, J = {flags['bilevel_steps']}"
+        ax.set_title(f"{flags['data']}, {pair_name(arrays['config'])}\n{steps}: {result}", fontsize=8)
+        low, high = np.quantile(data, [0.002, 0.998], axis=0)
+        margin = 0.3 * (high - low).max()
+        ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), aspect="equal")
+        ax.tick_params(labelsize=7)
     colors = {"test data": "0.75"} | {f"samples, {letter_of(arrays['config']['flags'])}": color_of(arrays["config"]["flags"])
                                       for arrays in loaded}
     legend_below(figure, {name: line_key(color=color, marker="o", ms=4, ls="") for name, color in colors.items()})
     save_figure(figure, save)
-
-
-def panels_of_runs(runs):
-    """A figure with a panel per run, its axes, and the arrays of the runs. Data sets with equally many runs have a row each."""
-    loaded = sorted((run.finished() for run in open_runs(runs)),
-                    key=lambda arrays: (arrays["config"]["flags"]["data"], pair_order(arrays["config"]["flags"])))
-    datas = [arrays["config"]["flags"]["data"] for arrays in loaded]
-    counts = {datas.count(data) for data in datas}
-    columns = min(5, *(counts if len(counts) == 1 else [len(loaded)]))
-    return *new_panels(len(loaded), columns, size=(2.3, 2.4)), loaded
-
-
-def frame_data(ax, arrays):
-    """Set limits around the test data, and a title with the objective, K, J and the median NLL."""
-    data, nll, flags = arrays["test_data"], arrays["nll"], arrays["config"]["flags"]
-    result = f"NLL {np.nanmedian(nll):.2f}" if np.isfinite(nll).any() else "diverged"
-    steps = f"K = {flags['inner_steps']}, J = {flags['bilevel_steps']}"
-    ax.set_title(f"{flags['data']}, {pair_name(arrays['config'])}\n{steps}: {result}", fontsize=8)
-    low, high = np.quantile(data, [0.002, 0.998], axis=0)
-    margin = 0.3 * (high - low).max()
-    ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin), aspect="equal")
-    ax.tick_params(labelsize=7)
