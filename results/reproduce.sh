@@ -286,12 +286,8 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python evaluate.py $runs/mnist-resnet-*-$budget-width8-* --images 200 --iw-samples 100 --out runs/evaluation/resnet
     python evaluate.py $runs/fashion-conv-*-$budget-width16-* --images 200 --iw-samples 100 --out runs/evaluation/fashion
     python evaluate.py $runs/mnist-mlp-*-limit20000-* --images 200 --iw-samples 100 --out runs/evaluation/mlp
-    python evaluate.py $runs/mnist-conv-*-gamma{fixed,stationary}-*-lr0.002-* --sampler mixture --draws 10 --images 20 --iw-samples 10 --out runs/evaluation/gamma
-    python evaluate.py $runs/mnist-conv-*-gammafixed-*-lr0.001-* --sampler mixture --draws 1 --images 20 --iw-samples 10 --out runs/evaluation/width
-    python evaluate.py $runs/fashion-conv-*-gammafixed-* --sampler mixture --draws 10 --images 20 --iw-samples 10 --out runs/evaluation/width_fashion
-    # again, for study_fits.npz; these replace the evaluations above
-    python evaluate.py $runs/mnist-conv-*-width16-init-sd0.2231-gammafixed-*-one-pass-* --sampler mixture --fits 5 --draws 10 --images 20 --iw-samples 10 --out runs/evaluation/fits
-    python evaluate.py $runs/{mnist,fashion}-conv-kld-*-infer-samples1-init-sd0.2231-gammafixed-*-lr0.001-* --sampler mixture --fits 5 --draws 10 --images 20 --iw-samples 10 --out runs/evaluation/fits64
+    python evaluate.py $runs/mnist-conv-*-gamma{fixed,stationary}-*-lr0.002-* --sampler mixture --fits 5 --draws 10 --images 20 --iw-samples 10 --out runs/evaluation/gamma
+    python evaluate.py $runs/{mnist,fashion}-conv-*-gammafixed-*-lr0.001-* --sampler mixture --fits 5 --draws 10 --images 20 --iw-samples 10 --out runs/evaluation/width
     python evaluate.py $runs/celeba-conv-*-test-limit2000-* --sampler mixture --images 20 --iw-samples 10 --out runs/evaluation/celeba_fid
     python evaluate.py $runs/celeba-*-limit4000-* --images 100 --iw-samples 30 --out runs/evaluation/celeba
     python -m studies.gradient_snr --draws 50 $runs/mnist-conv-kld-elbo-$budget-width16-dim-z16-*
@@ -326,10 +322,10 @@ study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gam
     done
 }
 
-study_width() {  # the pairs of Table 1 and DSM at the paper's width of 64, MNIST and Fashion-MNIST; on MNIST the ELBO, S, B and DSM at widths 8, 16 and 32, F at 16; log gamma fixed at -3, 1200 updates of 1e-3, two pairs also of 2e-3: 31 runs of 3 to 25 min
+study_width() {  # the pairs of Table 1 and DSM at the paper's width of 64, MNIST and Fashion-MNIST; on MNIST the ELBO, S and DSM at widths 16, 32 and 64 (three seeds) and 8, B at 8, 16 and 32, F at 16, 32 and 64; log gamma fixed at -3, 1200 updates of 1e-3, two pairs also of 2e-3: 54 runs of 2 to 25 min
     local budget="--net conv --samples 5 --infer-samples 1 --inner-steps 1 --batch 50 --lr 1e-3 --lr-half-life 0.25 --epochs 1"
     budget="$budget --eval-every 1 --fid-every 1 --test-limit 2000 --gamma fixed --init-sd 0.2231"
-    local pair width data
+    local pair width data seed
     for data in mnist fashion; do
         for pair in "elbo" "fd" "swersky" "bao" "dsm --estimator unbiased" "fd --infer fd" "swersky --infer fd" "bao --infer fd"; do
             python train_images.py $budget --data $data --data-root "$DATA" --width 64 --learn $pair
@@ -338,10 +334,16 @@ study_width() {  # the pairs of Table 1 and DSM at the paper's width of 64, MNIS
     for pair in "bao" "fd --infer fd"; do
         python train_images.py ${budget/1e-3/2e-3} --data mnist --data-root "$DATA" --width 64 --learn $pair
     done
-    python train_images.py $budget --data mnist --data-root "$DATA" --width 16 --learn fd
+    for width in 16 32; do python train_images.py $budget --data mnist --data-root "$DATA" --width $width --learn fd; done
     for width in 8 16 32; do for pair in "elbo" "swersky" "bao" "dsm --estimator unbiased"; do
         python train_images.py $budget --data mnist --data-root "$DATA" --width $width --learn $pair
     done; done
+    for seed in 1 2; do
+        for width in 16 32 64; do for pair in "elbo" "swersky" "dsm --estimator unbiased"; do
+            python train_images.py $budget --data mnist --data-root "$DATA" --width $width --learn $pair --seed $seed
+        done; done
+        for width in 16 32; do python train_images.py $budget --data mnist --data-root "$DATA" --width $width --learn bao --seed $seed; done
+    done
 }
 
 study_celeba_fid() {  # ConvNets on celeba: one run of the ELBO of 7200 updates, four objectives of 1200 with stationary gamma (widths 16 and 32), and three of 800 with log gamma fixed at -4 (width 32): 12 runs of 4 to 20 min

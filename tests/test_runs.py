@@ -419,7 +419,7 @@ def test_a_sweep_starts_no_threads_before_it_forks(digits, tmp_path):
         "data.DATA_SETS['mnist'] = lambda root: (torch.randn(400, 400, 50).exp().sum(), load(root))[1]\n")
     environment = small_runs.environment() | {"OMP_NUM_THREADS": "2", "VSM_IMPORT": "parallel", "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, small_runs.ROOT / "train_images.py", *SIDE, "--data-root", digits, "--epochs", 1, "--seed", 0, 1]
-    subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, timeout=100, check=True)
+    subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, timeout=300, check=True)
 
 
 @pytest.mark.slow
