@@ -171,7 +171,7 @@ def evaluate_run(folder, config, status, args, device):
                 "draws": args.draws or before["draws"], **reference.settings}
     if "mixture" in names:
         settings |= mixture_of(folder, args.components, args.fits)
-    elif args.components or args.fits:
+    elif (args.components or args.fits) and "mixture" not in args.sampler:
         print(f"{folder}: --components and --fits have no effect without --sampler mixture", file=sys.stderr)
     if missing := {*args.sampler} - {*names}:
         print(f"{folder}: its latents are 0 or 1, which {', '.join(sorted(missing))} cannot be fitted to", file=sys.stderr)

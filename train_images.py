@@ -63,9 +63,10 @@ def main_of_runs(runs):
             if data_of(args) not in images:
                 data = load(args)
                 images[data_of(args)] = data._replace(train=data.train.to(device), test=data.test.to(device))
-                if device.type == "cpu" and args.fid_every:
-                    features_of(args.data, args.data_root, device)  # trains the network of FID once, before the processes begin
             refuse_too_few(args, images[data_of(args)])
+        if device.type == "cpu":  # the network of FID is trained once, before the processes begin
+            for name, root in dict.fromkeys((args.data, args.data_root) for args in runs if args.fid_every):
+                features_of(name, root, device)
     arguments = {args.out: (args, images[data_of(args)], device) for args in runs}
     if device.type == "cpu":
         for note in dict.fromkeys(filter(None, (reach_note(args, images[data_of(args)]) for args in runs))):

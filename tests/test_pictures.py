@@ -26,6 +26,7 @@ from vsm import pictures
 from vsm.cli import UserError
 from vsm.names import short_name
 from vsm.pictures import Pictures
+from vsm.runs import identity_of
 
 NUMBERS = [1, 7, 162770, 162771, 182637, 182638, 202599]  # the ends of the three official splits
 
@@ -407,3 +408,10 @@ def test_real_celeba_originals_agree_with_the_resized_ones():
     for name, image in zip(names[:5], originals.train[:5]):
         difference = image.float() - torch.from_numpy(pictures.resize_and_crop(resized.open(name), 64).astype(np.float32))
         assert difference.abs().mean() < 4  # theirs went through JPEG again
+
+
+def test_pictures_without_a_digest_are_told_apart_by_their_folder():
+    one, other = ({"script": "spectrum", "flags": {"data": f"folder:/{name}"}} for name in "ab")
+    assert identity_of(one) != identity_of(other)
+    assert identity_of({**one, "data": {}}) != identity_of({**one, "data": {"digest": "1"}}) == (
+        identity_of({**other, "data": {"digest": "1"}}))

@@ -368,18 +368,20 @@ def test_a_continued_run_that_is_stopped_has_not_ended(tmp_path, monkeypatch):
     assert "status" not in arrays and arrays["epoch"].tolist() == [0, 2]
 
 
-def test_pictures_without_a_digest_are_told_apart_by_their_folder():
-    one, other = ({"script": "spectrum", "flags": {"data": f"folder:/{name}"}} for name in "ab")
-    assert vsm.runs.identity_of(one) != vsm.runs.identity_of(other)
-    assert vsm.runs.identity_of({**one, "data": {}}) != vsm.runs.identity_of({**one, "data": {"digest": "1"}}) == (
-        vsm.runs.identity_of({**other, "data": {"digest": "1"}}))
-
-
 def test_a_stopped_sweep_names_what_failed_and_what_had_not_begun(capsys):
     report_stop({"a": "seed0", "b": "seed1"}, {"a": "no disk"}, ["b"])
-    assert capsys.readouterr().err.splitlines()[0] == "seed0 failed: no disk"
+    failed, not_begun = capsys.readouterr().err.splitlines()
+    assert failed == "seed0 failed: no disk" and not_begun.startswith("not begun: seed1; if --overwrite")
     report_stop({}, {})
     assert not capsys.readouterr().err
+
+
+def test_a_sweep_makes_the_network_of_fid_once_before_its_processes_begin(digits, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_images, "features_of", lambda name, *_: seen.append(name))
+    monkeypatch.setattr(train_images, "in_processes", lambda *_: seen.append("processes"))
+    train_images.main_of_runs(train_images.parse_runs([*SIDE, "--data-root", str(digits), *"--fid-every 0 1 --seed 0 1".split()]))
+    assert seen == ["mnist", "processes"]
 
 
 def test_processes_give_the_bits_of_runs_alone_and_a_failure_leaves_the_others_alone(digits, tmp_path):

@@ -84,6 +84,11 @@ def test_a_run_with_bilevel_steps_is_compared_with_the_elbo_without_them():
     assert found["KLD-S, N = 5, hidden 100, bilevel steps 20"] == "1.000 ± 0.000" and list(found.values()).count("") == 2
 
 
+def test_runs_from_before_a_flag_was_there_are_in_one_table_with_those_that_have_it():
+    table = table_of_2d_runs([plane(gamma="learned"), plane("KLD-S", "swersky")])
+    assert {cells(table, i)[1].split(",")[0] for i in range(2)} == {"KLD-ELBO", "KLD-S"}
+
+
 def test_diverged_members_and_unmeasured_values_leave_no_nan():
     old = plane(nll=(1.0, np.nan, 3.0))
     for key in ("variance_ratio", "second_moment", "fisher_divergence", "nll_excess", "excess_curve"):

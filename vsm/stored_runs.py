@@ -3,8 +3,8 @@
     for run in open_runs(["results/figure3.npz", "runs/synthetic/c"]):
         run.name, run.config, run.arrays("metrics")["nll"], run.has("eval")
 
-docs/files.md describes the arrays of a pack. Values are kept to the bit. It has no checkpoints, and large arrays (HEAVY) only
-where they were asked for.
+docs/files.md describes the arrays of a pack. Values are kept to the bit. A pack has no checkpoints, and large arrays (HEAVY)
+only where they were asked for.
 """
 
 import fnmatch
