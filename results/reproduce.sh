@@ -308,16 +308,23 @@ study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gam
     for pair in "elbo" "swersky" "dsm --estimator unbiased"; do for seed in 1 2; do
         python train_images.py $budget --data-root "$DATA" --width 16 --init-sd 0.2231 --learn $pair --seed $seed
     done; done
-    for width in 8 32; do for pair in "elbo" "swersky" "dsm --estimator unbiased"; do
+    for width in 8 32 64; do for pair in "elbo" "swersky" "dsm --estimator unbiased"; do
         python train_images.py $budget --data-root "$DATA" --width $width --init-sd 0.2231 --learn $pair
     done; done
+    for seed in 1 2; do for pair in "elbo" "swersky" "dsm --estimator unbiased"; do
+        python train_images.py $budget --data-root "$DATA" --width 8 --init-sd 0.2231 --learn $pair --seed $seed
+    done; done
+    for seed in 0 1 2; do python train_images.py $budget --data-root "$DATA" --width 16 --init-sd 0.2231 --learn bao --seed $seed; done
+    for pair in "elbo" "swersky" "dsm --estimator unbiased"; do  # learnt gamma
+        python train_images.py ${budget/--gamma fixed/} --data-root "$DATA" --width 16 --init-sd 0.2231 --learn $pair
+    done
     for pair in "elbo" "swersky" "dsm --estimator unbiased"; do  # stationary gamma
         python train_images.py ${budget/fixed/stationary} --data-root "$DATA" --width 16 --learn $pair
     done
     for pair in "elbo" "swersky" "dsm --estimator unbiased"; do  # group norm
         python train_images.py $budget --data-root "$DATA" --width 16 --norm group --init-sd 0.2231 --learn $pair
     done
-    for pair in elbo swersky; do  # two forward passes
+    for pair in "elbo" "swersky" "elbo --seed 1" "elbo --seed 2"; do  # two forward passes
         python train_images.py ${budget/--one-pass /} --data-root "$DATA" --width 16 --init-sd 0.2231 --learn $pair
     done
 }
@@ -342,7 +349,7 @@ study_width() {  # the pairs of Table 1 and DSM at the paper's width of 64, MNIS
         for width in 16 32 64; do for pair in "elbo" "swersky" "dsm --estimator unbiased"; do
             python train_images.py $budget --data mnist --data-root "$DATA" --width $width --learn $pair --seed $seed
         done; done
-        for width in 16 32; do python train_images.py $budget --data mnist --data-root "$DATA" --width $width --learn bao --seed $seed; done
+        for width in 16 32 64; do python train_images.py $budget --data mnist --data-root "$DATA" --width $width --learn bao --seed $seed; done
     done
 }
 

@@ -7,25 +7,27 @@ has converged.
 """
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from vsm.cli import Parser, command_line
+from vsm.cli import Parser, UserError, command_line
 from vsm.names import NOT_IDENTITY, pair_name, pair_order, refuse_twins, settings_of
 from vsm.runs import write_atomic
-from vsm.stored_runs import add_run_flags, chosen_runs, refuse_other_scripts
+from vsm.stored_runs import add_run_flags, chosen_runs, measured_by, refuse_other_scripts
 from vsm.tables import count_failures, failures_text, markdown_table, mean_and_error, number_text, with_error
 
 IN_NAME = ("learn", "infer", "estimator", "samples")  # flags that the name of a row shows
+INTERVAL = "± is half the 95 % interval over n seeds, by Student's t."
 COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over the data, is not in use
 
 
 def study_table(runs):
-    """The Markdown table of finished runs of one script, 2-D or image runs. Intervals are 95 %, by Student's t over seeds."""
+    """The Markdown table of finished runs of one script, 2-D or image runs, with notes below it."""
     loaded = [run.finished() | latent_scale_of(run) | mixture_of(run) | {"run": run.name} for run in runs]
     table = table_of_2d_runs(loaded) if loaded[0]["config"]["script"] == "train_synthetic" else table_of_image_runs(loaded)
-    return table + "\n"
+    return "\n\n".join([table, INTERVAL, *network_notes(loaded)]) + "\n"
 
 
 def latent_scale_of(run):
@@ -39,7 +41,20 @@ def mixture_of(run):
     evaluation, curve = run.arrays("eval") if run.has("eval") else {}, run.arrays().get("fid")
     if "fid_mixture" not in evaluation or curve is None:
         return {}
-    return {"fid_mixture": evaluation["fid_mixture"], "fid": np.append(curve[:-1], evaluation["fid"])}
+    return {"fid_mixture": evaluation["fid_mixture"], "fid": np.append(curve[:-1], evaluation["fid"]),
+            "measured_by": measured_by(evaluation["config"]["evaluation"])}
+
+
+def network_notes(loaded):
+    """A note for each data set of image runs whose FIDs are of several networks, or of some not recorded."""
+    counts = {}
+    for arrays in loaded:
+        if "fid" in arrays and "data" in arrays["config"]["flags"]:
+            networks = counts.setdefault(arrays["config"]["flags"]["data"], Counter())
+            networks[str(arrays.get("fid_features", "a network that was not recorded"))] += 1
+    return [f"FID on {data} is not by one network, so rows may differ by it: " +
+            ", ".join(f"{network} ({count} runs)" for network, count in networks.items()) + "."
+            for data, networks in counts.items() if len(networks) > 1]
 
 
 def interval(values):
@@ -52,9 +67,10 @@ def interval(values):
     return values.mean(), student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
 
 
-def interval_text(values, digits=3):
-    """The mean ± half the 95 % interval, in `digits` decimals."""
-    return with_error(*interval(values), f".{digits}f")
+def interval_text(values, digits=3, n=None):
+    """The mean ± half the 95 % interval, in `digits` decimals, with the number of finite values where it is not `n`."""
+    count = np.isfinite(np.asarray(values, float)).sum()
+    return with_error(*interval(values), f".{digits}f") + (f" (n = {count})" if n and 0 < count != n else "")
 
 
 def row_name(arrays, settings):
@@ -86,13 +102,13 @@ def table_of_2d_runs(loaded):
             less = [nll - theirs.get(seed, math.nan) for seed, nll in by_seed(arrays).items()]
             unknown = np.full_like(arrays["nll"], math.nan)  # the law's density, or what older versions did not measure
             excess, curve = arrays.get("nll_excess", unknown), arrays.get("excess_curve", arrays["nll_curve"])
-            quarter, sd = len(curve) - 1 - (len(curve) - 1) // 4, arrays["posterior_sd"][-1]
+            sd = arrays["posterior_sd"][-1]
             unused, moment = (sd > COLLAPSED).sum(-1), arrays.get("second_moment", np.full_like(sd, math.nan))
             rows.append({
                 "data": data, "pair": row_name(arrays, settings), "n": np.isfinite(arrays["nll"]).sum(),
                 "NLL above the truth": interval_text(excess), "median": number_text(mean_and_error(excess)[2], ".3f"),
                 "less KLD-ELBO's (paired)": "" if arrays["config"]["label"] == "KLD-ELBO" or not theirs else interval_text(less),
-                "change in the last quarter": number_text(mean_and_error(curve[-1] - curve[quarter])[0], "+.3f"),
+                "change in the last quarter": number_text(mean_and_error(curve[-1] - before_the_last_quarter(curve))[0], "+.3f"),
                 "members with 1, 2 unused latents": f"{(unused == 1).sum()}, {(unused == 2).sum()}",
                 "variance / data's": interval_text(arrays.get("variance_ratio", unknown)),
                 "E z^2, latents in use": interval_text(moment[sd <= COLLAPSED], 2),
@@ -117,8 +133,10 @@ def table_of_image_runs(loaded):
 
     Runs with --fid-every have FIDs, FID's change in %, and FID over KLD-ELBO's: of two runs of the same seed and setting, with
     the same N where KLD-ELBO has it. Those that evaluate.py has measured have the same by a fitted mixture. Runs without have the
-    change of the negative ELBO, in nats. A failed run is in no mean. Raises UserError where two runs of a row share a seed.
+    change of the negative ELBO, in nats. A failed run is in no mean. Raises UserError where two runs of a row share a seed, and
+    where FIDs of one data set were measured with other settings of evaluate.py.
     """
+    refuse_unlike_measurements(loaded)
     groups, elbos = {}, {}
     configs = [arrays["config"] for arrays in loaded]
     flags = dict.fromkeys(key for config in configs for key in config["flags"])  # older runs lack some
@@ -146,13 +164,14 @@ def table_of_image_runs(loaded):
         others = f" (+{failures})" if failures else ""
 
         def over_seeds(key, digits, factor=1):
-            return interval_text([factor * final(arrays, key) for arrays in members], digits)
+            return interval_text([factor * final(arrays, key) for arrays in members], digits, len(members))
 
         def over_elbo(key):
             elbo = runs[0]["config"]["label"] == "KLD-ELBO"
-            return "" if elbo else interval_text([ratio(arrays, settings, key) for arrays in members], 2)
+            return "" if elbo else interval_text([ratio(arrays, settings, key) for arrays in members], 2, len(members))
 
-        ends = [(before_the_last_quarter(arrays, of_change), final(arrays, of_change)) for arrays in members]
+        curves = [arrays[of_change] for arrays in members if of_change in arrays]
+        ends = [(np.mean(before_the_last_quarter(curve)), np.mean(curve[-1])) for curve in curves]
         change = interval([100 * (end / before - 1) if with_fid else end - before for before, end in ends])[0]
         change = number_text(change, form) + (unit if np.isfinite(change) else "")
         row = {"pair": name, "n": f"{len(members)}{others}"}
@@ -172,20 +191,30 @@ def table_of_image_runs(loaded):
     return table_of(rows, names=1)
 
 
+def refuse_unlike_measurements(loaded):
+    first = {}
+    for arrays in loaded:
+        if "measured_by" in arrays:
+            data, by = arrays["config"]["flags"]["data"], arrays["measured_by"]
+            if first.setdefault(data, (by, arrays["run"]))[0] != by:
+                raise UserError(f"{first[data][1]} was measured with {first[data][0]}, {arrays['run']} with {by}; "
+                                "give evaluate.py the same flags for both")
+
+
 def table_of(rows, names):
     """The Markdown table of rows {title: cell}, whose first columns are names."""
     return markdown_table(list(rows[0]), [list(row.values()) for row in rows], "l" * names + "r" * (len(rows[0]) - names))
 
 
-def final(arrays, key, at=-1):
+def final(arrays, key):
     """The value at the end of training, a mean over latents where there is one of each; NaN where it was not measured."""
-    return float(np.mean(np.atleast_1d(arrays[key])[at])) if key in arrays else math.nan
+    return float(np.mean(np.atleast_1d(arrays[key])[-1])) if key in arrays else math.nan
 
 
-def before_the_last_quarter(arrays, key):
-    """The value a quarter of the evaluations before the end; NaN where there are too few."""
-    quarter = (len(arrays["epoch"]) - 1) // 4
-    return final(arrays, key, -1 - quarter) if quarter else math.nan
+def before_the_last_quarter(curve):
+    """The values a quarter of the evaluations before the last, at least one; NaN where training had only begun there."""
+    evaluations = len(curve) - 1
+    return curve[-1 - max(1, evaluations // 4)] if evaluations > 1 else np.full_like(curve[-1], math.nan)
 
 
 def parse_args(argv=None):

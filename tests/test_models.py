@@ -13,6 +13,7 @@ from models import NORMS, VAE, StackedMLP, UpBlock, build_ensemble, build_vae
 from objectives import LEARN, elbo, fd, latent_score_gap, posterior_score
 from small_runs import train_on
 from training import latent_noise, phi_loss
+from vsm.device import evaluating
 
 
 def test_stacked_mlps_are_plain_ones():
@@ -172,3 +173,13 @@ def test_two_bits_of_data_take_some_latents_and_leave_the_others_at_one_half():
         optimiser.step()
     distance = (vae.encode(x).mean - 0.5).abs().amax(0)  # over the data, per latent
     assert (distance > 0.4).sum() >= 2 and (distance < 0.1).sum() >= 3
+
+
+def test_a_model_that_trains_in_bf16_is_evaluated_in_float32():
+    vae = build_vae("mlp", (1, 8, 8), 3, width=8, bf16=True)
+    z = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    with evaluating(vae):
+        inside = vae.decode(z)
+    outside = vae.decode(z)
+    vae.bf16 = False
+    assert torch.equal(inside, vae.decode(z)) and not torch.equal(inside, outside)

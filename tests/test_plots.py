@@ -271,6 +271,10 @@ def test_bars_of_the_gradients_noise_reach_from_the_smallest_to_the_largest_seed
                       objectives=["ELBO"], **{key: np.full((1, 1), value) for key in keys}) for seed, value in values.items()]
     (bars,) = axes_of(images.gradient_snr, *runs)[0].containers
     assert bars.lines[0].get_ydata().tolist() == [3] and bars.lines[2][0].get_segments()[0][:, 1].tolist() == [1, 6]
+    newer = write_run(tmp_path / "newer", "train_images", flags | {"seed": 3}, "KLD-ELBO", "gradient_snr", samples=[1],
+                      objectives=["F", "ELBO"], **{key: np.array([[100.0], [3.0]]) for key in keys})
+    ours = axes_of(images.gradient_snr, *runs, newer)[0].containers
+    assert {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in ours} == {"ELBO": [3], "F": [100]}
 
 
 def test_the_aggregate_posterior_is_a_density_and_its_moments_fall(axes_of, tmp_path):

@@ -14,7 +14,16 @@ from small_runs import edit_arrays, main
 from studies import gradient_snr, latent_scale, spectrum
 from studies.gradient_snr import differentiable_decoder, gradient_moments
 from studies.latent_scale import measure_latent_scale
-from studies.tables import interval, latent_scale_of, mixture_of, study_table, table_of_2d_runs, table_of_image_runs
+from studies.tables import (
+    before_the_last_quarter,
+    interval,
+    latent_scale_of,
+    mixture_of,
+    network_notes,
+    study_table,
+    table_of_2d_runs,
+    table_of_image_runs,
+)
 from test_evaluate import train
 from training import EVALUATION, seed_of
 from vsm.cli import UserError
@@ -22,7 +31,7 @@ from vsm.linear import linear_vae, set_posterior
 from vsm.loading import load_vae
 from vsm.names import settings_of
 from vsm.runs import load_arrays, load_config, save_arrays
-from vsm.stored_runs import StoredRun, open_runs
+from vsm.stored_runs import StoredRun, measured_by, open_runs
 
 
 def plane(label="KLD-ELBO", learn="elbo", nll=(1.0, 2.0, 3.0), samples=5, **more):
@@ -134,8 +143,38 @@ def test_the_fid_by_a_mixture_has_ratios_of_its_own():
     assert elbo["FID, mixture"].startswith("3.00 ±") and two_passes["FID, mixture"] == "-"
     assert swersky["pair"] == "KLD-S, N = 5, one pass" and two_passes["pair"] == "KLD-ELBO, N = 5"
     folder = SimpleNamespace(has=lambda part: True, arrays=lambda part="metrics": {
-        "metrics": {"fid": np.array([8.0, 7.0])}, "eval": {"fid_mixture": 5.0, "fid": 9.0}}[part])
+        "metrics": {"fid": np.array([8.0, 7.0])}, "eval": {"fid_mixture": 5.0, "fid": 9.0, "config": {"evaluation": {}}}}[part])
     assert mixture_of(folder)["fid_mixture"] == 5 and mixture_of(folder)["fid"].tolist() == [8, 9]
+
+
+def test_fids_that_were_measured_otherwise_are_refused_or_noted():
+    runs = [image(seed, 10.0) | {"measured_by": measured_by({"fits": fits})} for seed, fits in ((0, 1), (1, 5))]
+    with pytest.raises(UserError, match='run0 was measured with .*"fits": 1.* run1 with .*"fits": 5'):
+        table_of_image_runs(runs)
+    runs = [image(0, 10.0), image(1, 10.0) | {"fid_features": np.array("LeNet-5 on mnist ab")}, image(2, 10.0, data="fashion")]
+    (note,) = network_notes(runs)
+    assert "FID on mnist" in note and "a network that was not recorded (1 runs), LeNet-5 on mnist ab (1 runs)" in note
+
+
+def test_a_cell_of_fewer_values_than_the_row_has_runs_says_so():
+    runs = [image(seed, 10.0) | {"predicted_moment": np.array(1.0 if seed else np.nan)} for seed in (0, 1, 2)]
+    row = row_of(table_of_image_runs(runs), 0)
+    assert row["n"] == "3" and row["its end by equation (6)"] == "1.00 ± 0.00 (n = 2)" and "n =" not in row["FID"]
+
+
+def test_the_change_at_the_end_is_of_a_quarter_of_training_or_one_evaluation():
+    ends = [float(before_the_last_quarter(np.arange(n + 1.0))) for n in (1, 2, 3, 4, 8, 9)]
+    assert np.isnan(ends[0]) and ends[1:] == [1, 2, 3, 6, 7]
+
+
+def test_what_was_measured_before_training_went_on_is_refused():
+    parts = {"metrics": {"status": "ok"}, "eval": {"config": {"flags": {"epochs": 1}}, "status": "ok"}, "latent_scale": {},
+             "gradient_snr": {"config": {"flags": {"epochs": 3}}, "status": "unfinished@2"}}
+    run = StoredRun("run", lambda: {"flags": {"epochs": 3}}, parts.get, list(parts))
+    for part in ("eval", "gradient_snr"):
+        with pytest.raises(UserError, match=f"run was trained further after its {part}.npz was measured; measure it again"):
+            run.arrays(part)
+    assert run.arrays("latent_scale") == {} and run.arrays() == {"status": "ok"}
 
 
 def test_image_runs_are_grouped_and_compared_within_their_setting_and_samples():
@@ -181,7 +220,7 @@ def test_a_failed_image_run_is_counted_and_in_no_mean(fid):
 
 def test_the_change_of_a_run_with_few_evaluations_is_unknown():
     runs = [image(0, 10.0), image(0, 20.0, "KLD-S", "swersky")]
-    runs[0].update({key: value[-4:] for key, value in runs[0].items() if key not in ("config", "status")})
+    runs[0].update({key: value[-2:] for key, value in runs[0].items() if key not in ("config", "status")})
     assert [cells(table_of_image_runs(runs), i)[6] for i in range(2)] == ["-", "-50 %"]
 
 

@@ -21,7 +21,8 @@ from studies.figures.sweep_2d import truth_of
 from studies.tables import interval_text
 from train_synthetic import EnsembleTrainer, bilevel_loss, kept_step, measure
 from training import phi_loss, theta_loss
-from vsm.distributions_2d import DISTRIBUTIONS, distribution
+from vsm.cli import UserError
+from vsm.distributions_2d import DISTRIBUTIONS, LEAST_NOISE, distribution
 from vsm.runs import Run, load_arrays
 
 SMALL = [*small_runs.SMALL, "--epochs", "2", "--eval-every", "1"]
@@ -238,3 +239,11 @@ def test_the_truth_of_a_sweep_has_the_noise_of_its_data():
         config = {"flags": {"data": "mixture", "noise": noise}}
         assert truth_of({"config": config, "test_data": points.numpy()})[0] == pytest.approx(
             -distribution("mixture", noise).log_prob(points.double()).mean().item())
+
+
+def test_noise_that_the_integrals_of_the_density_do_not_resolve_is_refused():
+    x = distribution("banana").sample(200, torch.Generator().manual_seed(0))
+    clean, noisy = (distribution("banana", sd).log_prob(x).mean().item() for sd in (0, LEAST_NOISE))
+    assert noisy == pytest.approx(clean, abs=0.01)
+    with pytest.raises(UserError, match="--noise 0.001 is too small"):
+        distribution("banana", 0.001)

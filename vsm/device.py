@@ -75,8 +75,12 @@ def to_channels_last(model, learn, infer):
 
 @contextmanager
 def evaluating(vae):
-    """A context with eval mode, no gradients and deterministic float32 kernels without TF32. All is restored at the end."""
-    training, flags = vae.training, [p.requires_grad for p in vae.parameters()]
+    """A context with eval mode, no gradients and deterministic float32 kernels, also of a model trained in bf16 or TF32.
+
+    All is restored at the end.
+    """
+    training, flags, bf16 = vae.training, [p.requires_grad for p in vae.parameters()], getattr(vae, "bf16", False)
+    vae.bf16 = False
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     vae.eval().requires_grad_(False)
@@ -85,6 +89,7 @@ def evaluating(vae):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        vae.bf16 = bf16
         vae.train(training)
         for p, flag in zip(vae.parameters(), flags):
             p.requires_grad_(flag)

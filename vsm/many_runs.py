@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vsm.cli import Stopped, UserError, progress, sentence, stopping
 from vsm.runs import status_of
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = 3  # exit code of a process that has written its checkpoint because it was asked to stop
 
 
@@ -66,7 +67,9 @@ def in_processes(runs, train, jobs):
                 folder = waiting.pop(0)
                 done, (ours, theirs) = context.Array("d", 2), context.Pipe(duplex=False)
                 process = context.Process(target=in_a_process, args=(train, runs[folder], threads, done, theirs))
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the process has handlers of its own
                 process.start()
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
                 theirs.close()
                 active[folder] = process, done, ours
             wait([process.sentinel for process, *_ in active.values()], timeout=0.5)
@@ -74,7 +77,7 @@ def in_processes(runs, train, jobs):
                 tell(active, stop.requested)
             for folder in [folder for folder, (process, *_) in active.items() if process.exitcode is not None]:
                 process, _, ours = active.pop(folder)
-                if process.exitcode not in (0, STOPPED):
+                if process.exitcode not in (0, STOPPED, -(stop.requested or 0)):
                     with contextlib.suppress(EOFError):
                         errors[folder] = ours.recv()
                     errors.setdefault(folder, f"its process ended with code {process.exitcode}")
@@ -97,6 +100,10 @@ def tell(active, number):
 def in_a_process(train, arguments, threads, done, connection):
     """Train one run in a process that the terminal does not signal and that prints nothing. It ends here."""
     os.setsid()
+    for number in SIGNALS:  # until `train` handles them: the parent's handler would only note them here
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     first = multiprocessing.parent_process().pid

@@ -209,13 +209,16 @@ class Run:
         self._owned, self._outdated = True, []
 
     def _refuse_other_flags(self, old):
-        mine, theirs = (identity_of(config) for config in (json.loads(json.dumps(self.config)), old))
-        differ = [f"{key} was {theirs.get(key)!r}, is now {mine.get(key)!r}" for key in sorted(mine.keys() | theirs.keys())
-                  if mine.get(key) != theirs.get(key)]
-        if differ:
+        if differ := self._differences(identity_of(old)):
             raise UserError(f"{self.path} was made with other flags ({'; '.join(differ)}); "
                             "choose another --out, or --overwrite to redo it")
         refuse_other_images(self.path, old, self.config.get("data"))
+
+    def _differences(self, theirs):
+        """A text for each flag in which another identity differs from this run's. A flag that one lacks is None."""
+        mine = json.loads(self.identity())
+        return [f"{key} was {theirs.get(key)!r}, is now {mine.get(key)!r}" for key in sorted(mine.keys() | theirs.keys())
+                if mine.get(key) != theirs.get(key)]
 
     def identity(self):
         """The script and the flags that a checkpoint must agree with, as a JSON string."""
@@ -235,7 +238,7 @@ class Run:
         state = load_checkpoint(path, device)
         if not isinstance(state, dict) or "identity" not in state:
             raise UserError(f"{path} is not a checkpoint of this script and is kept as it is; move it away")
-        if state.pop("identity") != self.identity():
+        if self._differences(json.loads(state.pop("identity"))):
             raise UserError(f"{path} is of a run with other flags or another seed and is kept as it is; move it away")
         return state
 

@@ -19,6 +19,8 @@ from vsm.runs import load_arrays, load_config
 PARTS = ("metrics", "eval", "gradient_snr", "latent_scale")
 HEAVY = ("model_samples", "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept only on request
 
+MEASURED_BY = ("components", "fits", "draws", "features", "digest", "test_images")
+
 
 class StoredRun:
     """One run, in a folder or in a pack. Messages call it by its `name`."""
@@ -43,8 +45,19 @@ class StoredRun:
         return part in self._parts
 
     def arrays(self, part="metrics"):
-        """The arrays of a part (a name in PARTS) and its `config`, a dict. Raises UserError where it is missing."""
-        return self._read_part(part)
+        """The arrays of a part (a name in PARTS) and its `config`, a dict.
+
+        Raises UserError where it is missing, and where the run went on after it was measured.
+        """
+        arrays = self._read_part(part)
+        if part != "metrics" and self._went_on_after(arrays):
+            raise UserError(f"{self.name} was trained further after its {part}.npz was measured; measure it again")
+        return arrays
+
+    def _went_on_after(self, arrays):
+        if (at := arrays.get("config", {}).get("flags", {}).get("epochs")) and at != self.config["flags"]["epochs"]:
+            return True
+        return str(arrays.get("status", "")).startswith("unfinished@") and "status" in self._read_part("metrics")
 
     def finished(self):
         """The arrays of metrics.npz of a run that has ended. Raises UserError for one that has not."""
@@ -84,6 +97,11 @@ def chosen_runs(args):
     if not runs:
         raise UserError("--only and --without leave no run")
     return runs
+
+
+def measured_by(evaluation):
+    """The settings of evaluate.py, `evaluation` in the config of eval.npz, that FIDs to compare must share, as a text."""
+    return json.dumps({key: evaluation.get(key, 1) for key in MEASURED_BY}, sort_keys=True)
 
 
 def refuse_other_scripts(name, runs, scripts):

@@ -154,15 +154,15 @@ def gradient_snr(runs, save):
     groups = named_groups(grouped(runs, "gradient_snr"))
     rows = []
     for group, members in groups:
-        names = [str(name) for name in members[0]["objectives"]]  # older runs have fewer
+        names = [str(name) for name in dict.fromkeys(name for arrays in members for name in arrays["objectives"])]
         others = [name for name in names if name.endswith(("unbiased", "released"))]
-        rows += [(group, members, names, shown) for shown in ([name for name in names if name not in others], ["ELBO", *others])]
+        rows += [(group, members, shown) for shown in ([name for name in names if name not in others], ["ELBO", *others])]
     figure, axes = new_figure(len(rows), len(SNR_PANELS), size=(3, 2.3))
-    for row, (group, members, names, shown) in zip(axes, rows):
+    for row, (group, members, shown) in zip(axes, rows):
         for ax, (key, title) in zip(row, SNR_PANELS.items()):
             samples = members[0]["samples"]
             for k, name in enumerate(shown):
-                draw_snr(ax, members, key, names.index(name), name, (k + 0.5) / len(shown) - 0.5)
+                draw_snr(ax, members, key, name, (k + 0.5) / len(shown) - 0.5)
             ax.set(xlabel="posterior samples $N$", title=title, yscale="linear" if key == "cosine_to_elbo" else "log")
             ax.set_xticks(range(len(samples)), samples)
             label_ticks(ax)
@@ -172,15 +172,17 @@ def gradient_snr(runs, save):
     save_figure(figure, save)
 
 
-def draw_snr(ax, members, key, k, name, shift):
-    """Draw the values of objective number k at evenly spaced N, moved sideways so that bars do not overlap."""
+def draw_snr(ax, members, key, name, shift):
+    """Draw the values of the objective `name` at evenly spaced N, moved sideways so that bars do not overlap."""
     letter, estimator = (*name.split(), "plugin")[:2]
-    values = np.stack([arrays[key][k] for arrays in members])
+    members = [arrays for arrays in members if name in arrays["objectives"]]  # older runs have fewer objectives
+    rows = [list(arrays["objectives"]).index(name) for arrays in members]
+    values = np.stack([arrays[key][row] for arrays, row in zip(members, rows)])
     mean = values.mean(0)
     if len(members) > 1:
         error = np.stack([mean - values.min(0), values.max(0) - mean])
     else:
-        error = members[0].get(f"{key}_se", np.full_like(members[0][key], np.nan))[k]
+        error = members[0].get(f"{key}_se", np.full_like(members[0][key], np.nan))[rows[0]]
     x = np.arange(len(mean)) + 0.5 * shift
     ax.errorbar(x, mean, error, marker=".", capsize=1.5, elinewidth=0.8, lw=1, color=letter_color(letter),
                 linestyle=ESTIMATOR_DASHES.get(estimator, "-"), label=name)
