@@ -222,7 +222,7 @@ MUTANTS = {
     "vsm/names.py": [('"compile", "jobs")', '"compile", "jobs", "precision")')],
     "vsm/figures/toys.py": [('(ax, arrays["caught"][l, i, p], arrays["diverged"][l, i, p])', "(ax, caught, diverged)")],
     "vsm/figures/images.py": [("mean - values.min(0), values.max(0) - mean]", "values.max(0) - mean, mean - values.min(0)]"),
-                              ("members, key, names.index(name)", "members, key, k")],
+                              ('list(arrays["objectives"]).index(name) for', "0 for")],
     "vsm/figures/recovery.py": [('flags["w_star"] ** 2', "w ** 2")],
     "studies/gradient_snr.py": [
         ("flags, args.draws, lambda", "flags, 2, lambda")]}
