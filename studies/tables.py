@@ -19,7 +19,8 @@ from vsm.stored_runs import add_run_flags, chosen_runs, measured_by, refuse_othe
 from vsm.tables import count_failures, failures_text, markdown_table, mean_and_error, number_text, with_error
 
 IN_NAME = ("learn", "infer", "estimator", "samples")  # flags that the name of a row shows
-INTERVAL = "± is half the 95 % interval over n seeds, by Student's t."
+NOTE = ("± is half the 95 % interval over n seeds, by Student's t. The last quarter of training is a quarter of its evaluations, "
+        "at least one.")
 COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over the data, is not in use
 
 
@@ -27,7 +28,7 @@ def study_table(runs):
     """The Markdown table of finished runs of one script, 2-D or image runs, with notes below it."""
     loaded = [run.finished() | latent_scale_of(run) | mixture_of(run) | {"run": run.name} for run in runs]
     table = table_of_2d_runs(loaded) if loaded[0]["config"]["script"] == "train_synthetic" else table_of_image_runs(loaded)
-    return "\n\n".join([table, INTERVAL, *network_notes(loaded)]) + "\n"
+    return "\n\n".join([table, NOTE, *network_notes(loaded)]) + "\n"
 
 
 def latent_scale_of(run):
@@ -46,15 +47,14 @@ def mixture_of(run):
 
 
 def network_notes(loaded):
-    """A note for each data set of image runs whose FIDs are of several networks, or of some not recorded."""
+    """A sentence for each data set of image runs whose FIDs are by several networks, or by some not recorded."""
     counts = {}
     for arrays in loaded:
-        if "fid" in arrays and "data" in arrays["config"]["flags"]:
+        if "fid" in arrays:
             networks = counts.setdefault(arrays["config"]["flags"]["data"], Counter())
             networks[str(arrays.get("fid_features", "a network that was not recorded"))] += 1
-    return [f"FID on {data} is not by one network, so rows may differ by it: " +
-            ", ".join(f"{network} ({count} runs)" for network, count in networks.items()) + "."
-            for data, networks in counts.items() if len(networks) > 1]
+    return [f"FID on {data} is by " + " and by ".join(f"{network} (runs: {count})" for network, count in networks.items()) +
+            ", so rows may differ by it." for data, networks in counts.items() if len(networks) > 1]
 
 
 def interval(values):
@@ -195,10 +195,10 @@ def refuse_unlike_measurements(loaded):
     first = {}
     for arrays in loaded:
         if "measured_by" in arrays:
-            data, by = arrays["config"]["flags"]["data"], arrays["measured_by"]
-            if first.setdefault(data, (by, arrays["run"]))[0] != by:
-                raise UserError(f"{first[data][1]} was measured with {first[data][0]}, {arrays['run']} with {by}; "
-                                "give evaluate.py the same flags for both")
+            other = first.setdefault(arrays["config"]["flags"]["data"], arrays)
+            if differ := [key for key, value in arrays["measured_by"].items() if value != other["measured_by"][key]]:
+                raise UserError(f"{other['run']} and {arrays['run']} were evaluated with other {' and '.join(differ)}; "
+                                "evaluate.py with the same flags makes them alike")
 
 
 def table_of(rows, names):

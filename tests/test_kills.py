@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -20,6 +21,8 @@ import dying
 import train_images
 import vsm.runs
 from small_runs import CPU, IMAGES, ROOT, SMALL, assert_equal_runs, environment, main
+from vsm.cli import Stopped, UserError
+from vsm.many_runs import in_processes
 from vsm.runs import load_arrays, load_checkpoint
 
 
@@ -44,6 +47,29 @@ def bare_run(out, value, overwrite=False):
             run.save_metrics(value=np.array(value))
             run.save_checkpoint({"value": value})
             run.save_metrics(value=np.array(value), status="ok")
+
+
+def test_an_unfinished_run_from_before_a_flag_was_there_goes_on(tmp_path, no_git):
+    """A flag that a folder or a checkpoint lacks counts as None, its default; any other value is refused."""
+    with vsm.runs.Run(tmp_path / "run", "train_synthetic", {"seed": 1}, CPU) as run:
+        run.save_checkpoint({"value": 7})
+    with vsm.runs.Run(tmp_path / "run", "train_synthetic", {"seed": 1, "newer": None}, CPU) as run:
+        assert run.load_checkpoint() == {"value": 7}
+        run.config["flags"]["newer"] = 3
+        with pytest.raises(UserError, match="other flags or another seed"):
+            run.load_checkpoint()
+
+
+def stops_the_sweep_and_sleeps(seconds, bar):
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(seconds)
+
+
+def test_a_signal_ends_a_process_that_does_not_train_yet():
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        in_processes({"a": (20,), "b": (20,)}, stops_the_sweep_and_sleeps, jobs=1)
+    assert time.monotonic() - began < 15
 
 
 def values_in(folder):

@@ -67,9 +67,8 @@ def in_processes(runs, train, jobs):
                 folder = waiting.pop(0)
                 done, (ours, theirs) = context.Array("d", 2), context.Pipe(duplex=False)
                 process = context.Process(target=in_a_process, args=(train, runs[folder], threads, done, theirs))
-                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the process has handlers of its own
-                process.start()
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+                with blocked_signals():  # the process takes them when the parent's handlers are no longer its own
+                    process.start()
                 theirs.close()
                 active[folder] = process, done, ours
             wait([process.sentinel for process, *_ in active.values()], timeout=0.5)
@@ -87,6 +86,15 @@ def in_processes(runs, train, jobs):
             report_stop(names, errors, waiting)
             raise Stopped(stop.requested)
     report(runs, errors)
+
+
+@contextlib.contextmanager
+def blocked_signals():
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def tell(active, number):

@@ -18,7 +18,6 @@ from vsm.runs import load_arrays, load_config
 
 PARTS = ("metrics", "eval", "gradient_snr", "latent_scale")
 HEAVY = ("model_samples", "test_data", "samples", "inputs", "reconstructions", "interpolations")  # kept only on request
-
 MEASURED_BY = ("components", "fits", "draws", "features", "digest", "test_images")
 
 
@@ -55,9 +54,10 @@ class StoredRun:
         return arrays
 
     def _went_on_after(self, arrays):
-        if (at := arrays.get("config", {}).get("flags", {}).get("epochs")) and at != self.config["flags"]["epochs"]:
-            return True
-        return str(arrays.get("status", "")).startswith("unfinished@") and "status" in self._read_part("metrics")
+        at = arrays.get("config", {}).get("flags", {}).get("epochs")
+        other_budget = at is not None and at != self.config["flags"]["epochs"]
+        was_unfinished = str(arrays.get("status", "")).startswith("unfinished@")
+        return other_budget or was_unfinished and "status" in self._read_part("metrics")
 
     def finished(self):
         """The arrays of metrics.npz of a run that has ended. Raises UserError for one that has not."""
@@ -100,8 +100,8 @@ def chosen_runs(args):
 
 
 def measured_by(evaluation):
-    """The settings of evaluate.py, `evaluation` in the config of eval.npz, that FIDs to compare must share, as a text."""
-    return json.dumps({key: evaluation.get(key, 1) for key in MEASURED_BY}, sort_keys=True)
+    """The settings of evaluate.py, `evaluation` in the config of eval.npz, that FIDs to compare must share."""
+    return {key: evaluation.get(key, 1) for key in MEASURED_BY}
 
 
 def refuse_other_scripts(name, runs, scripts):

@@ -29,8 +29,7 @@ def fid_by_sampler(runs, save):
     by, rows = ("width", ["width"]) if len(widths) > 1 else ("init_sd", ["log_gamma", "kl"])
     free = (*FREE, "width") if by == "width" else (*FREE, "gamma", "init_sd")
     keys = {key for point in points for key in point["flags"]} - {*free}
-    alike = {str([measured_by(point["evaluation"])] + [point["flags"].get(key) for key in sorted(keys)])
-             for point in points}
+    alike = {str([measured_by(point["evaluation"]), *(point["flags"].get(key) for key in sorted(keys))]) for point in points}
     if len(alike) != 1:
         raise UserError("fid_by_sampler compares runs, evaluated alike, that differ in objective, seed, gamma or width alone; "
                         "choose them by --only")
