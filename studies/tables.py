@@ -16,11 +16,10 @@ from vsm.cli import Parser, UserError, command_line
 from vsm.names import NOT_IDENTITY, pair_name, pair_order, refuse_twins, settings_of
 from vsm.runs import write_atomic
 from vsm.stored_runs import add_run_flags, chosen_runs, measured_by, refuse_other_scripts
-from vsm.tables import count_failures, failures_text, markdown_table, mean_and_error, number_text, with_error
+from vsm.tables import INTERVAL, count_failures, failures_text, interval, markdown_table, mean_and_error, number_text, with_error
 
 IN_NAME = ("learn", "infer", "estimator", "samples")  # flags that the name of a row shows
-NOTE = ("± is half the 95 % interval over n seeds, by Student's t. The last quarter of training is a quarter of its evaluations, "
-        "at least one.")
+NOTE = f"{INTERVAL}. The last quarter of training is a quarter of its evaluations, at least one."
 COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over the data, is not in use
 
 
@@ -55,16 +54,6 @@ def network_notes(loaded):
             networks[str(arrays.get("fid_features", "a network that was not recorded"))] += 1
     return [f"FID on {data} is by " + " and by ".join(f"{network} (runs: {count})" for network, count in networks.items()) +
             ", so rows may differ by it." for data, networks in counts.items() if len(networks) > 1]
-
-
-def interval(values):
-    """Mean and half-width of the 95 % interval of the finite values among `values` [n]; NaN for what is undefined."""
-    from scipy.stats import t as student  # slow to import
-    values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return (values.mean() if len(values) else math.nan), math.nan
-    return values.mean(), student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
 
 
 def interval_text(values, digits=3, n=None):

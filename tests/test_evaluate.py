@@ -67,7 +67,7 @@ def test_table_and_figures_over_seeds_and_figures_redrawn_from_the_arrays_alone(
     last = [load_arrays(run / "metrics.npz")["negative_elbo"][-1] for run in (runs.a, runs.b)]
     assert table["objectives"].tolist() == ["KLD-F"] and table["n"].tolist() == [2] and table["diverged"].tolist() == [1]
     assert table["negative_elbo_mean"][0] == pytest.approx(np.mean(last))
-    assert table["negative_elbo_se"][0] == pytest.approx(abs(last[0] - last[1]) / 2)
+    assert table["negative_elbo_ci95"][0] == pytest.approx(12.7062 * abs(last[0] - last[1]) / 2, rel=1e-5)  # t(0.975; 1)
     assert table["fid_mean"][0] == pytest.approx(np.mean([arrays["fid"] for arrays in each]))
     assert (table["paper_fid"][0], table["paper_kid_x1000"][0]) == (5.22, 60.8)
     network, text = each[0]["config"]["evaluation"]["features"], (tmp_path / "out" / "table.md").read_text()
@@ -263,15 +263,16 @@ def test_a_floor_for_each_set_of_test_images_and_the_papers_numbers_for_its_mode
     assert fids[0] == 5.22 and np.isnan(fids[1:]).all()
 
 
-def test_each_row_has_its_budget_where_budgets_differ():
-    defaults = image_defaults() | {"infer_samples": 5}
-    one, other = defaults | {"seed": 3, "out": "x"}, defaults | {"epochs": 7, "samples": 1, "infer_samples": 1, "learn": "bao"}
-    paper = "the defaults, which are those of the paper"
-    assert budget_notes([("a", one), ("b", one | {"net": "mlp", "width": 400})]) == [f"- budget of all runs: {paper}"]
-    assert budget_notes([("a", other), ("b", other)]) == ["- budget of all runs: --samples 1 --epochs 7"]
-    assert budget_notes([("a", one), ("b", other), ("c", one)]) == [f"- budget of a; c: {paper}",
-                                                                   "- budget of b: --samples 1 --epochs 7"]
-    assert budget_notes([("b", other), ("a", defaults | {"epochs": 9})])[1] == "- budget of a: --epochs 9"
+def test_a_note_has_the_flags_that_all_runs_of_a_table_share():
+    def note(*changes):
+        return budget_notes([{"flags": image_defaults() | change} for change in changes])
+
+    common = {"infer_samples": 1, "epochs": 7, "out": "x", "seed": 3}
+    [shared] = note(common | {"samples": 1, "learn": "bao"}, common | {"lr": 0.5})
+    assert shared.startswith("- mnist conv: all runs have --infer-samples 1 --epochs 7;")
+    assert "have --samples 2 --infer-samples 1;" in note({"samples": 2, "infer_samples": 1})[0]
+    assert [text.split(":")[0] for text in note({}, {"net": "mlp", "width": 400}, {"lr": 0.1})] == ["- mnist conv", "- mnist mlp"]
+    assert "no flag in common but defaults;" in note({}, {"epochs": 7})[0]
 
 
 def test_a_pack_gives_the_same_table_without_folders(runs, tmp_path):

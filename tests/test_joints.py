@@ -205,22 +205,26 @@ def test_every_column_of_the_tables_shows_its_own_number():
              "precision": 6, "recall": 7, "density": 8, "coverage": 9, "fid_mixture": 103, "kid_x1000_mixture": 105_000,
              "coverage_mixture": 109}
     for key, value in shown.items():  # the mean of v and 3 v is 2 v, and its standard error v
-        assert (row[f"{key}_mean"], row[f"{key}_se"]) == pytest.approx((2 * value, value)), key
+        assert (row[f"{key}_mean"], row[f"{key}_ci95"]) == pytest.approx((2 * value, 12.7062 * value), rel=1e-5), key
     floor = {key: value for key, value in members[0].evaluation.items() if key.endswith("_floor")}
     settings = members[0].evaluation["config"]["evaluation"]
     references = [{"settings": settings, "floor": floor, "null_sd": {"3 gaussian latents": 0.5}, "draws": {1, 10}}]
     header, _, first, last = (line.strip("| ").split(" | ") for line in table_of([row], references).splitlines())
     found = dict(zip(header, first))
-    titles = {"FID": "6.0 ± 3.0", "FID, infinite n": "8.0 ± 4.0", "KID x1000": "10000 ± 5000", "FID, aggregate": "82 ± 41",
-              "FID, posterior": "84 ± 42", "-ELBO": "122 ± 61", "-IW bound": "104 ± 52", "MSE": "124 ± 62", "MMD^2": "126 ± 63",
-              "posterior FD": "128 ± 64", "E z^2": "130 ± 65"}
-    assert {title: found[title] for title in titles} == titles and found["runs"] == "2"
+    titles = {"FID": 3, "FID, infinite n": 4, "KID x1000": 5000, "FID, aggregate": 41, "FID, posterior": 42, "-ELBO": 61,
+              "-IW bound": 52, "MSE": 62, "MMD^2": 63, "posterior FD": 64, "E z^2": 65}
+
+    def text(value):
+        return f"{2 * value} ± {12.7062 * value:.0f}"
+
+    assert {title: found[title] for title in titles} == {title: text(value) for title, value in titles.items()}
+    assert found["n"] == "2"
     floors = [cell for cell in last if cell.strip()]
     assert floors == ["mnist", "floor: 40 training images", "LeNet", "0.1", "1.1", "2100"]
     prior, mixture, training = ([cell.strip() for cell in line.split("|")[5:-1]]
                                 for line in samplers_table([row], references)[0].splitlines()[2:])
-    assert prior[:3] == ["6.0 ± 3.0", "8.0 ± 4.0", "10000 ± 5000"] and prior[3:7] == [f"{2 * n}.0 ± {n}.0" for n in (6, 7, 8, 9)]
-    assert mixture[0] == "206 ± 103" and mixture[2] == "210000 ± 105000" and mixture[-1] == "0.25 ± 0"
+    assert prior[:7] == [text(value) for value in (3, 4, 5000, 6, 7, 8, 9)]
+    assert mixture[0] == text(103) and mixture[2] == text(105_000) and mixture[-1] == "0.25 ± 0"
     assert training[:7] == ["0.1", "1.1", "2100", "3.1", "4.1", "5.1", "6.1"]
     note = reference_note(references[0])
     assert all(words in note for words in ("first 40 test images", "100 subsets of 40", "N = 40", "over 1 or 10 draws"))

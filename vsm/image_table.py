@@ -1,4 +1,4 @@
-"""The table of image runs: means and standard errors over seeds beside the paper's numbers (Tables 1 and 2)."""
+"""The table of image runs: means and their intervals over seeds beside the paper's numbers (Tables 1 and 2)."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from vsm.names import NOT_IDENTITY, flag_text, group_by_seed
 from vsm.runs import save_arrays, write_atomic
 from vsm.samplers import SAMPLERS
 from vsm.stored_runs import StoredRun
-from vsm.tables import count_failures, failed, failures_text, markdown_table, mean_and_error_text
+from vsm.tables import INTERVAL, count_failures, failed, failures_text, interval, markdown_table, mean_and_error_text
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 COLUMNS = {"fid": "FID", "fid_infinite": "FID, infinite n", "kid_x1000": "KID x1000", "fid_aggregate": "FID, aggregate",
@@ -22,7 +22,7 @@ COLUMNS = {"fid": "FID", "fid_infinite": "FID, infinite n", "kid_x1000": "KID x1
 QUALITY = {"fid": "FID", "fid_infinite": "FID, infinite n", "kid_x1000": "KID x1000",  # the columns of the table of samplers
            **{key: key for key in ("precision", "recall", "density", "coverage", "nearest")}}
 AXES = ("data", "net", "infer", "learn", "seed")  # flags that the table's other columns show
-NOTES = """- mean ± standard error over the runs, which differ in their seed; a run that diverged or exploded is in no mean
+NOTES = f"""- {INTERVAL}; a run that diverged or exploded is in no mean
 - lower is better, except for E z^2, which is that of the active latents under the aggregate posterior; it is 1 under the prior
 - FID and KID are those of the features in the row; values of other features are not comparable
 - FID, infinite n: extrapolated from all and from half of the images, which removes most of the bias of few images
@@ -71,12 +71,10 @@ def write_table(measured, out):
     configs = [each.run.config for each in measured]
     groups = group_by_seed([each.run for each in measured], configs)
     rows = [row_of(name, [measured[i] for i in members]) for name, members in groups]
-    budgets = [(" ".join((row["data"], row["net"], row["objectives"])), configs[members[0]]["flags"])
-               for row, (_, members) in zip(rows, groups)]
     references = references_of(measured)
     save_arrays(out / "table.npz", {"runs": [each.run.name for each in measured], "paper": PAPER["source"]},
                 **{key: np.array([row[key] for row in rows]) for key in rows[0]})
-    text = "\n".join([table_of(rows, references), "", *samplers_table(rows, references), *NOTES, *budget_notes(budgets),
+    text = "\n".join([table_of(rows, references), "", *samplers_table(rows, references), *NOTES, *budget_notes(configs),
                       *map(reference_note, references), f"- paper: {PAPER['source']}"])
     write_atomic(out / "table.md", f"{text}\n".encode())
     print(f"\n{text}\n\n{out}/table.md")
@@ -98,8 +96,7 @@ def row_of(name, members):
         if len(features) > 1 and key.startswith(("fid", "kid", "precision", "recall", "density", "coverage")) or \
                 len(mixtures) > 1 and key.endswith(ending_of("mixture")) or len(bounds) > 1 and key == "negative_iw_bound":
             values[:] = np.nan
-        row[f"{key}_mean"] = values.mean() if len(values) else np.nan
-        row[f"{key}_se"] = values.std(ddof=1) / len(values)**0.5 if len(values) > 1 else np.nan
+        row[f"{key}_mean"], row[f"{key}_ci95"] = interval(values) if np.isfinite(values).all() else (np.nan, np.nan)
     return row
 
 
@@ -130,7 +127,7 @@ def table_of(rows, references):
 
     The floor is the FID and KID of as many training images.
     """
-    header = ["data", "net", "objectives", "runs", "features"]
+    header = ["data", "net", "objectives", "n", "features"]
     for key, title in COLUMNS.items():
         header += [title, "paper"] if f"paper_{key}" in rows[0] else [title]
     lines = []
@@ -138,7 +135,7 @@ def table_of(rows, references):
         others = f" (+{failures})" if (failures := failures_text(row)) else ""
         line = [row["data"], row["net"], row["objectives"], f"{row['n']}{others}", row["features"]]
         for key in COLUMNS:
-            line.append(mean_and_error_text(row[f"{key}_mean"], row[f"{key}_se"]))
+            line.append(mean_and_error_text(row[f"{key}_mean"], row[f"{key}_ci95"]))
             if f"paper_{key}" in row:
                 line.append(mean_and_error_text(row[f"paper_{key}"]))
         lines.append(line)
@@ -157,7 +154,7 @@ def samplers_table(rows, references):
     """The lines of the table of samplers: a row per group of seeds and sampler, and the floors; none for older evaluations."""
     lines = []
     for row, name in ((row, name) for row in rows for name in SAMPLERS):
-        cells = [(row[f"{key}{ending_of(name)}_mean"], row[f"{key}{ending_of(name)}_se"]) for key in QUALITY]
+        cells = [(row[f"{key}{ending_of(name)}_mean"], row[f"{key}{ending_of(name)}_ci95"]) for key in QUALITY]
         if np.isfinite([mean for mean, _ in cells[3:]]).any():  # one that older evaluations lack
             best = f", best of {row['fits']} fits" if row["fits"] > 1 else ""
             law = f"mixture of {row['components']}{best}" if name == "mixture" else name
@@ -174,15 +171,20 @@ def samplers_table(rows, references):
             "- nearest: median distance, in pixels, to the nearest training image, over that of test images; copies have 0"]
 
 
-def budget_notes(groups):
-    """A note for each budget, the flags that differ from the defaults, among groups [(row's title, flags)]."""
-    rows = {}
-    for title, flags in groups:
-        defaults = image_defaults(flags["net"] if flags["net"] in NETS else "conv", flags["samples"])
-        budget = " ".join(f"--{flag_text(key, value)}" for key, value in flags.items()
-                          if key not in (*NOT_IDENTITY, *AXES) and value != defaults[key])
-        rows.setdefault(budget or "the defaults, which are those of the paper", []).append(title)
-    return [f"- budget of {'; '.join(titles) if len(rows) > 1 else 'all runs'}: {budget}" for budget, titles in rows.items()]
+def budget_notes(configs):
+    """For each data set and network, a note on the flags that all its runs share and that differ from the defaults."""
+    tables = {}
+    for config in configs:
+        tables.setdefault((config["flags"]["data"], config["flags"]["net"]), []).append(config["flags"])
+    notes = []
+    for (data, net), runs in tables.items():
+        defaults = [image_defaults(net if net in NETS else "conv", flags["samples"]) for flags in runs]
+        shared = " ".join(f"--{flag_text(key, value)}" for key, value in runs[0].items() if key not in (*NOT_IDENTITY, *AXES)
+                          and any(value != default[key] for default in defaults)
+                          and all(flags.get(key) == value for flags in runs))
+        notes.append(f"- {data} {net}: all runs have {shared or 'no flag in common but defaults'}; flags that differ are in the "
+                     "names, and the others have their defaults")
+    return notes
 
 
 def reference_note(reference):

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+INTERVAL = "± is half the 95 % interval over n seeds, by Student's t"
 FAILURES = ("diverged", "exploded")  # a status is ok, one of these with the step, as in diverged@400, or unfinished@<epoch>
 
 
@@ -49,6 +50,19 @@ def mean_and_error_text(mean, error=math.nan):
     if not error > 0 or abs(mean) > 1e6:
         return with_error(mean, error, ".4g", ".2g")
     return with_error(mean, error, f".{max(0, 1 - math.floor(math.log10(error)))}f")
+
+
+def interval(values):
+    """Mean and half-width of the 95 % interval, by Student's t, of the finite values among `values` [n].
+
+    The half-width is NaN for fewer than two of them, and the mean for none.
+    """
+    from scipy.stats import t as student  # slow to import
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return (values.mean() if len(values) else math.nan), math.nan
+    return values.mean(), student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
 
 
 def mean_and_error(values):
