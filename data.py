@@ -102,6 +102,16 @@ def load_images(name, root="data", limit=0, test_limit=0):
     return ImageData(train, test, train_labels, test_labels, recipe)
 
 
+def noisy(images, noise, generator=None):
+    """Images uint8 [n, C, H, W] as the networks see them, in [0, 1] with Gaussian noise of sd `noise`.
+
+    Returns these, the same without noise, and the noise before scaling: float32 [n, C, H, W] each.
+    """
+    clean = images.float() / 255
+    standard = torch.randn(clean.shape, generator=generator, device=clean.device)
+    return clean + noise * standard, clean, standard
+
+
 def first_rows(count, array):
     """The first `count` rows (0: all) of an array as a tensor with memory of its own. None stays None."""
     if array is None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import metrics
-from data import load_images, moved_folder
+from data import load_images, moved_folder, noisy
 from training import EVALUATION, seed_of
 from vsm.cli import Parser, UserError, command_line, positive, sentence
 from vsm.device import pick_device, set_precision
@@ -198,9 +198,8 @@ def importance_bounds(vae, images, noise, samples, generator, block=100):
     """The importance-weighted bound in nats, a mean over images uint8 [n, C, H, W], by its number of samples, up to `samples`."""
     counts = sorted({count for count in (1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if count < samples} | {samples})
     bounds = []
-    for clean in images.split(block):
-        clean = clean.float() / 255
-        x = clean + noise * torch.randn(clean.shape, generator=generator, device=clean.device)
+    for part in images.split(block):
+        x = noisy(part, noise, generator)[0]
         bounds.append(torch.stack([metrics.iw_log_likelihood(vae, x, n, "posterior", generator, chunk=10) for n in counts]))
     return {"iw_samples": np.array(counts), "negative_iw_bound": -torch.cat(bounds, 1).mean(1).cpu()}
 

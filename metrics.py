@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data import noisy
 from objectives import INFER, LEARN, dot, latent_score_gap, likelihood_score, posterior_score
 from vsm.device import evaluating
 
@@ -222,9 +223,8 @@ def evaluate_images(vae, images, noise, samples=5, seed=0, block=100):
     generator = torch.Generator(images.device).manual_seed(seed)
     rows, latents = [], []
     with evaluating(vae):
-        for clean in images.split(block):
-            clean = clean.float() / 255
-            x = clean + noise * torch.randn(clean.shape, generator=generator, device=clean.device)
+        for part in images.split(block):
+            x, clean, _ = noisy(part, noise, generator)
             q = vae.encode(x)
             z = vae.sample(q, vae.noise(q, samples, generator), relaxed=False)
             row = objective_terms(vae, x, q, z)

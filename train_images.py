@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 
-from data import load_images
+from data import load_images, noisy
 from metrics import evaluate_images, quantise
 from objectives import LEARN, label
 from training import EVALUATION, INIT, ImageTrainer, decay, seed_of
@@ -161,8 +161,7 @@ def pictures(vae, test, noise, seed, n=64):
     Row i of `interpolations` [8, 8, C, H, W] goes in even steps from the posterior mean of input i to that of input i + 8.
     """
     generator = torch.Generator(test.device).manual_seed(seed_of(seed, EVALUATION))
-    clean = test[:n].float() / 255
-    x = clean + noise * torch.randn(clean.shape, generator=generator, device=test.device)
+    x = noisy(test[:n], noise, generator)[0]
     with evaluating(vae):
         z = vae.sample(vae.prior, vae.noise(vae.prior, n, generator), relaxed=False)
         codes = vae.encode(x).mean

@@ -7,6 +7,7 @@ As in objectives.py, phi are the encoder's parameters and theta the decoder's an
 import numpy as np
 import torch
 
+from data import noisy
 from objectives import INFER, LEARN
 from vsm.cli import UserError
 from vsm.cuda_graphs import Graphs
@@ -247,10 +248,9 @@ class ImageTrainer(TrainingState):
 
     def minibatch(self):
         """The next images of this epoch's permutation in [0, 1], with noise, and that noise before scaling, each [B, C, H, W]."""
-        x = self.images[self.order[self.cursor]].float() / 255
+        x, _, standard = noisy(self.images[self.order[self.cursor]], self.noise, self.generator)
         self.cursor += self.batch
-        noise = torch.randn(x.shape, generator=self.generator, device=self.device)
-        return x + self.noise * noise, noise
+        return x, standard
 
     def train_only(self, *groups):
         """Freeze the other groups, so that their weights cost neither a gradient nor a double backward."""

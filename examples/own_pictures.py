@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import train_images
-from data import data_name, load_images
+from data import data_name, load_images, noisy
 from metrics import iw_log_likelihood, quantise
 from vsm.cli import Parser, UserError, command_line, positive
 from vsm.figures.pictures import tile
@@ -54,8 +54,7 @@ def main(args):
         raise UserError(f"the training in {args.out} ended as {status}, so there is no model to draw pictures from")
     vae, sampler = load_vae(args.out), load_sampler(args.out, "mixture", components=args.components)
     generator = torch.Generator().manual_seed(0)
-    clean = images.test[:8].float() / 255
-    x = clean + 0.1 * torch.randn(clean.shape, generator=generator)  # the noise of training
+    x = noisy(images.test[:8], 0.1, generator)[0]  # the noise of training
     with torch.no_grad():
         q = vae.encode(x)
         rows = [x, vae.decode(q.mean), vae.decode(torch.randn(8, vae.dim_z, generator=generator)),

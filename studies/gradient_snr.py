@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import load_images, moved_folder
+from data import load_images, moved_folder, noisy
 from evaluate import checked_config, of_each_run, run_status
 from objectives import LEARN, dot
 from training import EVALUATION, latent_noise, seed_of, shared_losses, theta_loss
@@ -112,9 +112,8 @@ def gradient_moments(vae, images, flags, learn, estimator, samples, draws, gener
 def noisy_minibatch(images, flags, generator):
     """A random minibatch of `images`, uint8, in [0, 1] and with the run's noise, and that noise before scaling."""
     rows = torch.randint(len(images), (flags["batch"],), generator=generator, device=images.device)
-    x = images[rows].float() / 255
-    noise = torch.randn(x.shape, generator=generator, device=x.device)
-    return x + flags["noise"] * noise, noise
+    x, _, standard = noisy(images[rows], flags["noise"], generator)
+    return x, standard
 
 
 def minibatch_gradient(vae, theta, images, flags, learn, estimator, samples, generator):

@@ -37,6 +37,15 @@ def refused(words, name, *args, **options):
     return text
 
 
+def test_noisy_images_are_in_the_unit_interval_but_for_their_noise():
+    images = torch.arange(256, dtype=torch.uint8).repeat(40).reshape(40, 1, 16, 16)
+    x, clean, standard = data.noisy(images, 0.3, torch.Generator().manual_seed(0))
+    again, *_ = data.noisy(images, 0.3, torch.Generator().manual_seed(0))
+    assert torch.equal(clean, images.double().div(255).float()) and clean.min() == 0 and clean.max() == 1
+    assert torch.allclose(x - clean, 0.3 * standard, atol=1e-6) and torch.equal(x, again)
+    assert abs(standard.mean()) < 0.04 and abs(standard.std() - 1) < 0.03  # four standard errors
+
+
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
     """No cache and no network beside the test's own; hosts that are asked for do not exist."""

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Bernoulli, Independent, Normal
 
 import metrics
-from data import load_images
+from data import load_images, noisy
 from vsm.cache import cache_folder, digest, load_or_make
 from vsm.device import evaluating
 from vsm.features import Features, features_of
@@ -126,9 +126,8 @@ def posterior_samples(vae, images, noise, generator, block=500):
     """One z ~ q(z|x) of each uint8 image [n, C, H, W] with noise of sd `noise`; mean and E z^2 of q(z|x): [n, Dz] each."""
     parts, device = [], vae.log_gamma.device
     with evaluating(vae):
-        for clean in images.split(block):
-            clean = clean.to(device).float() / 255
-            q = vae.encode(clean + noise * torch.randn(clean.shape, generator=generator, device=device))
+        for part in images.split(block):
+            q = vae.encode(noisy(part.to(device), noise, generator)[0])
             parts.append((vae.sample(q, vae.noise(q, 1, generator), relaxed=False)[0], q.mean, q.mean**2 + q.variance))
     return [torch.cat(part) for part in zip(*parts)]
 
