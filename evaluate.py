@@ -181,10 +181,10 @@ def evaluate_run(folder, config, status, args, device):
     print(f"{folder}: evaluating")
     vae, seed = load_vae(folder, device), seed_of(flags["seed"], EVALUATION)
     generator = torch.Generator(device).manual_seed(seed)
+    samplers = {name: load_sampler(folder, name, device, args.components, args.data_root, args.data, args.fits) for name in names}
     result = fids(vae, reference, flags["noise"], generator, kid=True) | reference.floor
     generator.manual_seed(seed)
     result |= mmd_nulls(vae, len(reference.images), generator)
-    samplers = {name: load_sampler(folder, name, device, args.components, args.data_root, args.data, args.fits) for name in names}
     train = load_images(*place, flags["limit"], flags["test_limit"]).train.to(device)
     result |= sampler_metrics(vae, samplers, reference, train, seed, settings["draws"])
     result |= importance_bounds(vae, reference.images[:args.images], flags["noise"], args.iw_samples, generator)

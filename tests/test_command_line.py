@@ -139,6 +139,11 @@ def test_a_traceback_on_request(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2 and text.startswith("Traceback") and "error: cannot write" in text.splitlines()[-1]
 
 
+def test_a_module_of_ones_own_that_is_not_there_is_named(monkeypatch, fails):
+    monkeypatch.setenv("VSM_IMPORT", "no_such_module")
+    assert "VSM_IMPORT names no_such_module, which Python does not find" in fails(train_synthetic)
+
+
 def test_a_reader_that_has_left_gets_no_traceback():
     code = "from vsm.cli import command_line; command_line(lambda: 'text', print)"
     reader, writer = os.pipe()

@@ -268,6 +268,9 @@ def test_a_sampler_is_fitted_to_the_images_of_its_run_with_its_noise(run, digits
 def test_the_number_of_components_is_that_of_the_file_unless_another_is_asked_for(run):
     for asked, found in ((3, 3), (None, 3), (2, 2)):
         assert load_sampler(run, "mixture", components=asked).law.weights.shape == (found,)
+    for none in ({"components": 0}, {"fits": 0}):
+        with pytest.raises(UserError, match="at least one component and one fit"):
+            load_sampler(run, "mixture", **none)
     published = load_sampler(MODEL, data_root="/nowhere")
     assert load_vae(MODEL).decode(published.sample(4, generator())).shape == (4, 1, 32, 32)
 

@@ -297,6 +297,15 @@ def test_pictures_stand_where_their_numbers_say(axes_of, tmp_path):
     assert np.array_equal(tiles["interpolations"], arrays["interpolations"][:, :, 0])
 
 
+def test_a_grid_of_few_images_has_the_names_of_its_rows_and_is_white_where_no_image_is(axes_of, tmp_path):
+    few = {name: np.zeros((6, 1, 8, 8), np.uint8) for name in ("inputs", "reconstructions")}
+    flags = {"data": "glyphs", "net": "conv", "learn": "fd", "infer": "kld", "estimator": "plugin", "samples": 5, "seed": 0}
+    (ax,) = axes_of(pictures.reconstructions, write_run(tmp_path / "run", "train_images", flags, "KLD-F", status="ok", **few))
+    page = ax.images[0].get_array()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["input", "output"] and page.shape == (16, 64)
+    assert not page[:, :48].any() and (page[:, 48:] == 255).all()
+
+
 def test_fid_by_sampler_is_against_gamma_or_width(axes_of, tmp_path, fails):
     paths = (("fixed", 0.2, 0), ("fixed", 0.2, 1), ("fixed", 0.4, 0), ("stationary", 1.0, 0))
     runs = [gamma_run(tmp_path / f"{learn}{i}", learn, *path) for learn in ("elbo", "swersky") for i, path in enumerate(paths)]

@@ -164,7 +164,7 @@ def test_a_run_of_another_script_or_of_other_data_is_refused(digits, tmp_path, f
     argv = [*IMAGES, "--data-root", digits, "--epochs", 1, "--out", tmp_path / "run"]
     message = fails(train_synthetic, *SMALL, "--data", "spiral", "--seed", 3, "--out", tmp_path / "run")
     assert "data was 'mixture', is now 'spiral'" in message and "seed was 0, is now 3" in message
-    assert "script was 'train_synthetic', is now 'train_images'" in fails(train_images, *argv)
+    assert "is a run of train_synthetic.py; choose another --out" in fails(train_images, *argv)
     assert "is a run of train_synthetic.py" in fails(train_images, *argv, "--overwrite") and contents(tmp_path / "run") == before
 
 
@@ -390,7 +390,7 @@ def test_processes_give_the_bits_of_runs_alone_and_a_failure_leaves_the_others_a
     (other / "config.json").write_text('{"script": "train_images", "flags": {"learn": "bao"}}')
     process = script(digits, tmp_path, "--learn", "elbo", "--seed", "0", "1", "2", "--epochs", "2", "--jobs", "2")
     out, error = process.communicate(timeout=200)
-    assert process.returncode == 2 and "3 runs: 2 ok" in out and out.count("may not arrive") == 1
+    assert process.returncode == 2 and "3 runs: 2 ok, in runs/images\n" in out and out.count("may not arrive") == 1
     assert "1 of 3 runs failed: seed1: " in error and "was made with other flags" in error
     assert_equals_one_alone(digits, one, "--learn", "elbo", "--epochs", 2)
 

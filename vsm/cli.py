@@ -126,7 +126,7 @@ def command_line(parse_args, main):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for other characters
     try:
         for module in filter(None, os.environ.get("VSM_IMPORT", "").split(",")):
-            importlib.import_module(module)
+            import_named(module)
         main(parse_args())
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has ended, for example `| head`
@@ -142,6 +142,16 @@ def command_line(parse_args, main):
         if os.environ.get("VSM_TRACEBACK"):
             traceback.print_exc()
         end(f"{Path(sys.argv[0]).name}: error: {sentence(error)}", 2)
+
+
+def import_named(module):
+    """Import a module of the user's. Raises UserError where Python does not find it."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # one that it imports itself
+            raise
+        raise UserError(f"VSM_IMPORT names {module}, which Python does not find; set PYTHONPATH to its folder") from error
 
 
 def end(message, code):
@@ -168,6 +178,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=Formatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
     def _check_value(self, action, value):
         if isinstance(action.choices, dict) and value not in action.choices:  # a table to which users add entries

@@ -218,7 +218,8 @@ def report(runs, errors):
     """Print how many runs ended in which way. Raises UserError if some failed."""
     statuses = [status_of(folder) or "unfinished" for folder in runs if folder not in errors]
     kinds = {kind: sum(status.startswith(kind) for status in statuses) for kind in ("ok", "diverged", "exploded", "unfinished")}
-    print(f"{len(runs)} runs: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    print(f"{len(runs)} runs: {kinds}, in {os.path.commonpath(list(map(os.path.dirname, runs))) or '.'}")
     if errors:
         raise UserError(f"{len(errors)} of {len(runs)} runs failed: "
                         + "; ".join(f"{names_of(runs)[folder]}: {error}" for folder, error in errors.items()))

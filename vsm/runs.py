@@ -209,6 +209,8 @@ class Run:
         self._owned, self._outdated = True, []
 
     def _refuse_other_flags(self, old):
+        if old["script"] != self.config["script"]:
+            raise UserError(f"{self.path} is a run of {old['script']}.py; choose another --out")
         if differ := self._differences(identity_of(old)):
             raise UserError(f"{self.path} was made with other flags ({'; '.join(differ)}); "
                             "choose another --out, or --overwrite to redo it")
@@ -281,4 +283,4 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError or others, depending on the damage
         reason = f"{type(error).__name__} {error}".splitlines()[0][:80]
         raise UserError(f"the checkpoint {path} is damaged ({reason}) and is kept as it is; "
-                        "move it away or use --overwrite to start the run again") from error
+                        "move it away, and the command of the run begins it again") from error

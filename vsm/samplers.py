@@ -158,6 +158,8 @@ def mixture_of(folder, components=None, fits=None):
 
     One fit is left out, as in older files.
     """
+    if min(value for value in (components, fits, 1) if value is not None) < 1:
+        raise UserError(f"a mixture has at least one component and one fit, not {components} and {fits}")
     found = {}
     with contextlib.suppress(UserError):  # a file that is missing or damaged is made again
         found = load_arrays(Path(folder) / "sampler-mixture.npz")["config"]

@@ -68,7 +68,7 @@ def label_ticks(ax):
 def whole_ticks(axis, most):
     """Tick an axis at whole numbers, at `most` intervals or fewer."""
     from matplotlib.ticker import MaxNLocator
-    axis.set_major_locator(MaxNLocator(most, integer=True))
+    axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
 def round_ticks(axis):

@@ -4,7 +4,17 @@ import numpy as np
 
 from vsm.figures.axes import label_ticks, limit_robustly, set_scale, whole_ticks
 from vsm.figures.groups import band_key, fate_of, grouped, markers_of, named_groups, seeds_of
-from vsm.figures.style import handles_of, legend_below, letter_color, line_style, new_figure, new_panels, save_figure, seeds_key
+from vsm.figures.style import (
+    handles_of,
+    legend_below,
+    letter_color,
+    line_style,
+    new_figure,
+    new_panels,
+    save_figure,
+    seeds_key,
+    wrapped,
+)
 from vsm.tables import mean_and_error
 
 CURVES = {  # metric: axis title, scale
@@ -81,7 +91,7 @@ def rows_of_curves(panels, names, size):
     for row, (title, groups) in zip(axes, panels.items()):
         for ax, name in zip(row, names):
             draw_curves(ax, groups, name, markers)
-        row[0].set_ylabel(title, fontweight="bold")
+        row[0].set_ylabel("\n".join(wrapped(line, size[1], 11) for line in title.split("\n")), fontweight="bold")
     return figure, axes
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from vsm.figures.axes import whole_ticks
 from vsm.figures.groups import grouped, named_groups, seeds_of
 from vsm.figures.style import area_key, color_of, handles_of, legend_below, line_key, new_figure, new_panels, save_figure
 
@@ -26,7 +27,9 @@ def posterior_sd(runs, save):
         ax.hist(clipped(arrays), bins=edges, histtype="stepfilled", alpha=0.5, **style)
 
     xlabel = "posterior SD" + (" (clipped at 1.2)" if values.max() == LARGEST_SD else "")
-    figure, _ = histograms(runs, draw_histogram, xlabel, "latent dimensions")
+    figure, axes = histograms(runs, draw_histogram, xlabel, "latent dimensions")
+    for ax in axes.flat:
+        whole_ticks(ax.yaxis, 5)
     if max(map(len, groups)) > 1:
         legend_below(figure, {"latents of one seed": area_key("0.6"), "where seeds overlap": area_key("0.35")})
     save_figure(figure, save)

@@ -13,11 +13,13 @@ def samples(runs, save):
 
 def reconstructions(runs, save):
     """Noisy test inputs above their reconstructions, one grid per run."""
-    def pairs(arrays):
-        rows = [tile(arrays[name][i:i + 8], 8) for i in range(0, 32, 8) for name in ("inputs", "reconstructions")]
-        return np.concatenate(rows)
+    def starts(arrays):
+        return range(0, min(len(arrays["inputs"]), 32), 8)
 
-    grids(runs, save, pairs, ["input", "output"] * 4)
+    def pairs(arrays):
+        return np.concatenate([tile(arrays[name][i:i + 8], 8) for i in starts(arrays) for name in ("inputs", "reconstructions")])
+
+    grids(runs, save, pairs, lambda arrays: ["input", "output"] * len(starts(arrays)))
 
 
 def interpolations(runs, save):
@@ -29,8 +31,8 @@ def interpolations(runs, save):
     grids(runs, save, rows)
 
 
-def grids(runs, save, make, names=()):
-    """Draw one picture for each run, that of make(arrays), under the run's name; names: those of its rows, if any."""
+def grids(runs, save, make, names=lambda arrays: []):
+    """Draw one picture for each run, that of make(arrays), under the run's name; names(arrays): those of its rows, if any."""
     panels = grouped(runs, split=("norm", "init_sd", "gamma"))
     named = []
     for panel, groups in panels.items():
@@ -46,19 +48,21 @@ def grids(runs, save, make, names=()):
         ax.set_frame_on(False)
         ax.set_xticks([])
         ax.set_yticks([])
-    for ax, title, page in zip(axes.flat, titles, pages):
-        ax.set_yticks((np.arange(len(names)) + 0.5) * len(page) / max(len(names), 1), names, fontsize=6.5)
+    for ax, title, page, (*_, arrays) in zip(axes.flat, titles, pages, named):
+        rows = names(arrays)
+        ax.set_yticks((np.arange(len(rows)) + 0.5) * len(page) / max(len(rows), 1), rows, fontsize=6.5)
         ax.tick_params(length=0, pad=1)
         ax.imshow(page, vmin=0, vmax=255, cmap="gray", interpolation="nearest")
         ax.set_title(title, fontsize=7.5)
+        ax.set_anchor("S")
     save_figure(figure, save)
 
 
 def tile(images, columns):
-    """One picture [rows H, columns W(, 3)] of the images, uint8 [n, C, H, W]; places without an image are black."""
+    """One picture [rows H, columns W(, 3)] of the images, uint8 [n, C, H, W]; places without an image are white."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
-    page = np.zeros((rows * columns, channels, height, width), np.uint8)
+    page = np.full((rows * columns, channels, height, width), 255, np.uint8)
     page[:n] = images
     page = page.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     return page.reshape(rows * height, columns * width, channels).squeeze(-1 if channels == 1 else ())

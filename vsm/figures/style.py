@@ -42,7 +42,7 @@ def new_figure(rows=1, columns=1, size=(3.2, 2.6), **options):
     import matplotlib
     from matplotlib.figure import Figure
     matplotlib.rcdefaults()  # a user's matplotlibrc could ask for LaTeX, or change what is published
-    matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
+    matplotlib.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False, "axes.formatter.useoffset": False})
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
