@@ -4,7 +4,8 @@ Evaluate every run, each against the whole test set of its data:
     python evaluate.py runs/images/*
 Fit other laws of z than the prior to the latents of training images, and measure their samples too:
     python evaluate.py runs/images/* --sampler gaussian mixture
-The same in seconds on a CPU, after the quick run of train_images.py:
+The same in a minute on a CPU, after the quick run of train_images.py (two more for the first run of a data set, for which FID's
+network is trained):
     python evaluate.py runs/images/*glyphs* --images 20 --iw-samples 10
 
 A RUN is a run folder, or a pack of runs (.npz), whose stored arrays give the table again. Each folder gets an eval.npz, which is
@@ -112,7 +113,8 @@ def measured_run(run, args, device):
             evaluate_run(folder, config, status, args, device)
             (run,) = open_runs([folder])
         elif not run.has("eval"):
-            raise UserError("it has no checkpoint.pt, so there is no model to evaluate")
+            raise UserError("it has no checkpoint.pt, so there is no model to evaluate" if folder.is_dir() else
+                            "its pack holds no evaluation; python -m studies.tables tabulates what was measured in training")
         else:
             print(f"{run}: evaluated before" + (", and its checkpoint is gone" if folder.is_dir() else ""))
     if status.startswith("unfinished@"):
@@ -127,7 +129,7 @@ def checked_config(run):
     """The config of an image run. Raises UserError for a run of another kind, or with a damaged config."""
     config = run.config
     if config["script"] != "train_images":
-        raise UserError(f"it is a run of {config['script']}.py; evaluate.py reads those of train_images.py")
+        raise UserError(f"it is a run of {config['script']}.py, and only those of train_images.py have images")
     if not isinstance(config.get("label"), str):
         raise UserError("its config.json is damaged: it has no label")
     flags_of(config)

@@ -175,8 +175,8 @@ def reach_note(args, data):
     """The sentence that log gamma may not arrive, where the steps are too small; otherwise None."""
     distance = DISTANCE + 2 * math.log(args.init_sd)
     if args.gamma == "learned" and (reach := reach_of(args, len(data.train) // args.batch)) < distance:
-        return (f"log gamma moves by about {reach:.2g}, the sum of Adam's steps, and so may not arrive at its optimum "
-                "(docs/images.md, Gamma)")
+        return (f"log gamma moves by about {reach:.2g}, the sum of Adam's steps, and so may not arrive at its optimum; "
+                "larger --lr or --epochs, or --gamma stationary, bring it there (docs/images.md, Gamma)")
     return None
 
 

@@ -31,6 +31,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     flag = parser.add_argument
     flag("data", type=data_name, help="folder:PATH, or another name that train_images.py --data takes")
+    flag("--data-root", default="data", help="folder of the data sets")
     flag("--updates", type=positive, default=7200, help="updates; fewer than 5000 are too few for a good model")
     flag("--width", type=positive, default=16, help="base channels of the ConvNets")
     flag("--components", type=positive, default=10, help="Gaussians in the mixture, at most the number of pictures")
@@ -39,16 +40,17 @@ def parse_args(argv=None):
 
 
 def main(args):
-    images = load_images(args.data)
+    images = load_images(args.data, args.data_root)
     if args.components > len(images.train):
         raise UserError(f"--components {args.components} is more than the {len(images.train)} pictures to train on")
     batch = min(50, max(2, len(images.train) // 2))
     epochs = max(4, args.updates * batch // len(images.train))
     # The ELBO with one sample, one forward pass a minibatch, and steps that fall by half four times and sum to about 4.9.
     train_images.main(train_images.parse_args([
-        "--data", args.data, "--out", args.out, "--learn", "elbo", "--samples", "1", "--inner-steps", "1", "--one-pass",
-        "--width", str(args.width), "--dim-z", "32", "--batch", str(batch), "--epochs", str(epochs), "--lr", "2e-3",
-        "--lr-half-life", str(epochs / 4), "--test-limit", "1000", "--eval-every", str(-(-epochs // 8))]))
+        "--data", args.data, "--data-root", args.data_root, "--out", args.out, "--learn", "elbo", "--samples", "1",
+        "--inner-steps", "1", "--one-pass", "--width", str(args.width), "--dim-z", "32", "--batch", str(batch), "--epochs",
+        str(epochs), "--lr", "2e-3", "--lr-half-life", str(epochs / 4), "--test-limit", "1000",
+        "--eval-every", str(-(-epochs // 8))]))
 
     if (status := status_of(args.out)) != "ok":
         raise UserError(f"the training in {args.out} ended as {status}, so there is no model to draw pictures from")

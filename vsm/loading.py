@@ -84,7 +84,7 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
 
 
 def export(run, folder):
-    """Write the config.json and the model's tensors of a run to a new folder, which load_vae reads.
+    """Write the config.json and the model's tensors of a run to a new folder, which load_vae reads. Returns it.
 
     Raises UserError for a run that load_vae refuses, and for a folder that exists.
     """
@@ -97,6 +97,7 @@ def export(run, folder):
     torch.save({"trainer": {"step": trainer["step"], "tensors": tensors}}, buffer)
     write_atomic(folder / "config.json", (Path(run) / "config.json").read_bytes())
     write_atomic(folder / "checkpoint.pt", buffer.getvalue())
+    return folder
 
 
 def epochs_trained(folder):
@@ -148,4 +149,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    command_line(parse_args, lambda args: export(args.run, args.folder))
+    command_line(parse_args, lambda args: print(export(args.run, args.folder)))

@@ -40,7 +40,7 @@ LINEAR = {"latent_mmd": 100, "infer_loss": 100, "learn_loss": 100}  # a symlog a
 def training_curves(runs, save):
     """Test metrics, training losses and gradient norms against epochs, a line per pair of objectives, a band over seeds.
 
-    Axes show the last three quarters of training. Lines that end far beyond most are named in the panel.
+    Lines show the last three quarters of training. Those that end far beyond most are named in the panel.
     """
     groups = named_groups(grouped(runs))
     names = [name for name in CURVES if any(measured(groups, name))]
@@ -55,7 +55,7 @@ def training_curves(runs, save):
 def trajectories(runs, save):
     """The paper's four test metrics against epochs, a row per data set and network, a band over seeds (Figures 4, 8).
 
-    Axes show the last three quarters of training. Lines that end far beyond most are named in the panel.
+    Lines show the last three quarters of training. Those that end far beyond most are named in the panel.
     """
     panels = grouped(runs)
     names = ("negative_elbo", "reconstruction_mse", "latent_mmd", "posterior_fd")
@@ -107,26 +107,29 @@ def measured(groups, key):
 
 
 def draw_curves(ax, groups, name, markers):
-    """Draw one metric against epochs. The ELBO and its two terms begin after the first epoch."""
+    """Draw one metric against epochs, in the last three quarters of training."""
     title, scale = CURVES[name]
     if name.startswith("fid"):  # not measured at every evaluation
         groups = measured(groups, name)
         networks = {str(arrays["fid_features"]).rpartition(" ")[0] for _, members in groups for arrays in members
                     if "fid_features" in arrays}
         title = title.replace("FID", f"FID ({', '.join(sorted(networks))})") if networks else title
-    lines = draw_lines(ax, groups, "epoch", name, markers, start=1 if name in ("negative_elbo", "reconstruction", "kl") else 0)
+    lines = draw_lines(ax, groups, "epoch", name, markers)
     ax.set(xlabel="epoch", title=title)
     whole_ticks(ax.xaxis, 5)
     if name == "active_units":
         ax.set_ylim(0, 1.05 * max([1, *(np.nanmax(values) for values in lines.values())]))
+        whole_ticks(ax.yaxis, 5)
     else:
-        late = {label: values[-max(3, 3 * len(values) // 4):] for label, values in lines.items()}
-        limit_robustly(ax, late, scale, LINEAR.get(name, 1))
+        limit_robustly(ax, lines, scale, LINEAR.get(name, 1))
     set_scale(ax, scale, LINEAR.get(name, 1))
 
 
-def draw_lines(ax, groups, x, y, markers, start=0):
-    """Draw the mean of each group's seeds, up to the last epoch of any, in a band of a standard error. Returns {name: means}."""
+def draw_lines(ax, groups, x, y, markers):
+    """Draw the mean of each group's seeds, up to the last epoch of any, in a band of a standard error. Returns {name: means}.
+
+    A line begins after the first quarter of the evaluations, or after the first one, whose values lie far from all others.
+    """
     lines = {}
     for name, members in groups:
         members = [arrays for arrays in members if y in arrays]
@@ -136,6 +139,7 @@ def draw_lines(ax, groups, x, y, markers, start=0):
         values = np.full((len(members), len(longest)), np.nan)
         for row, arrays in zip(values, members):
             row[:len(arrays[y])] = arrays[y]
+        start = min(max(1, len(longest) // 4), len(longest) - 1)
         mean, error, _ = mean_and_error(values[:, start:])
         error = np.nan_to_num(error)  # no band where one seed is left
         style = line_style(members[0]["config"]["flags"])

@@ -72,8 +72,7 @@ def recovery_rules(runs, save):
                     label=f"{name}, $N = {N}$")
         ax.set_xscale("log", base=2)
         ax.set(xlabel=r"$\alpha$: variance of $q$ / exact", title=RULE_PANELS[how], ylim=(-0.1, 3 * w_star))
-        if how != "held":
-            ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper right")
     axes[0, 0].set_ylabel("recovered $w$")
     axes[0, 0].text(alpha[-1], w_star, "$w^*$", va="bottom", ha="right", color="0.5")
     save_figure(figure, save)
