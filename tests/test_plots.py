@@ -306,6 +306,17 @@ def test_a_grid_of_few_images_has_the_names_of_its_rows_and_is_white_where_no_im
     assert not page[:, :48].any() and (page[:, 48:] == 255).all()
 
 
+@pytest.mark.parametrize("evaluations, first", [(1, 0), (2, 1), (5, 1), (13, 3)])
+def test_curves_begin_after_the_first_quarter_of_training_and_not_with_its_first_values(axes_of, tmp_path, evaluations, first):
+    run = image_run(tmp_path / "run")
+    arrays = load_arrays(run / "metrics.npz")
+    curve = {"epoch": np.arange(evaluations), "latent_mmd": np.linspace(9, 3, evaluations), "status": arrays["status"]}
+    save_arrays(run / "metrics.npz", arrays["config"], **curve)
+    (line,) = axes_of(images.training_curves, run)[0].lines
+    assert line.get_xdata().tolist() == [*range(first, evaluations)]
+    assert line.get_ydata() == pytest.approx(curve["latent_mmd"][first:])
+
+
 def test_fid_by_sampler_is_against_gamma_or_width(axes_of, tmp_path, fails):
     paths = (("fixed", 0.2, 0), ("fixed", 0.2, 1), ("fixed", 0.4, 0), ("stationary", 1.0, 0))
     runs = [gamma_run(tmp_path / f"{learn}{i}", learn, *path) for learn in ("elbo", "swersky") for i, path in enumerate(paths)]
