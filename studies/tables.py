@@ -37,11 +37,11 @@ def latent_scale_of(run):
 
 
 def mixture_of(run):
-    """The FID by a fitted mixture, where evaluate.py has measured it, and FID that ends at the one which it measured beside."""
-    evaluation, curve = run.arrays("eval") if run.has("eval") else {}, run.arrays().get("fid")
-    if "fid_mixture" not in evaluation or curve is None:
+    """FID by a fitted mixture, where evaluate.py has measured it, and by the prior at the end, of the same number of draws."""
+    evaluation = run.arrays("eval") if run.has("eval") else {}
+    if "fid_mixture" not in evaluation or "fid" not in run.arrays():
         return {}
-    return {"fid_mixture": evaluation["fid_mixture"], "fid": np.append(curve[:-1], evaluation["fid"]),
+    return {"fid_mixture": evaluation["fid_mixture"], "fid_end": evaluation["fid"],
             "measured_by": measured_by(evaluation["config"]["evaluation"])}
 
 
@@ -196,8 +196,12 @@ def table_of(rows, names):
 
 
 def final(arrays, key):
-    """The value at the end of training, a mean over latents where there is one of each; NaN where it was not measured."""
-    return float(np.mean(np.atleast_1d(arrays[key])[-1])) if key in arrays else math.nan
+    """The value at the end of training, a mean over latents where there is one of each; NaN where it was not measured.
+
+    FID is the one of evaluate.py where it has measured FID by a mixture too.
+    """
+    values = arrays.get(f"{key}_end", arrays.get(key, math.nan))
+    return float(np.mean(np.atleast_1d(values)[-1]))
 
 
 def before_the_last_quarter(curve):

@@ -16,6 +16,7 @@ from studies.gradient_snr import differentiable_decoder, gradient_moments
 from studies.latent_scale import measure_latent_scale
 from studies.tables import (
     before_the_last_quarter,
+    final,
     interval,
     latent_scale_of,
     mixture_of,
@@ -144,7 +145,9 @@ def test_the_fid_by_a_mixture_has_ratios_of_its_own():
     assert swersky["pair"] == "KLD-S, N = 5, one pass" and two_passes["pair"] == "KLD-ELBO, N = 5"
     folder = SimpleNamespace(has=lambda part: True, arrays=lambda part="metrics": {
         "metrics": {"fid": np.array([8.0, 7.0])}, "eval": {"fid_mixture": 5.0, "fid": 9.0, "config": {"evaluation": {}}}}[part])
-    assert mixture_of(folder)["fid_mixture"] == 5 and mixture_of(folder)["fid"].tolist() == [8, 9]
+    assert mixture_of(folder)["fid_mixture"] == 5
+    curve = {"fid": np.array([8.0, 7.0])}
+    assert final(curve | mixture_of(folder), "fid") == 9 and final(curve, "fid") == 7
 
 
 def test_fids_that_were_measured_otherwise_are_refused_or_noted():
