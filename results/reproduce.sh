@@ -298,7 +298,7 @@ evaluations() {  # tables, gradient SNR and scale of the latents of finished run
     python -m studies.latent_scale $runs/fashion-{mlp,conv}-kld-*-test-limit2000-* $runs/celeba-conv-kld-*-test-limit500-*
 }
 
-study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gamma fixed at -2, -3 (three seeds) and -4, 3600 updates; at -3 also widths 8 (three seeds), 32 and 64, group norm, two forward passes, 14,400 updates; stationary and learnt gamma (two seeds): 49 runs of 4 to 55 min
+study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gamma fixed at -2, -3 (three seeds) and -4, 3600 updates; at -3 also widths 8 (three seeds), 32 and 64, group norm, two forward passes, 14,400 updates; stationary and learnt gamma (three seeds): 54 runs of 4 to 55 min
     local budget="--data mnist --net conv --samples 5 --inner-steps 1 --one-pass --batch 50 --lr 2e-3 --lr-half-life 0.75 --epochs 3"
     budget="$budget --eval-every 1 --fid-every 1 --test-limit 2000 --gamma fixed"
     local pair sd seed width
@@ -320,13 +320,13 @@ study_gamma() {  # ConvNets of width 16 with 100 latents and batch norm, log gam
     for pair in "elbo" "swersky" "dsm --estimator unbiased"; do  # group norm
         python train_images.py $budget --data-root "$DATA" --width 16 --norm group --init-sd 0.2231 --learn $pair
     done
-    for seed in 0 1; do for pair in "elbo" "swersky" "dsm --estimator unbiased"; do  # learnt gamma
+    for seed in 0 1 2; do for pair in "elbo" "swersky" "dsm --estimator unbiased"; do  # learnt gamma
         python train_images.py ${budget/--gamma fixed/} --data-root "$DATA" --width 16 --init-sd 0.2231 --learn $pair --seed $seed
     done; done
     for pair in "elbo" "swersky" "dsm --estimator unbiased"; do  # until FID has arrived
         python train_images.py $budget --lr-half-life 3 --epochs 12 --data-root "$DATA" --width 16 --init-sd 0.2231 --learn $pair
     done
-    for pair in "elbo" "swersky" "elbo --seed 1" "elbo --seed 2"; do  # two forward passes
+    for pair in "elbo" "swersky" "bao" "dsm --estimator unbiased" "elbo --seed 1" "elbo --seed 2"; do  # two forward passes
         python train_images.py ${budget/--one-pass /} --data-root "$DATA" --width 16 --init-sd 0.2231 --learn $pair
     done
 }

@@ -271,6 +271,7 @@ def test_a_note_has_the_flags_that_all_runs_of_a_table_share():
     [shared] = note(common | {"samples": 1, "learn": "bao"}, common | {"lr": 0.5})
     assert shared.startswith("- mnist conv: all runs have --infer-samples 1 --epochs 7;")
     assert "have --samples 2 --infer-samples 1;" in note({"samples": 2, "infer_samples": 1})[0]
+    assert "have --samples 2;" in note({"samples": 2, "infer_samples": 2})[0]
     assert [text.split(":")[0] for text in note({}, {"net": "mlp", "width": 400}, {"lr": 0.1})] == ["- mnist conv", "- mnist mlp"]
     assert "no flag in common but defaults;" in note({}, {"epochs": 7})[0]
 
