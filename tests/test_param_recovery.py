@@ -104,7 +104,7 @@ def test_held_and_following_rules_are_stationary_and_increase_beyond(rule, alpha
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["held S", "JFD", "JKLD", "following B", "held S, N = 2", "held B, N = 1"])
 def test_samples_and_adam_reach_the_closed_forms(rule):
-    args = param_recovery.parse_args(["--stochastic", "--iterations", "1200", "--batch", "200", "--lr", "0.1", "--gamma", "0.5"])
+    args = param_recovery.parse_args(["--stochastic", "--iterations", "2400", "--batch", "200", "--lr", "0.1", "--gamma", "0.5"])
     alpha, w_star = np.array([0.5, 2.0, 0.5]), np.array([1.5, 1.5, 0.5])
     w, phi = param_recovery.recover_from_samples(rule, alpha, w_star, args, CPU)
     exact_w, exact_phi = recover(rule, alpha, 0.5, w_star)
