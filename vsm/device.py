@@ -23,7 +23,7 @@ def pick_device(name):
     if name.startswith("cuda") and not gpus:
         raise UserError(f"--device {name} is not available: PyTorch finds no CUDA GPU here; use --device cpu or auto")
     if name not in (names := ("cpu", "cuda", *(f"cuda:{i}" for i in range(gpus)))):
-        raise UserError(f"--device {name} is not one of auto, {', '.join(names)}, or a numbered GPU such as cuda:1")
+        raise UserError(f"--device {name} is not one of auto, {', '.join(names)}")
     device = torch.device(name)
     if device.index is not None:
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current GPU

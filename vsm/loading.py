@@ -11,7 +11,6 @@ docs/images.md shows how to sample, encode, reconstruct and estimate log p(x) wi
 writes what load_vae reads, config.json and the model's tensors, to a new folder: a third of a checkpoint, to be shared.
 """
 
-import argparse
 import functools
 import io
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from data import load_images
 from models import NETS, VAE, build_ensemble, build_vae, mlp
-from vsm.cli import UserError, command_line
+from vsm.cli import Parser, UserError, command_line
 from vsm.device import to_channels_last
 from vsm.flags import image_defaults, synthetic_defaults
 from vsm.names import flag_name
@@ -141,7 +140,7 @@ def member_of(ensemble, member):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m vsm.loading", description="Copy the trained model of a run to a new folder.")
+    parser = Parser(prog="python -m vsm.loading", description="Copy the trained model of a run to a new folder.")
     parser.add_argument("run", metavar="RUN", help="folder of a run of train_images.py or train_synthetic.py")
     parser.add_argument("folder", metavar="FOLDER",
                         help="new folder for config.json and the model's tensors, which load_vae reads")

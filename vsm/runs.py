@@ -175,13 +175,12 @@ class Run:
             self._take_over()
             return
         old = load_config(self.path)
-        if not self.overwrite:
-            self._go_on(old)
-        elif old["script"] == self.config["script"]:
+        if old["script"] != self.config["script"]:
+            raise UserError(f"{self.path} is a run of {old['script']}.py; choose another --out")
+        if self.overwrite:
             self._outdated = files
         else:
-            raise UserError(f"{self.path} is a run of {old['script']}.py, "
-                            f"which --overwrite of {self.config['script']}.py does not remove")
+            self._go_on(old)
 
     def _go_on(self, old):
         """Set the status of a run that has ended. If it continues with a larger budget, delete its pictures instead."""
@@ -209,8 +208,6 @@ class Run:
         self._owned, self._outdated = True, []
 
     def _refuse_other_flags(self, old):
-        if old["script"] != self.config["script"]:
-            raise UserError(f"{self.path} is a run of {old['script']}.py; choose another --out")
         if differ := self._differences(identity_of(old)):
             raise UserError(f"{self.path} was made with other flags ({'; '.join(differ)}); "
                             "choose another --out, or --overwrite to redo it")
