@@ -214,7 +214,7 @@ def draw_figures(measured, out):
         return [each for each in alive if {*keys} <= each.run.arrays().keys()]
 
     groups = group_by_seed([each.run for each in measured], [each.run.config for each in measured])
-    firsts = [next((measured[i] for i in members if "samples" in measured[i].run.arrays()), None) for _, members in groups]
+    firsts = [next((measured[i] for i in members if "samples" in measured[i].run.arrays()), None) for *_, members in groups]
     figures = {images.trajectories: measured, latents.posterior_sd: with_arrays("posterior_sd"),
                latents.aggregate_posterior: with_arrays("posterior_sd", "aggregate_histogram"),
                latents.posterior_mean: with_arrays("posterior_mean_histogram"),

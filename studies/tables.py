@@ -13,7 +13,19 @@ from pathlib import Path
 import numpy as np
 
 from vsm.cli import Parser, UserError, command_line
-from vsm.names import NOT_IDENTITY, pair_name, pair_order, refuse_twins, settings_of
+from vsm.image_table import settings_notes
+from vsm.names import (
+    NOT_IDENTITY,
+    in_order,
+    objectives_name,
+    pair_name,
+    pair_order,
+    panels_of,
+    refuse_twins,
+    settings_of,
+    short_name,
+    usual_flags,
+)
 from vsm.runs import write_atomic
 from vsm.stored_runs import add_run_flags, chosen_runs, measured_by, refuse_other_scripts
 from vsm.tables import INTERVAL, count_failures, failures_text, interval, markdown_table, mean_and_error, number_text, with_error
@@ -26,8 +38,10 @@ COLLAPSED = 0.9  # a latent whose posterior SD is above this, on average over th
 def study_table(runs):
     """The Markdown table of finished runs of one script, 2-D or image runs, with notes below it."""
     loaded = [run.finished() | latent_scale_of(run) | mixture_of(run) | {"run": run.name} for run in runs]
-    table = table_of_2d_runs(loaded) if loaded[0]["config"]["script"] == "train_synthetic" else table_of_image_runs(loaded)
-    return "\n\n".join([table, NOTE, *network_notes(loaded)]) + "\n"
+    if loaded[0]["config"]["script"] == "train_synthetic":
+        return f"{table_of_2d_runs(loaded)}\n\n{NOTE}\n"
+    notes = [NOTE, *(f"{note}." for note in settings_notes([arrays["config"] for arrays in loaded])), *network_notes(loaded)]
+    return "\n\n".join([table_of_image_runs(loaded), *notes]) + "\n"
 
 
 def latent_scale_of(run):
@@ -80,8 +94,7 @@ def table_of_2d_runs(loaded):
         mine = [arrays for arrays in loaded if arrays["config"]["flags"]["data"] == data]
         configs = [arrays["config"] for arrays in mine]
         group = sorted(zip(mine, settings_of(configs, of_model + of_training), settings_of(configs, of_model)),
-                       key=lambda run: (sortable(run[0]["config"]["flags"].get(key, 0) for key in of_model + of_training),
-                                        pair_order(run[0]["config"]["flags"]), row_name(*run[:2])))
+                       key=lambda run: (in_order(run[1]), pair_order(run[0]["config"]["flags"]), row_name(*run[:2])))
         for arrays, settings, model in group:
             elbos = [run for run, _, other in group if run["config"]["label"] == "KLD-ELBO" and other == model]
             flags, theirs = arrays["config"]["flags"], {}
@@ -106,11 +119,6 @@ def table_of_2d_runs(loaded):
     return table_of(rows, names=2)
 
 
-def sortable(values):
-    """Numbers and strings as something to sort, the numbers first."""
-    return [(isinstance(value, str), value) for value in values]
-
-
 def by_seed(arrays):
     """The NLL of each member of a 2-D run by its seed."""
     first = arrays["config"]["flags"].get("seed", 0)
@@ -126,58 +134,85 @@ def table_of_image_runs(loaded):
     where FIDs of one data set were measured with other settings of evaluate.py.
     """
     refuse_unlike_measurements(loaded)
-    groups, elbos = {}, {}
-    configs = [arrays["config"] for arrays in loaded]
-    flags = dict.fromkeys(key for config in configs for key in config["flags"])  # older runs lack some
-    apart = [key for key in flags if key not in (*NOT_IDENTITY, *IN_NAME, "seed")]
-    for arrays, settings in zip(loaded, settings_of(configs, apart)):
-        flags = arrays["config"]["flags"]
-        groups.setdefault((settings, *pair_order(flags), row_name(arrays, settings)), []).append(arrays)
-        if arrays["config"]["label"] == "KLD-ELBO" and arrays["status"] == "ok":
-            elbos.setdefault((settings, flags["seed"]), {})[flags["samples"]] = arrays
+    groups, elbos, measured = {}, {}, {key for arrays in loaded for key in arrays}
+    several_n = len({arrays["config"]["flags"]["samples"] for arrays in loaded}) > 1
+    for setting, arrays in with_settings(loaded):
+        flags, config = arrays["config"]["flags"], arrays["config"]
+        name = pair_name(config, one_sample=True) if several_n else objectives_name(config)
+        groups.setdefault((*setting, name), []).append(arrays)
+        if config["label"] == "KLD-ELBO" and arrays["status"] == "ok":
+            elbos.setdefault((*setting, flags["seed"]), {})[flags["samples"]] = arrays
 
-    def ratio(arrays, settings, key):
-        flags = arrays["config"]["flags"]
-        found = elbos.get((settings, flags["seed"]), {})
-        return final(arrays, key) / final(found.get(flags["samples"], next(iter(found.values()), {})), key)
+    def order(group):
+        (data, net, settings, name), members = group
+        return data, net, in_order(settings), pair_order(members[0]["config"]["flags"]), name
 
-    with_fid, with_mixture = (any(key in arrays for arrays in loaded) for key in ("fid", "fid_mixture"))
-    of_change, form, unit = ("fid", "+.0f", " %") if with_fid else ("negative_elbo", "+.1f", "")
-    scale = {"training_moment": "E z^2, training images", "predicted_moment": "its end by equation (6)"}
-    scale = scale if any("predicted_moment" in arrays for arrays in loaded) else {}
     rows = []
-    for (settings, *_, name), runs in sorted(groups.items()):
+    for (data, net, settings, name), runs in sorted(groups.items(), key=order):
         refuse_twins([(arrays["run"], [arrays["config"]["flags"]["seed"]]) for arrays in runs])
-        members = [arrays for arrays in runs if arrays["status"] == "ok"]
         failures = failures_text(count_failures([str(arrays["status"]) for arrays in runs]))
-        others = f" (+{failures})" if failures else ""
+        members = [arrays for arrays in runs if arrays["status"] == "ok"]
+        theirs = None
+        if runs[0]["config"]["label"] != "KLD-ELBO":
+            theirs = [elbo_of(arrays, elbos.get((data, net, settings, arrays["config"]["flags"]["seed"]), {}))
+                      for arrays in members]
+        rows.append({"data": short_name(data), "net": net, "objectives": name, "settings": settings,
+                     "n": f"{len(members)}{f' (+{failures})' if failures else ''}", **image_columns(members, theirs, measured)})
+    return table_of(rows, names=4)
 
-        def over_seeds(key, digits, factor=1):
-            return interval_text([factor * final(arrays, key) for arrays in members], digits, len(members))
 
-        def over_elbo(key):
-            elbo = runs[0]["config"]["label"] == "KLD-ELBO"
-            return "" if elbo else interval_text([ratio(arrays, settings, key) for arrays in members], 2, len(members))
+def with_settings(loaded):
+    """[((data, net, settings), arrays)] of image runs, with settings that leave out the usual ones of this data and network."""
+    found = []
+    for (data, net), members in panels_of([arrays["config"] for arrays in loaded]).items():
+        panel = [loaded[i] for i in members]
+        configs = [arrays["config"] for arrays in panel]
+        flags = dict.fromkeys(key for config in configs for key in config["flags"])  # older runs lack some
+        apart = [key for key in flags if key not in (*NOT_IDENTITY, *IN_NAME, "seed")]
+        found += [((data, net, settings), arrays)
+                  for settings, arrays in zip(settings_of(configs, apart, usual_flags(configs)), panel)]
+    return found
 
-        curves = [arrays[of_change] for arrays in members if of_change in arrays]
-        ends = [(np.mean(before_the_last_quarter(curve)), np.mean(curve[-1])) for curve in curves]
-        change = interval([100 * (end / before - 1) if with_fid else end - before for before, end in ends])[0]
-        change = number_text(change, form) + (unit if np.isfinite(change) else "")
-        row = {"pair": name, "n": f"{len(members)}{others}"}
-        if with_fid:
-            row |= {"FID": over_seeds("fid", 2), "FID, aggregate posterior": over_seeds("fid_aggregate", 2),
-                    "FID, reconstructions": over_seeds("fid_reconstruction", 2),
-                    "FID / KLD-ELBO's": over_elbo("fid"), "change in the last quarter": change}
-        if with_mixture:
-            row |= {"FID, mixture": over_seeds("fid_mixture", 2), "the same / KLD-ELBO's": over_elbo("fid_mixture")}
-        row |= {"E z^2": over_seeds("second_moment", 2), **{title: over_seeds(key, 2) for key, title in scale.items()},
-                "negative ELBO": over_seeds("negative_elbo", 1)}
-        if not with_fid:
-            row["its change in the last quarter"] = change
-        row |= {"MSE x 100": over_seeds("reconstruction_mse", 2, 100), "latent MMD^2": over_seeds("latent_mmd", 1),
-                "posterior FD": over_seeds("posterior_fd", 0)}
-        rows.append(row)
-    return table_of(rows, names=1)
+
+def elbo_of(arrays, elbos):
+    """Of the runs of KLD-ELBO {N: arrays}, that with this run's N, or else any; {} without one."""
+    return elbos.get(arrays["config"]["flags"]["samples"], next(iter(elbos.values()), {}))
+
+
+def image_columns(members, elbos, measured):
+    """{title: text} of runs that differ in their seed alone, from the metrics that any run of the table has `measured`.
+
+    elbos: the run of KLD-ELBO that each is compared with; None for KLD-ELBO itself.
+    """
+    def over_seeds(key, digits, factor=1):
+        return interval_text([factor * final(arrays, key) for arrays in members], digits, len(members))
+
+    def over_elbo(key):
+        ratios = [final(mine, key) / final(theirs, key) for mine, theirs in zip(members, elbos or [])]
+        return "" if elbos is None else interval_text(ratios, 2, len(members))
+
+    def changes(key, change):
+        curves = [arrays[key] for arrays in members if key in arrays]
+        return interval([change(np.mean(before_the_last_quarter(curve)), np.mean(curve[-1])) for curve in curves])[0]
+
+    columns = {}
+    if "fid" in measured:
+        change = changes("fid", lambda before, end: 100 * (end / before - 1))
+        columns = {"FID": over_seeds("fid", 2), "FID, aggregate posterior": over_seeds("fid_aggregate", 2),
+                   "FID, reconstructions": over_seeds("fid_reconstruction", 2), "FID / KLD-ELBO's": over_elbo("fid"),
+                   "change in the last quarter": number_text(change, "+.0f") + (" %" if np.isfinite(change) else "")}
+    if "fid_mixture" in measured:
+        columns |= {"FID, mixture": over_seeds("fid_mixture", 2), "the same / KLD-ELBO's": over_elbo("fid_mixture")}
+    columns["E z^2"] = over_seeds("second_moment", 2)
+    if "predicted_moment" in measured:
+        columns |= {"E z^2, training images": over_seeds("training_moment", 2),
+                    "its end by equation (6)": over_seeds("predicted_moment", 2)}
+    columns["negative ELBO"] = over_seeds("negative_elbo", 1)
+    if "fid" not in measured:
+        change = changes("negative_elbo", lambda before, end: end - before)
+        columns["its change in the last quarter"] = number_text(change, "+.1f")
+    return columns | {"MSE x 100": over_seeds("reconstruction_mse", 2, 100), "latent MMD^2": over_seeds("latent_mmd", 1),
+                      "posterior FD": over_seeds("posterior_fd", 0)}
 
 
 def refuse_unlike_measurements(loaded):

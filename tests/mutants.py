@@ -31,6 +31,9 @@ GAMMA = "test_gamma.py::test_stationary_gamma_arrives_within_some_updates"
 DENSITIES = [f"test_metrics.py::{name}" for name in ("test_densities_integrate_to_one_and_match_their_samples",
                                                      "test_integrated_densities_are_those_of_their_samples",
                                                      "test_known_values_of_the_laws")]
+SETTINGS = [f"test_evaluate.py::{name}" for name in ("test_groups_differ_in_their_seed_alone",
+                                                     "test_settings_leave_out_what_most_runs_have_and_a_note_names_it",
+                                                     "test_widths_are_in_the_order_of_numbers_and_the_usual_settings_come_first")]
 TESTS = {file: [f"tests/{test if '::' in test else f'test_{test}.py'}" for test in tests] for file, tests in {
     "vsm/flags.py": ["wiring", "speed"], "vsm/loop.py": ["wiring", "runs"],
     "training.py": ["wiring", STAND_IN, GAMMA, "capture"], "train_synthetic.py": ["wiring", "speed", GAMMA, "capture", MOMENTS],
@@ -45,7 +48,7 @@ TESTS = {file: [f"tests/{test if '::' in test else f'test_{test}.py'}" for test 
     "studies/figures/sweep_2d.py": ["test_synthetic.py::test_the_truth_of_a_sweep_has_the_noise_of_its_data"],
     "vsm/tables.py": ["evaluate"],
     **dict.fromkeys(("vsm/figures/images.py", "vsm/figures/recovery.py", "studies/packs.py"), ["plots"]),
-    "vsm/names.py": ["test_runs.py::test_a_run_of_another_value_of_a_flag_is_another_run"],
+    "vsm/names.py": ["test_runs.py::test_a_run_of_another_value_of_a_flag_is_another_run", *SETTINGS],
     "vsm/figures/toys.py": ["toy_inference"],
     "studies/gradient_snr.py": ["test_studies.py::test_gradient_snr"], "vsm/distributions_2d.py": DENSITIES}.items()}
 
@@ -197,8 +200,8 @@ MUTANTS = {
         ('status.startswith("unfinished@"):  #', 'status.startswith("never"):  #'),
         ('flags["noise"], seed=seed)', "0.3, seed=seed)"), (' "samplers": names,', "")],
     "vsm/image_table.py": [
-        ("self.last | evaluation |", "evaluation | self.last |"), ('else "conv", flags["samples"])', 'else "conv", 5)'),
-        ("and all(flags.get(key) == value for flags in runs))", ")"),
+        ("self.last | evaluation |", "evaluation | self.last |"), ('"conv", usual.get("samples"))', '"conv", 5)'),
+        ("and value != defaults.get(key))", ")"),
         ('"test_images", "digest", "iw_samples"', '"test_images", "iw_samples"')],
     "audit.py": [
         ("split_kappa(name, 1.0, image=True, **options)", "split_kappa(name, 1.0, **options)"),
@@ -220,7 +223,10 @@ MUTANTS = {
     "studies/figures/sweep_2d.py": [('flags.get("noise", 0), arrays', "0, arrays")],
     "vsm/toys/mixtures.py": [("['exact_right_mass'][l]", "['exact_right_mass'][0]")],
     "studies/packs.py": [("row.get(block, -1) for", "row.get(block, 0) for")],
-    "vsm/names.py": [('"compile", "jobs")', '"compile", "jobs", "precision")')],
+    "vsm/names.py": [
+        ('"compile", "jobs")', '"compile", "jobs", "precision")'), ("> len(configs) / 2}", ">= len(configs) / 2}"),
+        ('f"without {flag_name(key)}" if key in usual else ""', '""'), ("[float(part) if i % 2 else part", "[part"),
+        ("usual_flags(mine) if leave_out_usual else None", "usual_flags(mine)")],
     "vsm/figures/toys.py": [('(ax, arrays["caught"][l, i, p], arrays["diverged"][l, i, p])', "(ax, caught, diverged)")],
     "vsm/figures/images.py": [("mean - values.min(0), values.max(0) - mean]", "values.max(0) - mean, mean - values.min(0)]"),
                               ('list(arrays["objectives"]).index(name) for', "0 for")],

@@ -23,9 +23,9 @@ from vsm.fid import mmd_nulls, reference_set
 from vsm.figures.axes import label_ticks
 from vsm.figures.style import new_figure
 from vsm.flags import image_defaults
-from vsm.image_table import Measured, budget_notes, published, references_of
+from vsm.image_table import Measured, published, references_of, settings_notes
 from vsm.loading import load_vae
-from vsm.names import group_by_seed
+from vsm.names import group_by_seed, in_order, settings_of, usual_flags
 from vsm.runs import load_arrays, load_config
 
 QUICK = ["--images", "20", "--iw-samples", "8", "--device", "cpu"]
@@ -180,18 +180,21 @@ def test_weights_that_are_not_inceptions_are_named(tmp_path, capsys):
 
 def test_groups_differ_in_their_seed_alone():
     def config(label, **flags):
-        defaults = {"data": "mnist", "net": "conv", "learn": label, "infer": "kld", "inner_steps": 5, "out": label}
+        defaults = {"data": "mnist", "net": "conv", "learn": label, "infer": "kld", "inner_steps": 5, "out": label,
+                    "estimator": "plugin"}
         return {"label": label, "flags": defaults | flags}
 
     configs = [config("F", seed=0), config("F", seed=1, out="x"), config("S", seed=0),
                config("F", seed=0, data="fashion", inner_steps=2), config("F", seed=0, net="mlp", inner_steps=3)]
     folders = [Path(f"run{i}") for i in range(7)]
-    assert group_by_seed(folders, configs) == [("F", [0, 1]), ("S", [2]), ("F", [3]), ("F", [4])]
-    configs.append(config("F", seed=0, inner_steps=1))
-    assert group_by_seed(folders, configs) == [("F, inner-steps 5", [0, 1]), ("S, inner-steps 5", [2]), ("F", [3]),
-                                               ("F", [4]), ("F, inner-steps 1", [5])]
+    assert group_by_seed(folders, configs) == [("F", "", [0, 1]), ("S", "", [2]), ("F", "", [3]), ("F", "", [4])]
+    configs.append(config("F", seed=0, inner_steps=1, one_pass=True))
+    assert group_by_seed(folders, configs) == [("F", "inner-steps 5", [0, 1]), ("S", "inner-steps 5", [2]), ("F", "", [3]),
+                                               ("F", "", [4]), ("F", "inner-steps 1, one-pass", [5])]
+    assert [settings for _, settings, _ in group_by_seed(folders, configs, leave_out_usual=True)] == [
+        "", "", "", "", "inner-steps 1, one-pass"]
     estimators = [config("B", seed=0, samples=N, infer_samples=1, estimator=name) for name, N in (("unbiased", 5), ("plugin", 2))]
-    assert group_by_seed(folders, estimators) == [("B unbiased, N = 5", [0]), ("B, N = 2", [1])]
+    assert group_by_seed(folders, estimators) == [("B unbiased", "N = 5", [0]), ("B", "N = 2", [1])]
     with pytest.raises(UserError, match="run5 and run6 are the same experiment with the same seed 0"):
         group_by_seed(folders, [*configs, configs[-1]])
 
@@ -263,17 +266,27 @@ def test_a_floor_for_each_set_of_test_images_and_the_papers_numbers_for_its_mode
     assert fids[0] == 5.22 and np.isnan(fids[1:]).all()
 
 
-def test_a_note_has_the_flags_that_all_runs_of_a_table_share():
-    def note(*changes):
-        return budget_notes([{"flags": image_defaults() | change} for change in changes])
+def test_settings_leave_out_what_most_runs_have_and_a_note_names_it():
+    def configs(*changes):
+        return [{"flags": image_defaults() | change} for change in changes]
 
-    common = {"infer_samples": 1, "epochs": 7, "out": "x", "seed": 3}
-    [shared] = note(common | {"samples": 1, "learn": "bao"}, common | {"lr": 0.5})
-    assert shared.startswith("- mnist conv: all runs have --infer-samples 1 --epochs 7;")
-    assert "have --samples 2 --infer-samples 1;" in note({"samples": 2, "infer_samples": 1})[0]
-    assert "have --samples 2;" in note({"samples": 2, "infer_samples": 2})[0]
-    assert [text.split(":")[0] for text in note({}, {"net": "mlp", "width": 400}, {"lr": 0.1})] == ["- mnist conv", "- mnist mlp"]
-    assert "no flag in common but defaults;" in note({}, {"epochs": 7})[0]
+    usual = {"infer_samples": 1, "one_pass": True, "out": "x", "seed": 3}
+    runs = configs(usual, usual | {"lr": 0.5}, usual | {"infer_samples": 5, "one_pass": False})
+    assert settings_of(runs, ("infer_samples", "one_pass", "lr"), usual_flags(runs)) == [
+        "", "lr 0.5", "infer-samples 5, without one-pass"]
+    assert settings_of(runs, ("one_pass",)) == ["one-pass", "one-pass", ""]
+    assert settings_notes(runs) == [
+        "mnist conv: where its settings name no other value, a run has --infer-samples 1 --one-pass, and otherwise defaults"]
+    assert settings_of(runs[1:], ("lr",), usual_flags(runs[1:])) == ["lr 0.5", "lr 0.0001"]  # of two values neither is usual
+    assert settings_notes(configs({"samples": 2, "infer_samples": 2}))[0].endswith("has --samples 2, and otherwise defaults")
+    notes = settings_notes(configs({}, {"net": "mlp", "width": 400}))
+    assert [note.split(":")[0] for note in notes] == ["mnist conv", "mnist mlp"]
+    assert settings_notes(configs({}, {"epochs": 7}))[0].endswith("a run has defaults")
+
+
+def test_widths_are_in_the_order_of_numbers_and_the_usual_settings_come_first():
+    settings = ["width 16", "width 8, lr 0.001", "", "lr 0.001", "lr 2e-05", "width 8"]
+    assert sorted(settings, key=in_order) == ["", "lr 2e-05", "lr 0.001", "width 8", "width 8, lr 0.001", "width 16"]
 
 
 def test_a_pack_gives_the_same_table_without_folders(runs, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 from models import NETS
 from vsm.fid import ending_of
 from vsm.flags import image_defaults
-from vsm.names import NOT_IDENTITY, flag_text, group_by_seed
+from vsm.names import flag_text, group_by_seed, in_order, panels_of, short_name, usual_flags
 from vsm.runs import save_arrays, write_atomic
 from vsm.samplers import SAMPLERS
 from vsm.stored_runs import StoredRun
@@ -21,7 +21,8 @@ COLUMNS = {"fid": "FID", "fid_infinite": "FID, infinite n", "kid_x1000": "KID x1
            "reconstruction_mse": "MSE", "latent_mmd": "MMD^2", "posterior_fd": "posterior FD", "active_second_moment": "E z^2"}
 QUALITY = {"fid": "FID", "fid_infinite": "FID, infinite n", "kid_x1000": "KID x1000",  # the columns of the table of samplers
            **{key: key for key in ("precision", "recall", "density", "coverage", "nearest")}}
-AXES = ("data", "net", "infer", "learn", "seed")  # flags that the table's other columns show
+NAMES = ("data", "net", "objectives", "settings")  # the columns that say what a row is
+AXES = ("data", "net", "infer", "learn", "estimator", "seed")  # flags that other columns than the settings show
 NOTES = f"""- {INTERVAL}; a run that diverged or exploded is in no mean
 - lower is better, except for E z^2, which is that of the active latents under the aggregate posterior; it is 1 under the prior
 - FID and KID are those of the features in the row; values of other features are not comparable
@@ -69,25 +70,26 @@ def by_data_and_pair(measured):
 def write_table(measured, out):
     """Write table.md and table.npz to the folder `out`, from a list of Measured, and print the table."""
     configs = [each.run.config for each in measured]
-    groups = group_by_seed([each.run for each in measured], configs)
-    rows = [row_of(name, [measured[i] for i in members]) for name, members in groups]
+    groups = group_by_seed([each.run for each in measured], configs, leave_out_usual=True)
+    rows = [row_of(name, settings, [measured[i] for i in members]) for name, settings, members in groups]
+    rows.sort(key=lambda row: (row["data"], row["net"], in_order(row["settings"])))  # of one setting, in the order of `measured`
     references = references_of(measured)
     save_arrays(out / "table.npz", {"runs": [each.run.name for each in measured], "paper": PAPER["source"]},
                 **{key: np.array([row[key] for row in rows]) for key in rows[0]})
-    text = "\n".join([table_of(rows, references), "", *samplers_table(rows, references), *NOTES, *budget_notes(configs),
-                      *map(reference_note, references), f"- paper: {PAPER['source']}"])
+    notes = [*NOTES, *(f"- {note}" for note in settings_notes(configs)), *map(reference_note, references)]
+    text = "\n".join([table_of(rows, references), "", *samplers_table(rows, references), *notes, f"- paper: {PAPER['source']}"])
     write_atomic(out / "table.md", f"{text}\n".encode())
     print(f"\n{text}\n\n{out}/table.md")
 
 
-def row_of(name, members):
+def row_of(name, settings, members):
     """The row of a group of seeds: {column of table.npz: value}. What was measured in different ways is NaN."""
     config, ok = members[0].run.config, [each.numbers() for each in members if not each.failed]
     features = sorted({each.features for each in members} - {None})
-    settings = [each.evaluation["config"]["evaluation"] for each in members if each.evaluation]
-    mixtures = {(each["components"], each.get("fits", 1)) for each in settings if "components" in each}
-    bounds = {(each.get("iw_samples"), each.get("images")) for each in settings}
-    row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "n": len(ok),
+    evaluations = [each.evaluation["config"]["evaluation"] for each in members if each.evaluation]
+    mixtures = {(each["components"], each.get("fits", 1)) for each in evaluations if "components" in each}
+    bounds = {(each.get("iw_samples"), each.get("images")) for each in evaluations}
+    row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "settings": settings, "n": len(ok),
            **dict(zip(("components", "fits"), max(mixtures, default=(0, 1)))),
            **count_failures([each.status for each in members]),
            "features": ", ".join(network for network, _ in features), **published(config)}
@@ -127,13 +129,13 @@ def table_of(rows, references):
 
     The floor is the FID and KID of as many training images.
     """
-    header = ["data", "net", "objectives", "n", "features"]
+    header = [*NAMES, "n", "features"]
     for key, title in COLUMNS.items():
         header += [title, "paper"] if f"paper_{key}" in rows[0] else [title]
     lines = []
     for row in rows:
         others = f" (+{failures})" if (failures := failures_text(row)) else ""
-        line = [row["data"], row["net"], row["objectives"], f"{row['n']}{others}", row["features"]]
+        line = [*(row[name] for name in NAMES), f"{row['n']}{others}", row["features"]]
         for key in COLUMNS:
             line.append(mean_and_error_text(row[f"{key}_mean"], row[f"{key}_ci95"]))
             if f"paper_{key}" in row:
@@ -147,7 +149,7 @@ def table_of(rows, references):
                      COLUMNS["fid_infinite"]: mean_and_error_text(floor.get("fid_infinite_floor", np.nan)),
                      COLUMNS["kid_x1000"]: mean_and_error_text(1000 * floor["kid_floor"])}
             lines.append([cells.get(title, "") for title in header])
-    return markdown_table(header, lines, "lllll" + "r" * (len(header) - 5))
+    return markdown_table(header, lines, "llllll" + "r" * (len(header) - 6))
 
 
 def samplers_table(rows, references):
@@ -158,32 +160,29 @@ def samplers_table(rows, references):
         if np.isfinite([mean for mean, _ in cells[3:]]).any():  # one that older evaluations lack
             best = f", best of {row['fits']} fits" if row["fits"] > 1 else ""
             law = f"mixture of {row['components']}{best}" if name == "mixture" else name
-            lines.append([row["data"], row["net"], row["objectives"], law, *(mean_and_error_text(*cell) for cell in cells)])
+            lines.append([*(row[name] for name in NAMES), law, *(mean_and_error_text(*cell) for cell in cells)])
     if not lines:
         return []
     for floor, data in ((reference["floor"], reference["settings"]["data"]) for reference in references):
         if "precision_floor" in floor:
             values = {**floor, "kid_x1000_floor": 1000 * floor["kid_floor"]}
             cells = [mean_and_error_text(values.get(f"{key}_floor", np.nan)) for key in QUALITY]
-            lines.append([data, "", "", "training images", *cells])
-    return [markdown_table(["data", "net", "objectives", "z from", *QUALITY.values()], lines, "llll" + "r" * len(QUALITY)), "",
+            lines.append([data, "", "", "", "training images", *cells])
+    return [markdown_table([*NAMES, "z from", *QUALITY.values()], lines, "lllll" + "r" * len(QUALITY)), "",
             "- precision, recall, density, coverage: higher is better, with 5 neighbours among the features of FID",
             "- nearest: median distance, in pixels, to the nearest training image, over that of test images; copies have 0"]
 
 
-def budget_notes(configs):
-    """For each data set and network, a note on the flags that all its runs share and that differ from the defaults."""
-    tables = {}
-    for config in configs:
-        tables.setdefault((config["flags"]["data"], config["flags"]["net"]), []).append(config["flags"])
+def settings_notes(configs):
+    """For each data set and network, a sentence on the values of flags that its settings leave out and that are no defaults."""
     notes = []
-    for (data, net), runs in tables.items():
-        defaults = [image_defaults(net if net in NETS else "conv", flags["samples"]) for flags in runs]
-        shared = " ".join(f"--{flag_text(key, value)}" for key, value in runs[0].items() if key not in (*NOT_IDENTITY, *AXES)
-                          and any(value != default[key] for default in defaults)
-                          and all(flags.get(key) == value for flags in runs))
-        notes.append(f"- {data} {net}: all runs have {shared or 'no flag in common but defaults'}; flags that differ are in the "
-                     "names, and the others have their defaults")
+    for (data, net), members in panels_of(configs).items():
+        usual = usual_flags([configs[i] for i in members])
+        defaults = image_defaults(net if net in NETS else "conv", usual.get("samples"))
+        named = " ".join(f"--{flag_text(key, value)}" for key, value in usual.items()
+                         if key not in AXES and value != defaults.get(key))
+        notes.append(f"{short_name(data)} {net}: where its settings name no other value, a run has "
+                     + (f"{named}, and otherwise defaults" if named else "defaults"))
     return notes
 
 

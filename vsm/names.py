@@ -80,55 +80,86 @@ def pair_order(flags):
     return position(letter_of(flags), letters), position(flags["infer"], list(INFER))
 
 
+def objectives_name(config):
+    """The pair of objectives with its estimator, where that is not plugin: "KLD-B unbiased"."""
+    estimator = config["flags"]["estimator"]
+    return config["label"] + (f" {estimator}" if estimator != "plugin" else "")
+
+
 def pair_name(config, one_sample=False):
-    """The pair with its estimator, where that is not plugin, and its N: "KLD-B unbiased, N = 5".
+    """The pair of objectives with its estimator and N: "KLD-B unbiased, N = 5".
 
     N = 1 is left out, unless `one_sample`.
     """
-    flags = config["flags"]
-    estimator = f" {flags['estimator']}" if flags["estimator"] != "plugin" else ""
-    samples = f", N = {flags['samples']}" if one_sample or flags["samples"] > 1 else ""
-    return config["label"] + estimator + samples
+    samples = config["flags"]["samples"]
+    return objectives_name(config) + (f", N = {samples}" if one_sample or samples > 1 else "")
 
 
-def settings_of(configs, keys):
-    """For each config, those of the flags `keys` that vary among them, as in "conv, norm none, init sd 0.4"."""
-    flags = [config["flags"] for config in configs]
+def usual_flags(configs):
+    """{flag: the value that more than half of these runs have}, of flags that make a run what it is."""
+    values = {}
+    for config in configs:
+        for key, value in config["flags"].items():
+            if key not in (*NOT_IDENTITY, "seed"):
+                values.setdefault(key, []).append(value)
+    common = {key: max(found, key=found.count) for key, found in values.items()}
+    return {key: value for key, value in common.items() if values[key].count(value) > len(configs) / 2}
+
+
+def settings_of(configs, keys, usual=None):
+    """For each config, those of the flags `keys` that vary among them, as in "conv, N = 5, init-sd 0.4".
+
+    The values of `usual` {flag: value} are left out. Without one, a switch is named where it is on.
+    """
+    flags, usual = [config["flags"] for config in configs], usual or {}
     vary = [key for key in keys if len({run.get(key) for run in flags}) > 1]
 
     def text(key, value):
         if key in ("data", "net"):
             return value
-        if isinstance(value, bool) or value is None:  # named where it is set
-            return key.replace("_", " ") if value else ""
-        return f"{key.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
+        if key == "samples":
+            return f"N = {value}"
+        if value is None or value is False:
+            return f"without {flag_name(key)}" if key in usual else ""
+        return flag_text(key, f"{value:g}" if isinstance(value, float) else value)
 
-    return [", ".join(filter(None, (text(key, run[key]) for key in vary if key in run))) for run in flags]
+    return [", ".join(filter(None, (text(key, run[key]) for key in vary if key in run and (key, run[key]) not in usual.items())))
+            for run in flags]
 
 
-def group_by_seed(runs, configs):
-    """Group runs that differ in their seed alone: a list of (name, indices into `runs` and their `configs`).
+def in_order(settings):
+    """Sort key of such a text, by which width 8 comes before width 16 and the usual settings, which have no text, come first."""
+    return [float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", settings))]
 
-    The name is the label of the objectives with the flags in which the group differs from others of the same data and network:
-    "KLD-F", "KLD-B unbiased, N = 5" or "KLD-F, inner-steps 1". Raises UserError if a group has a seed twice, which would make its
-    spread too small.
+
+def panels_of(configs):
+    """{(data, network): the indices of its image runs}."""
+    panels = {}
+    for i, config in enumerate(configs):
+        panels.setdefault((config["flags"]["data"], config["flags"]["net"]), []).append(i)
+    return panels
+
+
+def group_by_seed(runs, configs, leave_out_usual=False):
+    """Group runs that differ in their seed alone: a list of (name, settings, indices into `runs` and their `configs`).
+
+    The name is that of the objectives and their estimator, "KLD-B unbiased". The settings are the flags in which the group
+    differs from others of the same data and network, "N = 5, width 8", if asked without those of `usual_flags` there. Raises
+    UserError if a group has a seed twice, which would make its spread too small.
     """
-    identity = [{key: value for key, value in flags.items() if key not in (*NOT_IDENTITY, "seed")}
-                for flags in [config["flags"] for config in configs]]
-    groups = {}
-    for i, flags in enumerate(identity):
-        groups.setdefault(json.dumps([configs[i]["label"], flags], sort_keys=True), []).append(i)
-    named = []
+    groups, settings = {}, {}
+    for i, config in enumerate(configs):
+        flags = {key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")}
+        groups.setdefault(json.dumps([config["label"], flags], sort_keys=True), []).append(i)
+    for members in panels_of(configs).values():
+        mine = [configs[i] for i in members]
+        keys = dict.fromkeys(key for config in mine for key in config["flags"])
+        texts = settings_of(mine, [key for key in keys if key not in (*NOT_IDENTITY, "seed", "learn", "infer", "estimator")],
+                            usual_flags(mine) if leave_out_usual else None)
+        settings |= dict(zip(members, texts))
     for members in groups.values():
         refuse_twins([(runs[i], [configs[i]["flags"]["seed"]]) for i in members])
-        mine = identity[members[0]]
-        rivals = [flags for flags in identity if (flags.get("data"), flags.get("net")) == (mine.get("data"), mine.get("net"))]
-        differ = [key for key in mine if key not in ("learn", "infer") and any(flags.get(key) != mine[key] for flags in rivals)]
-        estimator = f" {mine['estimator']}" if "estimator" in differ and mine["estimator"] != "plugin" else ""
-        others = [f"N = {mine[key]}" if key == "samples" else flag_text(key, mine[key])
-                  for key in differ if key != "estimator"]
-        named.append((", ".join([configs[members[0]]["label"] + estimator, *others]), members))
-    return named
+    return [(objectives_name(configs[members[0]]), settings[members[0]], members) for members in groups.values()]
 
 
 def refuse_twins(runs):

@@ -3,7 +3,7 @@
 import itertools
 
 from vsm.figures.style import area_key
-from vsm.names import group_by_seed, pair_order, settings_of, short_name
+from vsm.names import group_by_seed, in_order, pair_order, settings_of, short_name
 from vsm.stored_runs import open_runs
 from vsm.tables import count_failures, failures_text
 
@@ -11,7 +11,7 @@ MARKERS = {"plugin": ".v^D", "unbiased": "xP*+", "released": "sph8"}  # of an es
 
 
 def grouped(runs, part="metrics", split=()):
-    """{data set and network: [(name, arrays of the runs that differ only in their seed)]}, in the order of LEARN and INFER.
+    """{data set and network: [(name, arrays of the runs that differ only in their seed)]}, names in the order of LEARN and INFER.
 
     With `split`, names of flags, runs that differ in these flags are apart too, and the values are in the title's second line.
     """
@@ -23,10 +23,11 @@ def grouped(runs, part="metrics", split=()):
 
     def groups_of(mine):
         found = group_by_seed([name for name, _ in mine], [arrays["config"] for _, arrays in mine])
-        groups = [(name, [mine[i][1] for i in members]) for name, members in found]
-        return sorted(groups, key=lambda group: pair_order(group[1][0]["config"]["flags"]))
+        groups = [(name, settings, [mine[i][1] for i in members]) for name, settings, members in found]
+        groups.sort(key=lambda group: (pair_order(group[2][0]["config"]["flags"]), in_order(group[1])))
+        return [(", ".join(filter(None, (name, settings))), members) for name, settings, members in groups]
 
-    return {title: groups_of(mine) for title, mine in panels.items()}
+    return {title: groups_of(panels[title]) for title in sorted(panels, key=in_order)}
 
 
 def named_groups(panels):

@@ -6,7 +6,17 @@ import numpy as np
 
 from vsm.figures.axes import whole_ticks
 from vsm.figures.groups import grouped, named_groups, seeds_of
-from vsm.figures.style import area_key, color_of, handles_of, legend_below, line_key, new_figure, new_panels, save_figure
+from vsm.figures.style import (
+    area_key,
+    color_of,
+    handles_of,
+    legend_below,
+    line_key,
+    new_figure,
+    new_panels,
+    save_figure,
+    wrapped,
+)
 
 LARGEST_SD = 1.2
 
@@ -71,7 +81,7 @@ def aggregate_posterior(runs, save):
         z = np.linspace(-4, 4, 200)
         left.plot(z, np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi), "k--", lw=1)
         left.set(xlabel="$z$, active latents", ylabel="density", xlim=(-4, 4))
-        left.set_title(f"{name}, {seeds_of(members)}", loc="left")
+        left.set_title(wrapped(f"{name}, {seeds_of(members)}", 4, 9), loc="left")
         right.axhline(1, color="black", linestyle="--", lw=1)
         right.set(xlabel="latent, sorted", ylabel="$E\\,z^2$", ylim=(0, None))
     legend_below(figure, {"posterior samples of all test images": area_key("0.7"),
@@ -92,7 +102,7 @@ def histograms(runs, draw, xlabel, ylabel, columns=4):
         for ax, (name, members) in zip(row, groups):
             for arrays in members:
                 draw(ax, arrays, color=color_of(arrays["config"]["flags"]))
-            ax.set_title(f"{name}, {seeds_of(members)}")
+            ax.set_title(wrapped(f"{name}, {seeds_of(members)}", 2.1, 9))
             ax.set_xlabel(xlabel)
         row[0].set_ylabel(f"{title}\n{ylabel}" if len(panels) > 1 else ylabel)
         for ax in row[len(groups):]:

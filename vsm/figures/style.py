@@ -88,7 +88,7 @@ def area_key(color):
 
 def wrapped(text, inches, fontsize):
     """The text in lines of at most so many inches, to within the differences of its letters' widths."""
-    return textwrap.fill(text, max(12, int(72 * inches / (0.55 * fontsize))), break_long_words=False)
+    return textwrap.fill(text, max(12, int(72 * inches / (0.55 * fontsize))), break_long_words=False, break_on_hyphens=False)
 
 
 def handles_of(axes):
