@@ -39,14 +39,17 @@ from vsm.stored_runs import StoredRun, open_runs
 from vsm.tables import failed
 
 CURVES = ("epoch", "negative_elbo", "reconstruction_mse", "latent_mmd")  # every image run has them, and the table needs them
+BOUND = {"images": 500, "iw_samples": 100}  # of the importance-weighted bound
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train_images.py made, or packs of them")
     flag = parser.add_argument
-    flag("--images", type=positive, default=500, help="test images for the importance-weighted bound")
-    flag("--iw-samples", type=positive, default=100, help="posterior samples of the importance-weighted bound")
+    flag("--images", type=positive, help="test images for the importance-weighted bound (default: those of the run's evaluation, "
+         f"or {BOUND['images']})")
+    flag("--iw-samples", type=positive, help="posterior samples of the importance-weighted bound (default: those of the run's "
+         f"evaluation, or {BOUND['iw_samples']})")
     flag("--sampler", nargs="+", choices=SAMPLERS, default=["prior"],
          help="laws of z to sample images from, beside the prior (docs/images.md)")
     flag("--components", type=positive, help="Gaussians of the sampler mixture (default: those of the run's fitted one, or 10)")
@@ -166,11 +169,11 @@ def evaluate_run(folder, config, status, args, device):
     with contextlib.suppress(UserError):  # a damaged one is made again
         stored = load_arrays(save)
         before, was = stored["config"].get("evaluation", {}), str(stored.get("status"))
-    before = {"draws": 1} | (before if before.get("checkpoint") == checkpoint else {})  # older ones have no such key
+    before = BOUND | {"draws": 1} | (before if before.get("checkpoint") == checkpoint else {})  # older ones have no draws
     asked = {*args.sampler, *before.get("samplers", [])}  # none gets lost
     names = [name for name in SAMPLERS if name == "prior" or name in asked and flags["latent"] == "gaussian"]
-    settings = {"checkpoint": checkpoint, "images": args.images, "iw_samples": args.iw_samples, "samplers": names,
-                "draws": args.draws or before["draws"], **reference.settings}
+    asked_or_before = {key: getattr(args, key) or before[key] for key in (*BOUND, "draws")}
+    settings = {"checkpoint": checkpoint, "samplers": names, **asked_or_before, **reference.settings}
     if "mixture" in names:
         settings |= mixture_of(folder, args.components, args.fits)
     elif (args.components or args.fits) and "mixture" not in args.sampler:
@@ -184,12 +187,12 @@ def evaluate_run(folder, config, status, args, device):
     vae, seed = load_vae(folder, device), seed_of(flags["seed"], EVALUATION)
     generator = torch.Generator(device).manual_seed(seed)
     samplers = {name: load_sampler(folder, name, device, args.components, args.data_root, args.data, args.fits) for name in names}
-    result = fids(vae, reference, flags["noise"], generator, kid=True) | reference.floor
+    result = fids(vae, reference, flags["noise"], generator, kid=settings["draws"] == 1) | reference.floor
     generator.manual_seed(seed)
     result |= mmd_nulls(vae, len(reference.images), generator)
     train = load_images(*place, flags["limit"], flags["test_limit"]).train.to(device)
     result |= sampler_metrics(vae, samplers, reference, train, seed, settings["draws"])
-    result |= importance_bounds(vae, reference.images[:args.images], flags["noise"], args.iw_samples, generator)
+    result |= importance_bounds(vae, reference.images[:settings["images"]], flags["noise"], settings["iw_samples"], generator)
     if status.startswith("unfinished@"):  # the last row of metrics.npz is of an earlier epoch than the checkpoint
         row = metrics.evaluate_images(vae, reference.images, flags["noise"], seed=seed)
         result |= {key: value for key, value in row.items() if key in COLUMNS}

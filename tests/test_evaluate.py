@@ -105,6 +105,9 @@ def test_an_evaluation_is_used_again_until_its_settings_change(runs, tmp_path, c
     assert "evaluated before" not in capsys.readouterr().out and (runs.a / "eval.npz").read_bytes() == before
     run_evaluate(tmp_path, runs.a, "--iw-samples", "3")
     assert load_arrays(runs.a / "eval.npz")["iw_samples"].tolist() == [1, 3]
+    capsys.readouterr()
+    main(evaluate, runs.a, "--device", "cpu", "--out", tmp_path)  # what no flag says stays as it was
+    assert "evaluated before" in capsys.readouterr().out
     run_evaluate(tmp_path, runs.a, "--iw-samples", "3", "--sampler", "gaussian")
     assert "fid_gaussian" in load_arrays(runs.a / "eval.npz")
 

@@ -83,6 +83,8 @@ def test_an_exported_model_is_the_same_and_replaces_nothing(folders, digits, tmp
 @pytest.mark.parametrize("name", ["conv", "mlp", "resnet"])
 def test_a_model_loaded_twice_decodes_the_same_in_any_batch(folders, name):
     first, second = load_vae(folders / name), load_vae(folders / name)
+    with pytest.raises(UserError, match="the device cuda:99 is not available here"):
+        load_vae(folders / name, "cuda:99")
     z = torch.randn(4, 3)
     whole, halves = first.decode(z), torch.cat([second.decode(z[:2]), second.decode(z[2:])])
     assert torch.equal(whole, second.decode(z))
@@ -268,9 +270,9 @@ def test_a_sampler_is_fitted_to_the_images_of_its_run_with_its_noise(run, digits
 def test_the_number_of_components_is_that_of_the_file_unless_another_is_asked_for(run):
     for asked, found in ((3, 3), (None, 3), (2, 2)):
         assert load_sampler(run, "mixture", components=asked).law.weights.shape == (found,)
-    for none in ({"components": 0}, {"fits": 0}):
-        with pytest.raises(UserError, match="at least one component and one fit"):
-            load_sampler(run, "mixture", **none)
+    for wrong in ({"components": 0}, {"fits": 0}, {"components": 2.5}):
+        with pytest.raises(UserError, match="whole numbers of at least 1"):
+            load_sampler(run, "mixture", **wrong)
     published = load_sampler(MODEL, data_root="/nowhere")
     assert load_vae(MODEL).decode(published.sample(4, generator())).shape == (4, 1, 32, 32)
 

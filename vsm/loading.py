@@ -78,7 +78,10 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
                         f"{str(error).splitlines()[0]})") from error
     if member is not None:
         vae = member_of(vae, member)
-    vae = vae.eval().requires_grad_(False).to(device)
+    try:
+        vae = vae.eval().requires_grad_(False).to(device)
+    except (AssertionError, RuntimeError) as error:  # PyTorch's for a device that is not there
+        raise UserError(f"the device {device} is not available here ({str(error).splitlines()[0]})") from error
     return to_channels_last(vae, flags["learn"], flags["infer"]) if is_image_run else vae
 
 

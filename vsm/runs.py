@@ -23,6 +23,8 @@ import torch
 from vsm.cli import UserError
 from vsm.names import BUDGET, NOT_IDENTITY
 
+WRITTEN = (".config.json", ".checkpoint.pt", ".metrics.npz", ".log.csv")  # beginnings of the temporary files of a Run
+
 
 def write_atomic(path, data):
     """Write bytes to `path` whole or not at all, by a temporary file, fsync and rename. Makes the folder if it is missing.
@@ -170,7 +172,8 @@ class Run:
     def _claim(self):
         """Begin a new folder by its config.json, or see what is to become of the run that is there."""
         for left in self.path.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+            if left.name.startswith(WRITTEN) or ".png." in left.name:  # evaluate.py may be writing others
+                left.unlink(missing_ok=True)
         if not (files := self._files()):
             self._take_over()
             return

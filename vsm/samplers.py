@@ -158,8 +158,8 @@ def mixture_of(folder, components=None, fits=None):
 
     One fit is left out, as in older files.
     """
-    if min(value for value in (components, fits, 1) if value is not None) < 1:
-        raise UserError(f"a mixture has at least one component and one fit, not {components} and {fits}")
+    if not all(value is None or isinstance(value, int) and value > 0 for value in (components, fits)):
+        raise UserError(f"components and fits of a mixture are whole numbers of at least 1, not {components} and {fits}")
     found = {}
     with contextlib.suppress(UserError):  # a file that is missing or damaged is made again
         found = load_arrays(Path(folder) / "sampler-mixture.npz")["config"]
