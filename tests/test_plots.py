@@ -365,7 +365,8 @@ def test_colours_follow_the_flags_and_unknown_objectives_are_grey():
 
 
 def test_tables_and_means():
-    assert markdown_table(["a", "b"], [[1, None], ["x", 2.5]], "lr") == "| a | b |\n| --- | ---: |\n| 1 |  |\n| x | 2.5 |"
+    assert markdown_table(["a", "longer", "says nothing"], [[1, None, "-"], ["|x|", 2.5, ""]], "lrl") == (
+        "| a     | longer |\n| ----- | -----: |\n| 1     |        |\n| \\|x\\| |    2.5 |")
     mean, error, median = mean_and_error(np.array([1.0, 2, 6, np.nan]))
     assert (mean, median) == (3, 2) and error == pytest.approx(np.std([1, 2, 6], ddof=1) / 3**0.5)
     assert shown_member(np.array([3.0, 1, np.nan, 2, 4])) == 3 and shown_member(np.array([np.nan])) is None

@@ -228,7 +228,7 @@ def test_members_are_told_apart_by_the_latents_they_use(tmp_path, fails):
     sd[-1, 0], sd[-1, 1, 0] = 0.95, 0.95
     edit_arrays(run / "metrics.npz", posterior_sd=sd)
     main(tables, run, "--save", run / "synthetic.md")
-    assert "| 1, 1 |" in (run / "synthetic.md").read_text()
+    assert " 1, 1 |" in (run / "synthetic.md").read_text()
     twin = shutil.copytree(run, tmp_path / "twin")
     assert f"{run} and {twin} are the same experiment with the same seed 0" in fails(plots, "synthetic", run, twin)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import warnings
 
 import numpy as np
@@ -233,11 +234,16 @@ def test_the_distance_of_two_laws_is_that_of_their_quantiles(name, law):
     assert found.item() == pytest.approx(square.sqrt().item(), rel=1e-3)
 
 
+def cells_of(table):
+    """The lines of a table without the spaces that fill its columns."""
+    return [re.sub(" +", " ", line) for line in table.splitlines()]
+
+
 def test_a_diverged_start_is_a_result(tmp_path, capsys):
     arrays = fit(tmp_path / "run", "--grid", 2, "--iterations", 50, "--lr", 1)
     assert arrays["diverged"][0, 0, 0].all() and not arrays["diverged"][:, :, 1].any()
     assert arrays["status"] == "ok" and not (arrays["caught"] & arrays["diverged"]).any()
-    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| sym | fd-repar | sgd"))
+    first = next(line for line in cells_of(capsys.readouterr().out) if line.startswith("| sym | fd-repar | sgd"))
     assert first == "| sym | fd-repar | sgd | 0 | 4 | - | - | - | - | - |"  # no start caught, four diverged, and no median
 
 
@@ -282,7 +288,7 @@ def test_mixtures_that_leave_the_grid_are_no_perfect_fit(tmp_path, capsys):
         assert arrays[name].isfinite().tolist() == [[True, False, False]], name
     argv = ("--family", "mixture", "--lr", 100, "--repeats", 1, "--iterations", 50, "--likelihoods", "sym")
     arrays = run(tmp_path / "diverged", *argv)
-    assert "| sym | 0 | 1 | - |" in capsys.readouterr().out
+    assert any(line.startswith("| sym | 0 | 1 |") for line in cells_of(capsys.readouterr().out))
     assert str(arrays["status"]) == "diverged@50" and (tmp_path / "diverged" / "toy_mixtures.png").exists()
     run(tmp_path / "diverged", *argv)
     assert "finished before" in capsys.readouterr().out
@@ -307,8 +313,9 @@ def test_a_mixture_that_diverges_leaves_the_others_as_they_are(tmp_path, monkeyp
     monkeypatch.setattr(Mixtures, "__init__", poisoned)
     capsys.readouterr()
     arrays = fit(tmp_path / "poisoned", *argv)
-    assert "| sym | 2 | 1 | " in (out := capsys.readouterr().out) and "±" in out and "nan" not in out
-    for line, mass in zip(out.splitlines()[-2:], arrays["exact_right_mass"], strict=True):
+    out = capsys.readouterr().out
+    assert any(line.startswith("| sym | 2 | 1 | ") for line in cells_of(out)) and "±" in out and "nan" not in out
+    for line, mass in zip(cells_of(out)[-2:], arrays["exact_right_mass"], strict=True):
         assert line.endswith(f" | {mass:.3f} |")
     assert arrays["status"] == "ok" and np.isnan(arrays["kl"][:, 1]).all()
     for name in ("kl", "fd", "right_mass"):
@@ -320,4 +327,4 @@ def test_one_mixture_has_no_spread(tmp_path, capsys):
         warnings.simplefilter("error")
         fit(tmp_path / "run", "--family", "mixture", "--repeats", 1, "--iterations", 2)
     out = capsys.readouterr().out
-    assert "| sym | 1 | 0 | " in out and "±" not in out and "nan" not in out
+    assert any(line.startswith("| sym | 1 | 0 | ") for line in cells_of(out)) and "±" not in out and "nan" not in out

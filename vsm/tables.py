@@ -11,11 +11,18 @@ FAILURES = ("diverged", "exploded")  # a status is ok, one of these with the ste
 def markdown_table(header, rows, align=None):
     """The lines of a Markdown table, joined: header [C] and rows [R, C] of anything that str() takes; None is an empty cell.
 
-    align: a letter per column, l, c or r (default: all l).
+    A column is as wide as its longest cell, and left out where no row says anything in it. align: a letter per column, l or r
+    (default: all l).
     """
-    rules = {"l": "---", "c": ":---:", "r": "---:"}
-    lines = [header, [rules[letter] for letter in align or "l" * len(header)], *rows]
-    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+    def column(title, letter, *cells):
+        texts = ["" if cell is None else str(cell).replace("|", "\\|") for cell in (title, *cells)]
+        width = max(3, *map(len, texts))
+        rule = "-" * width if letter == "l" else "-" * (width - 1) + ":"
+        return [text.ljust(width) if letter == "l" else text.rjust(width) for text in (texts[0], rule, *texts[1:])]
+
+    columns = [column(title, letter, *cells) for title, letter, *cells in zip(header, align or "l" * len(header), *rows)
+               if any(cell not in (None, "", "-") for cell in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
 
 
 def failed(status):
