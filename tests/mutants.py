@@ -195,10 +195,10 @@ MUTANTS = {
         ("-{network.description['hash']}.npz", ".npz")],
     "evaluate.py": [
         ('fids(vae, reference, flags["noise"]', "fids(vae, reference, 0.1"),
-        ("mmd_nulls(vae, len(reference.images)", "mmd_nulls(vae, args.images"),
-        ('args.images], flags["noise"]', "args.images], 0.2"),
+        ("mmd_nulls(vae, len(reference.images)", "mmd_nulls(vae, 20"),
+        ('settings["images"]], flags["noise"]', 'settings["images"]], 0.2'),
         ('status.startswith("unfinished@"):  #', 'status.startswith("never"):  #'),
-        ('flags["noise"], seed=seed)', "0.3, seed=seed)"), (' "samplers": names,', "")],
+        ('flags["noise"], seed=seed)', "0.3, seed=seed)"), (' "samplers": names,', ""), ("getattr(args, key) or before", "getattr(args, key) or BOUND")],
     "vsm/image_table.py": [
         ("self.last | evaluation |", "evaluation | self.last |"), ('"conv", usual.get("samples"))', '"conv", 5)'),
         ("and value != defaults.get(key))", ")"),
