@@ -198,7 +198,8 @@ MUTANTS = {
         ("mmd_nulls(vae, len(reference.images)", "mmd_nulls(vae, 20"),
         ('settings["images"]], flags["noise"]', 'settings["images"]], 0.2'),
         ('status.startswith("unfinished@"):  #', 'status.startswith("never"):  #'),
-        ('flags["noise"], seed=seed)', "0.3, seed=seed)"), (' "samplers": names,', ""), ("getattr(args, key) or before", "getattr(args, key) or BOUND")],
+        ('flags["noise"], seed=seed)', "0.3, seed=seed)"), (' "samplers": names,', ""),
+        ("getattr(args, key) or before", "getattr(args, key) or BOUND")],
     "vsm/image_table.py": [
         ("self.last | evaluation |", "evaluation | self.last |"), ('"conv", usual.get("samples"))', '"conv", 5)'),
         ("and value != defaults.get(key))", ")"),
