@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vsm.cli import Parser, UserError, command_line
+from vsm.fid import FIDS
 from vsm.image_table import settings_notes
 from vsm.names import (
     NOT_IDENTITY,
@@ -51,12 +52,16 @@ def latent_scale_of(run):
 
 
 def mixture_of(run):
-    """FID by a fitted mixture, where evaluate.py has measured it, and by the prior at the end, of the same number of draws."""
-    evaluation = run.arrays("eval") if run.has("eval") else {}
-    if "fid_mixture" not in evaluation or "fid" not in run.arrays():
+    """FID by a fitted mixture, where evaluate.py has measured it, and by the prior at the end, of the same number of draws.
+
+    A run without --fid-every has the other FIDs of evaluate.py in place of its curves.
+    """
+    evaluation, curves = run.arrays("eval") if run.has("eval") else {}, run.arrays()
+    if "fid_mixture" not in evaluation:
         return {}
     return {"fid_mixture": evaluation["fid_mixture"], "fid_end": evaluation["fid"],
-            "measured_by": measured_by(evaluation["config"]["evaluation"])}
+            "measured_by": measured_by(evaluation["config"]["evaluation"]),
+            **{key: np.atleast_1d(evaluation[key]) for key in FIDS if key not in curves}}
 
 
 def network_notes(loaded):
@@ -129,12 +134,13 @@ def table_of_image_runs(loaded):
     """A row for each pair and setting: final metrics over seeds, and how they changed in the last quarter of training.
 
     Runs with --fid-every have FIDs, FID's change in %, and FID over KLD-ELBO's: of two runs of the same seed and setting, with
-    the same N where KLD-ELBO has it. Those that evaluate.py has measured have the same by a fitted mixture. Runs without have the
-    change of the negative ELBO, in nats. A failed run is in no mean. Raises UserError where two runs of a row share a seed, and
-    where FIDs of one data set were measured with other settings of evaluate.py.
+    the same N where KLD-ELBO has it. Runs that evaluate.py has measured with a fitted mixture have FIDs and ratios by that too.
+    Where no run has --fid-every, the change is that of the negative ELBO, in nats. A failed run is in no mean. Raises UserError
+    where two runs of a row share a seed, and where FIDs of one data set were measured with other settings of evaluate.py.
     """
     refuse_unlike_measurements(loaded)
     groups, elbos, measured = {}, {}, {key for arrays in loaded for key in arrays}
+    changing = "fid" if any(len(arrays.get("fid", ())) > 1 for arrays in loaded) else "negative_elbo"
     several_n = len({arrays["config"]["flags"]["samples"] for arrays in loaded}) > 1
     for setting, arrays in with_settings(loaded):
         flags, config = arrays["config"]["flags"], arrays["config"]
@@ -157,7 +163,8 @@ def table_of_image_runs(loaded):
             theirs = [elbo_of(arrays, elbos.get((data, net, settings, arrays["config"]["flags"]["seed"]), {}))
                       for arrays in members]
         rows.append({"data": short_name(data), "net": net, "objectives": name, "settings": settings,
-                     "n": f"{len(members)}{f' (+{failures})' if failures else ''}", **image_columns(members, theirs, measured)})
+                     "n": f"{len(members)}{f' (+{failures})' if failures else ''}",
+                     **image_columns(members, theirs, measured, changing)})
     return table_of(rows, names=4)
 
 
@@ -179,10 +186,10 @@ def elbo_of(arrays, elbos):
     return elbos.get(arrays["config"]["flags"]["samples"], next(iter(elbos.values()), {}))
 
 
-def image_columns(members, elbos, measured):
+def image_columns(members, elbos, measured, changing):
     """{title: text} of runs that differ in their seed alone, from the metrics that any run of the table has `measured`.
 
-    elbos: the run of KLD-ELBO that each is compared with; None for KLD-ELBO itself.
+    elbos: the run of KLD-ELBO that each is compared with; None for KLD-ELBO itself. changing: the metric whose change is shown.
     """
     def over_seeds(key, digits, factor=1):
         return interval_text([factor * final(arrays, key) for arrays in members], digits, len(members))
@@ -197,10 +204,11 @@ def image_columns(members, elbos, measured):
 
     columns = {}
     if "fid" in measured:
-        change = changes("fid", lambda before, end: 100 * (end / before - 1))
         columns = {"FID": over_seeds("fid", 2), "FID, aggregate posterior": over_seeds("fid_aggregate", 2),
-                   "FID, reconstructions": over_seeds("fid_reconstruction", 2), "FID / KLD-ELBO's": over_elbo("fid"),
-                   "change in the last quarter": number_text(change, "+.0f") + (" %" if np.isfinite(change) else "")}
+                   "FID, reconstructions": over_seeds("fid_reconstruction", 2), "FID / KLD-ELBO's": over_elbo("fid")}
+    if changing == "fid":
+        change = changes("fid", lambda before, end: 100 * (end / before - 1))
+        columns["change in the last quarter"] = number_text(change, "+.0f") + (" %" if np.isfinite(change) else "")
     if "fid_mixture" in measured:
         columns |= {"FID, mixture": over_seeds("fid_mixture", 2), "the same / KLD-ELBO's": over_elbo("fid_mixture")}
     columns["E z^2"] = over_seeds("second_moment", 2)
@@ -208,7 +216,7 @@ def image_columns(members, elbos, measured):
         columns |= {"E z^2, training images": over_seeds("training_moment", 2),
                     "its end by equation (6)": over_seeds("predicted_moment", 2)}
     columns["negative ELBO"] = over_seeds("negative_elbo", 1)
-    if "fid" not in measured:
+    if changing == "negative_elbo":
         change = changes("negative_elbo", lambda before, end: end - before)
         columns["its change in the last quarter"] = number_text(change, "+.1f")
     return columns | {"MSE x 100": over_seeds("reconstruction_mse", 2, 100), "latent MMD^2": over_seeds("latent_mmd", 1),

@@ -23,6 +23,7 @@ from models import NETS
 from objectives import INFER, LEARN, Objective, posterior_score
 from sketches import contents_in
 from small_runs import IMAGES, ROOT, environment, image_trainer, main, noise_pictures
+from studies import tables
 from vsm.cli import command_line
 from vsm.device import to_channels_last
 from vsm.distributions_2d import DISTRIBUTIONS
@@ -168,7 +169,7 @@ def test_the_example_goes_from_a_folder_of_pictures_to_samples_and_log_p(tmp_pat
 @pytest.mark.slow
 def test_the_recipe_that_compares_objectives_gives_a_table_by_a_fitted_law(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "images.md").read_text()
-    train, measure = re.search(r"Compare two objectives.*?```bash\n(.*?)\n(.*?)\n```", page, re.S).groups()
+    train, measure, compare = re.search(r"Compare two objectives.*?```bash\n(.*?)\n(.*?)\n(.*?)\n```", page, re.S).groups()
     monkeypatch.chdir(tmp_path)
     noise_pictures(tmp_path / "my_pictures", 40)
     train_images.main_of_runs(train_images.parse_runs(
@@ -176,6 +177,8 @@ def test_the_recipe_that_compares_objectives_gives_a_table_by_a_fitted_law(tmp_p
     run, = Path("runs/images").glob("*-fd-*seed0")
     main(evaluate, run, *shlex.split(measure)[3:], "--images", 2, "--iw-samples", 2, "--components", 2)
     assert "KLD-F" in (table := capsys.readouterr().out) and "| mixture of 2, best of 5 fits |" in table
+    main(tables, run, *shlex.split(compare)[4:])
+    assert "FID, mixture" in Path("runs/ratios.md").read_text()
 
 
 STAGES = {"mnist": 4, "mnist_dsm": 1, "mnist_fd": 3, "gamma_fixed": 9, "gamma_fixed_dsm": 3, "gamma_stationary": 3, "celeba": 4,

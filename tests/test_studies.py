@@ -144,11 +144,25 @@ def test_the_fid_by_a_mixture_has_ratios_of_its_own():
     assert swersky["the same / KLD-ELBO's"] == "1.50 ± 0.00" and swersky["FID / KLD-ELBO's"] == "1.00 ± 0.00"
     assert elbo["FID, mixture"].startswith("3.00 ±") and two_passes["FID, mixture"] == "-"
     assert (swersky["settings"], two_passes["settings"]) == ("", "without one-pass")
-    folder = SimpleNamespace(has=lambda part: True, arrays=lambda part="metrics": {
-        "metrics": {"fid": np.array([8.0, 7.0])}, "eval": {"fid_mixture": 5.0, "fid": 9.0, "config": {"evaluation": {}}}}[part])
-    assert mixture_of(folder)["fid_mixture"] == 5
-    curve = {"fid": np.array([8.0, 7.0])}
-    assert final(curve | mixture_of(folder), "fid") == 9 and final(curve, "fid") == 7
+
+
+def test_the_fids_of_an_evaluation_are_those_at_the_end():
+    evaluation = {"fid_mixture": 5.0, "fid": 9.0, "fid_aggregate": 4.0, "fid_reconstruction": 3.0, "config": {"evaluation": {}}}
+
+    def measured(**curves):
+        return curves | mixture_of(SimpleNamespace(has=lambda part: True, arrays=lambda part="metrics": {
+            "metrics": curves, "eval": evaluation}[part]))
+
+    curve = {"fid": np.array([8.0, 7.0]), "fid_aggregate": np.array([2.0, 1.0])}
+    assert [final(measured(**curve), key) for key in ("fid", "fid_aggregate", "fid_mixture")] == [9, 1, 5]
+    assert final(curve, "fid") == 7
+    run = image(0, 10.0)
+    for key in ("fid", "fid_aggregate", "fid_reconstruction"):  # a run without --fid-every
+        del run[key]
+    row = row_of(table_of_image_runs([run | measured()]), 0)
+    assert [row[key] for key in ("FID", "FID, aggregate posterior", "FID, reconstructions", "FID, mixture")] == [
+        "9.00", "4.00", "3.00", "5.00"]
+    assert row["its change in the last quarter"] == "-10.0"
 
 
 def test_fids_that_were_measured_otherwise_are_refused_or_noted():
