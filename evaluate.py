@@ -169,7 +169,7 @@ def evaluate_run(folder, config, status, args, device):
     with contextlib.suppress(UserError):  # a damaged one is made again
         stored = load_arrays(save)
         before, was = stored["config"].get("evaluation", {}), str(stored.get("status"))
-    before = BOUND | {"draws": 1} | (before if before.get("checkpoint") == checkpoint else {})  # older ones have no draws
+    before = BOUND | {"draws": 1} | before  # older ones have no draws
     asked = {*args.sampler, *before.get("samplers", [])}  # none gets lost
     names = [name for name in SAMPLERS if name == "prior" or name in asked and flags["latent"] == "gaussian"]
     asked_or_before = {key: getattr(args, key) or before[key] for key in (*BOUND, "draws")}

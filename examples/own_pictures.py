@@ -32,7 +32,8 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("data", type=data_name, help="folder:PATH, or another name that train_images.py --data takes")
     flag("--data-root", default="data", help="folder of the data sets")
-    flag("--updates", type=positive, default=7200, help="updates; fewer than 5000 are too few for a good model")
+    flag("--updates", type=positive, default=7200,
+         help="updates, rounded up to whole epochs; fewer than 5000 are too few for a good model")
     flag("--width", type=positive, default=16, help="base channels of the ConvNets")
     flag("--components", type=positive, default=10, help="Gaussians in the mixture, at most the number of pictures")
     flag("--out", type=os.path.expanduser, default="runs/own", help="the run's folder")
@@ -44,7 +45,7 @@ def main(args):
     if args.components > len(images.train):
         raise UserError(f"--components {args.components} is more than the {len(images.train)} pictures to train on")
     batch = min(50, max(2, len(images.train) // 2))
-    epochs = max(4, args.updates * batch // len(images.train))
+    epochs = -(-args.updates // (len(images.train) // batch))
     # The ELBO with one sample, one forward pass a minibatch, and steps that fall by half four times and sum to about 4.9.
     train_images.main(train_images.parse_args([
         "--data", args.data, "--data-root", args.data_root, "--out", args.out, "--learn", "elbo", "--samples", "1",

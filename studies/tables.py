@@ -41,8 +41,15 @@ def study_table(runs):
     loaded = [run.finished() | latent_scale_of(run) | mixture_of(run) | {"run": run.name} for run in runs]
     if loaded[0]["config"]["script"] == "train_synthetic":
         return f"{table_of_2d_runs(loaded)}\n\n{NOTE}\n"
-    notes = [NOTE, *(f"{note}." for note in settings_notes([arrays["config"] for arrays in loaded])), *network_notes(loaded)]
+    configs = [arrays["config"] for arrays in loaded]
+    named = ("samples",) if names_samples(configs) else ()
+    notes = [NOTE, *(f"{note}." for note in settings_notes(configs, named)), *network_notes(loaded)]
     return "\n\n".join([table_of_image_runs(loaded), *notes]) + "\n"
+
+
+def names_samples(configs):
+    """Whether the rows of image runs name N: whether it varies."""
+    return len({config["flags"]["samples"] for config in configs}) > 1
 
 
 def latent_scale_of(run):
@@ -108,7 +115,7 @@ def table_of_2d_runs(loaded):
                 theirs |= by_seed(elbo)  # of the members of one seed, that of the run most like this one
             less = [nll - theirs.get(seed, math.nan) for seed, nll in by_seed(arrays).items()]
             unknown = np.full_like(arrays["nll"], math.nan)  # the law's density, or what older versions did not measure
-            excess, curve = arrays.get("nll_excess", unknown), arrays.get("excess_curve", arrays["nll_curve"])
+            excess, curve = arrays.get("nll_excess", unknown), arrays.get("excess_curve", arrays.get("nll_curve", unknown[None]))
             sd = arrays["posterior_sd"][-1]
             unused, moment = (sd > COLLAPSED).sum(-1), arrays.get("second_moment", np.full_like(sd, math.nan))
             rows.append({
@@ -141,7 +148,7 @@ def table_of_image_runs(loaded):
     refuse_unlike_measurements(loaded)
     groups, elbos, measured = {}, {}, {key for arrays in loaded for key in arrays}
     changing = "fid" if any(len(arrays.get("fid", ())) > 1 for arrays in loaded) else "negative_elbo"
-    several_n = len({arrays["config"]["flags"]["samples"] for arrays in loaded}) > 1
+    several_n = names_samples([arrays["config"] for arrays in loaded])
     for setting, arrays in with_settings(loaded):
         flags, config = arrays["config"]["flags"], arrays["config"]
         name = pair_name(config, one_sample=True) if several_n else objectives_name(config)
@@ -199,8 +206,8 @@ def image_columns(members, elbos, measured, changing):
         return "" if elbos is None else interval_text(ratios, 2, len(members))
 
     def changes(key, change):
-        curves = [arrays[key] for arrays in members if key in arrays]
-        return interval([change(np.mean(before_the_last_quarter(curve)), np.mean(curve[-1])) for curve in curves])[0]
+        curves = [arrays[key][np.isfinite(arrays[key])] for arrays in members if key in arrays]  # FID is not always due
+        return interval([change(before_the_last_quarter(curve), curve[-1]) for curve in curves if len(curve)])[0]
 
     columns = {}
     if "fid" in measured:

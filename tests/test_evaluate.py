@@ -110,6 +110,12 @@ def test_an_evaluation_is_used_again_until_its_settings_change(runs, tmp_path, c
     assert "evaluated before" in capsys.readouterr().out
     run_evaluate(tmp_path, runs.a, "--iw-samples", "3", "--sampler", "gaussian")
     assert "fid_gaussian" in load_arrays(runs.a / "eval.npz")
+    config = load_arrays(runs.a / "eval.npz")["config"]
+    config["evaluation"]["checkpoint"] = "that of fewer epochs"
+    edit_arrays(runs.a / "eval.npz", config=config)
+    main(evaluate, runs.a, "--device", "cpu", "--out", tmp_path)  # after the run was continued
+    arrays = load_arrays(runs.a / "eval.npz")
+    assert arrays["iw_samples"].tolist() == [1, 3] and "fid_gaussian" in arrays
 
 
 def test_missing_begun_and_damaged_runs_are_named_and_skipped(runs, tmp_path, capsys, fails):
@@ -262,8 +268,8 @@ def test_a_floor_for_each_set_of_test_images_and_the_papers_numbers_for_its_mode
                for run, digest, floor, sd in zip(runs, "aba", (1.0, 2.0, 1.0), (0.5, 1.5, 2.5))]
     found = references_of(members)
     assert [reference["floor"]["fid_floor"] for reference in found] == [1, 2]
-    assert [reference["null_sd"] for reference in found] == [{"2 gaussian latents": 0.5, "12 gaussian latents": 2.5},
-                                                             {"2 gaussian latents": 1.5}]
+    assert [reference["null_sd"] for reference in found] == [{"2 gaussian latents": [0.5], "12 gaussian latents": [2.5]},
+                                                             {"2 gaussian latents": [1.5]}]
     flags, others = {"data": "mnist", "net": "conv", "latent": "gaussian"}, ({"latent": "bernoulli"}, {"net": "mlp"})
     fids = [published({"label": "KLD-F", "flags": flags | more})["paper_fid"] for more in ({}, *others)]
     assert fids[0] == 5.22 and np.isnan(fids[1:]).all()
@@ -285,6 +291,7 @@ def test_settings_leave_out_what_most_runs_have_and_a_note_names_it():
     notes = settings_notes(configs({}, {"net": "mlp", "width": 400}))
     assert [note.split(":")[0] for note in notes] == ["mnist conv", "mnist mlp"]
     assert settings_notes(configs({}, {"epochs": 7}))[0].endswith("a run has defaults")
+    assert settings_notes(configs({"samples": 2, "infer_samples": 2}), ("samples",))[0].endswith("a run has defaults")
 
 
 def test_widths_are_in_the_order_of_numbers_and_the_usual_settings_come_first():

@@ -24,7 +24,7 @@ from vsm import fid, samplers
 from vsm.cache import digest
 from vsm.distributions_2d import DISTRIBUTIONS
 from vsm.fid import Reference, sampler_metrics
-from vsm.image_table import Measured, reference_note, row_of, samplers_table, table_of
+from vsm.image_table import Measured, bounds_of, reference_note, references_of, row_of, samplers_table, table_of
 from vsm.loading import epochs_trained, load_vae, vae_of
 from vsm.runs import load_arrays
 
@@ -208,7 +208,8 @@ def test_every_column_of_the_tables_shows_its_own_number():
         assert (row[f"{key}_mean"], row[f"{key}_ci95"]) == pytest.approx((2 * value, 12.7062 * value), rel=1e-5), key
     floor = {key: value for key, value in members[0].evaluation.items() if key.endswith("_floor")}
     settings = members[0].evaluation["config"]["evaluation"]
-    references = [{"settings": settings, "floor": floor, "null_sd": {"3 gaussian latents": 0.5}, "draws": {1, 10}}]
+    references = [{"settings": settings, "floor": floor, "null_sd": {"3 gaussian latents": [0.5]}, "draws": {1, 10},
+                   "bounds": {(5, 500)}}]
     lines = table_of([row], references).splitlines()
     header, _, first, last = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     found = dict(zip(header, first))
@@ -239,7 +240,10 @@ def test_numbers_of_features_that_differ_are_in_no_mean():
     assert row["features"] == "EfficientNet, LeNet" and row["n"] == 2
     fewer = measured_with(seed=1)
     fewer.evaluation["config"]["evaluation"]["iw_samples"] = 1
-    assert np.isnan(row_of("KLD-F", "", [measured_with(), fewer])["negative_iw_bound_mean"])
+    assert np.isnan(row_of("KLD-F", "", [fewer], {"mnist"})["negative_iw_bound_mean"])
+    assert bounds_of([fewer, measured_with()]) == {(1, 500), (5, 500)}
+    (reference,) = references_of([fewer, measured_with()])
+    assert "or 5 samples from q, first 40 test images, which do not compare, so none is shown" in reference_note(reference)
 
 
 @pytest.mark.parametrize("name", ["mixture", "two-stage"])

@@ -10,13 +10,14 @@ from PIL import Image
 import data
 import evaluate
 import train_images
+from examples import own_pictures
 from small_runs import IMAGES, main
 from studies import latent_scale
 from test_data import refused, scratch  # noqa: F401
 from test_pictures import cache_holds_nothing, few, picture, write_celeba, write_pictures, zip_of  # noqa: F401
 from vsm import loading, pictures
 from vsm.cache import digest
-from vsm.cli import command_line
+from vsm.cli import UserError, command_line
 from vsm.pictures import Pictures
 from vsm.runs import load_arrays, status_of
 
@@ -40,6 +41,16 @@ def test_the_cache_sees_names_and_every_date(tmp_path):
     assert data.load_images(f"folder:{folder}", limit=2).recipe["digest"] == changed.recipe["digest"]
     one, other = (Pictures(zip_of(tmp_path / "z", {"a.png": content})) for content in (b"one", b"two"))  # of one name and size
     assert one.stamp != other.stamp
+
+
+def test_the_example_trains_for_as_many_updates_as_asked_in_whole_epochs(tmp_path, monkeypatch):
+    seen, folder = [], f"folder:{write_pictures(tmp_path / 'any', range(30))}"
+    monkeypatch.setattr(train_images, "main", seen.append)
+    argv = [folder, "--updates", "7", "--components", "1", "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="ended as None"):
+        own_pictures.main(own_pictures.parse_args(argv))
+    an_epoch = len(data.load_images(folder).train) // seen[0].batch
+    assert (seen[0].epochs - 1) * an_epoch < 7 <= seen[0].epochs * an_epoch and an_epoch == 2
 
 
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints", ".thumbnails", "__MACOSX", "@eaDir", "below/.cache"])

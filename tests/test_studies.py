@@ -101,7 +101,7 @@ def test_runs_from_before_a_flag_was_there_are_in_one_table_with_those_that_have
 
 def test_diverged_members_and_unmeasured_values_leave_no_nan():
     old = plane(nll=(1.0, np.nan, 3.0))
-    for key in ("variance_ratio", "second_moment", "fisher_divergence", "nll_excess", "excess_curve"):
+    for key in ("variance_ratio", "second_moment", "fisher_divergence", "nll_excess", "excess_curve", "nll_curve"):
         del old[key]
     table = table_of_2d_runs([plane(nll=(1.0, np.nan, 3.0)), old | {"config": plane("KLD-S", "swersky")["config"]}])
     assert "nan" not in table and cells(table, 0)[2] == "2" and cells(table, 1)[8:10] == ["-", "-"]
@@ -240,6 +240,11 @@ def test_the_change_of_a_run_with_few_evaluations_is_unknown():
     runs = [image(0, 10.0), image(0, 20.0, "KLD-S", "swersky")]
     runs[0].update({key: value[-2:] for key, value in runs[0].items() if key not in ("config", "status")})
     assert [row_of(table_of_image_runs(runs), i)["change in the last quarter"] for i in range(2)] == ["-", "-50 %"]
+
+
+def test_the_change_is_between_epochs_at_which_fid_was_due():
+    run = image(0, 10.0) | {"fid": np.array([40.0, np.nan, 20.0, np.nan, 10.0])}
+    assert row_of(table_of_image_runs([run]), 0)["change in the last quarter"] == "-50 %"
 
 
 def test_a_run_that_has_not_ended_is_named(tmp_path):

@@ -17,7 +17,7 @@ from small_runs import CPU, run_steps
 from test_toy_inference import fit, parsed, run
 from training import phi_loss
 from vsm.toys.descent import OPTIMISERS, Descent, best_fits, kl_and_fd, location_gradients, noise_quadrature, wasserstein_distance
-from vsm.toys.gradients import FAMILIES, GRADIENTS, closed_gradients, gradients, normal_nodes
+from vsm.toys.gradients import FAMILIES, GRADIENTS, closed_gradients, gradients, gradients_on_a_grid, normal_nodes
 from vsm.toys.mixtures import Mixtures, how_well_mixtures_fit, log_components, mixture_score
 from vsm.toys.posteriors import LIKELIHOODS, Grid, Posterior
 
@@ -237,6 +237,13 @@ def test_the_distance_of_two_laws_is_that_of_their_quantiles(name, law):
 def cells_of(table):
     """The lines of a table without the spaces that fill its columns."""
     return [re.sub(" +", " ", line) for line in table.splitlines()]
+
+
+def test_the_grid_of_gradients_has_its_target_at_one_place():
+    usual, wide = gradients_on_a_grid(0.5), gradients_on_a_grid(50.0)
+    assert torch.equal(usual["mean"], torch.linspace(-2, 2, 41, dtype=torch.float64))
+    assert usual["sd"][[0, -1]].tolist() == [0.25, 4]
+    assert torch.allclose(wide["sd"] / 50, usual["sd"] / 0.5) and torch.allclose(wide["mean"] / 50, usual["mean"] / 0.5)
 
 
 def test_a_diverged_start_is_a_result(tmp_path, capsys):

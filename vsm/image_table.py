@@ -71,7 +71,9 @@ def write_table(measured, out):
     """Write table.md and table.npz to the folder `out`, from a list of Measured, and print the table."""
     configs = [each.run.config for each in measured]
     groups = group_by_seed([each.run for each in measured], configs, leave_out_usual=True)
-    rows = [row_of(name, settings, [measured[i] for i in members]) for name, settings, members in groups]
+    names = {config["flags"]["data"] for config in configs}
+    mixed = {data for data in names if len(bounds_of(each for each in measured if each.run.config["flags"]["data"] == data)) > 1}
+    rows = [row_of(name, settings, [measured[i] for i in members], mixed) for name, settings, members in groups]
     rows.sort(key=lambda row: (row["data"], row["net"], in_order(row["settings"])))  # of one setting, in the order of `measured`
     references = references_of(measured)
     save_arrays(out / "table.npz", {"runs": [each.run.name for each in measured], "paper": PAPER["source"]},
@@ -82,13 +84,21 @@ def write_table(measured, out):
     print(f"\n{text}\n\n{out}/table.md")
 
 
-def row_of(name, settings, members):
-    """The row of a group of seeds: {column of table.npz: value}. What was measured in different ways is NaN."""
+def bounds_of(measured):
+    """The importance-weighted bounds that the runs have: a set of (posterior samples, images)."""
+    settings = [each.evaluation["config"]["evaluation"] for each in measured if each.evaluation]
+    return {(each.get("iw_samples"), each.get("images")) for each in settings}
+
+
+def row_of(name, settings, members, mixed_bounds=()):
+    """The row of a group of seeds: {column of table.npz: value}. What was measured in different ways is NaN.
+
+    mixed_bounds: the data sets of the table whose importance-weighted bounds were measured in several ways.
+    """
     config, ok = members[0].run.config, [each.numbers() for each in members if not each.failed]
     features = sorted({each.features for each in members} - {None})
     evaluations = [each.evaluation["config"]["evaluation"] for each in members if each.evaluation]
     mixtures = {(each["components"], each.get("fits", 1)) for each in evaluations if "components" in each}
-    bounds = {(each.get("iw_samples"), each.get("images")) for each in evaluations}
     row = {"data": config["flags"]["data"], "net": config["flags"]["net"], "objectives": name, "settings": settings, "n": len(ok),
            **dict(zip(("components", "fits"), max(mixtures, default=(0, 1)))),
            **count_failures([each.status for each in members]),
@@ -96,7 +106,8 @@ def row_of(name, settings, members):
     for key in KEYS:
         values = np.array([numbers[key] for numbers in ok], float)
         if len(features) > 1 and key.startswith(("fid", "kid", "precision", "recall", "density", "coverage")) or \
-                len(mixtures) > 1 and key.endswith(ending_of("mixture")) or len(bounds) > 1 and key == "negative_iw_bound":
+                len(mixtures) > 1 and key.endswith(ending_of("mixture")) or \
+                key == "negative_iw_bound" and row["data"] in mixed_bounds:
             values[:] = np.nan
         row[f"{key}_mean"], row[f"{key}_ci95"] = interval(values) if np.isfinite(values).all() else (np.nan, np.nan)
     return row
@@ -111,16 +122,22 @@ def published(config):
 
 
 def references_of(measured):
-    """A dict for each set of test images and way of measuring: its settings, the floor, and the MMD's null sd by latent space."""
+    """A dict for each set of test images and network of features: its settings, the floor, and MMD's null sds by latent space.
+
+    It has the numbers of draws and the bounds, as of `bounds_of`, that its runs have.
+    """
     references = {}
     for each in measured:
         if each.evaluation:
             settings, flags = each.evaluation["config"]["evaluation"], each.run.config["flags"]
-            key = *(settings.get(name) for name in ("data", "test_images", "digest", "iw_samples", "images")), each.features
+            key = *(settings.get(name) for name in ("data", "test_images", "digest")), each.features
             floor = {name: value for name, value in each.evaluation.items() if name.endswith("_floor")}
-            reference = references.setdefault(key, {"settings": settings, "floor": floor, "null_sd": {}, "draws": set()})
+            reference = references.setdefault(
+                key, {"settings": settings, "floor": floor, "null_sd": {}, "draws": set(), "bounds": set()})
             reference["draws"].add(settings.get("draws", 1))
-            reference["null_sd"][f"{flags['dim_z']} {flags['latent']} latents"] = each.evaluation["latent_mmd_null_sd"]
+            reference["bounds"] |= bounds_of([each])
+            latents = f"{flags['dim_z']} {flags['latent']} latents"
+            reference["null_sd"].setdefault(latents, []).append(float(each.evaluation["latent_mmd_null_sd"]))
     return list(references.values())
 
 
@@ -173,14 +190,17 @@ def samplers_table(rows, references):
             "- nearest: median distance, in pixels, to the nearest training image, over that of test images; copies have 0"]
 
 
-def settings_notes(configs):
-    """For each data set and network, a sentence on the values of flags that its settings leave out and that are no defaults."""
+def settings_notes(configs, named_elsewhere=()):
+    """For each data set and network, a sentence on the values of flags that its settings leave out and that are no defaults.
+
+    Flags that the rows name elsewhere are not in it.
+    """
     notes = []
     for (data, net), members in panels_of(configs).items():
         usual = usual_flags([configs[i] for i in members])
         defaults = image_defaults(net if net in NETS else "conv", usual.get("samples"))
         named = " ".join(f"--{flag_text(key, value)}" for key, value in usual.items()
-                         if key not in AXES and value != defaults.get(key))
+                         if key not in (*AXES, *named_elsewhere) and value != defaults.get(key))
         notes.append(f"{short_name(data)} {net}: where its settings name no other value, a run has "
                      + (f"{named}, and otherwise defaults" if named else "defaults"))
     return notes
@@ -190,9 +210,12 @@ def reference_note(reference):
     """A note on the numbers against one set of test images: their units, their null and the feature network."""
     settings = reference["settings"]
     n, network = settings["test_images"], settings.get("features")
-    null = ", ".join(f"{sd:.2g} ({latents})" for latents, sd in reference["null_sd"].items())
-    note = (f"- {settings['data']}: MMD^2 is 0 for equal laws, with a standard deviation of {null}; "
-            f"-IW bound: {settings['iw_samples']} samples from q, first {min(n, settings['images'])} test images; "
+    null = ", ".join(f"{np.mean(sds):.2g} ({latents})" for latents, sds in reference["null_sd"].items())
+    bounds = " or ".join(f"{samples} samples from q, first {min(n, images)} test images"
+                         for samples, images in sorted(reference["bounds"]))
+    if len(reference["bounds"]) > 1:
+        bounds += ", which do not compare, so none is shown (evaluate.py --images and --iw-samples makes them alike)"
+    note = (f"- {settings['data']}: MMD^2 is 0 for equal laws, with a standard deviation of {null}; -IW bound: {bounds}; "
             "-ELBO and -IW bound in nats per noisy image, MSE per pixel of the clean one")
     if not network:
         return note

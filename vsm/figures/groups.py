@@ -7,7 +7,7 @@ from vsm.names import group_by_seed, in_order, pair_order, settings_of, short_na
 from vsm.stored_runs import open_runs
 from vsm.tables import count_failures, failures_text
 
-MARKERS = {"plugin": ".v^D", "unbiased": "xP*+", "released": "sph8"}  # of an estimator's lines, one after another
+MARKERS = {"plugin": ".v^Do<>d", "unbiased": "xP*+X123", "released": "sph8H|_4"}  # of an estimator's lines, one after another
 
 
 def grouped(runs, part="metrics", split=()):
@@ -43,7 +43,7 @@ def markers_of(panels):
         estimator = members[0]["config"]["flags"].get("estimator", "plugin")
         same = twins.setdefault((members[0]["config"]["label"], estimator), [])
         if name not in same:
-            markers[name] = MARKERS[estimator][len(same) % 4]
+            markers[name] = MARKERS[estimator][len(same) % 8]
             same.append(name)
     return markers
 

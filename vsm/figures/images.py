@@ -115,7 +115,7 @@ def draw_curves(ax, groups, name, markers):
                     if "fid_features" in arrays}
         title = title.replace("FID", f"FID ({', '.join(sorted(networks))})") if networks else title
     lines = draw_lines(ax, groups, "epoch", name, markers)
-    ax.set(xlabel="epoch", title=title)
+    ax.set(xlabel="epoch", title=wrapped(title, 2.7, 9))
     whole_ticks(ax.xaxis, 5)
     if name == "active_units":
         ax.set_ylim(0, 1.05 * max([1, *(np.nanmax(values) for values in lines.values())]))

@@ -116,7 +116,7 @@ def toy_mixtures(runs, save):
     likelihoods, repeats = flags["likelihoods"], arrays["kl"].shape[1]
     columns = min(repeats, 5)
     rows = -(-repeats // columns)
-    figure, axes = new_figure(rows * len(likelihoods), columns, size=(1.9, 1.95), sharex=True, sharey=True)
+    figure, axes = new_figure(rows * len(likelihoods), columns, size=(max(1.9, 3.8 / columns), 1.95), sharex=True, sharey=True)
     for ax in axes.flat:
         ax.set_axis_off()
     for l, likelihood in enumerate(likelihoods):

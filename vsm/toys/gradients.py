@@ -132,10 +132,11 @@ def closed_gradients(mean, sd, target_mean, target_sd):
 
 
 def gradients_on_a_grid(target_sd):
-    """Closed forms for p = N(0, target_sd^2), on a grid of q's mean [M] and sd [S].
+    """Closed forms for p = N(0, target_sd^2), on a grid of q's mean [M] and sd [S] that grows with target_sd.
 
     Tensors by name: "mean", "sd", "gradient" [3 (kld, fd, biased), 2 (by mean, by sd), M, S].
     """
-    mean, sd = torch.linspace(-2, 2, 41, dtype=torch.float64)[:, None], 2 ** torch.linspace(-2, 2, 41, dtype=torch.float64)
+    axis = torch.linspace(-2, 2, 41, dtype=torch.float64)
+    mean, sd = 2 * target_sd * axis[:, None], 2 * target_sd * 2**axis
     pairs = [torch.stack(torch.broadcast_tensors(*pair)) for pair in closed_gradients(mean, sd, 0.0, target_sd).values()]
     return {"mean": mean[:, 0], "sd": sd, "gradient": torch.stack(pairs)}
