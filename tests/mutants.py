@@ -203,7 +203,7 @@ MUTANTS = {
     "vsm/image_table.py": [
         ("self.last | evaluation |", "evaluation | self.last |"), ('"conv", usual.get("samples"))', '"conv", 5)'),
         ("and value != defaults.get(key))", ")"),
-        ('"test_images", "digest", "iw_samples"', '"test_images", "iw_samples"')],
+        ('"test_images", "digest"))', '"test_images"))')],
     "audit.py": [
         ("split_kappa(name, 1.0, image=True, **options)", "split_kappa(name, 1.0, **options)"),
         ("measured_kappa(name, samples, alpha, image=True, **options)", "measured_kappa(name, samples, alpha, **options)")],
