@@ -13,7 +13,7 @@ from matplotlib.image import imread
 import param_recovery
 import plots
 from sketches import contents_of
-from small_runs import ROOT, main
+from small_runs import ROOT, edit_arrays, main
 from studies import packs, tables
 from studies.figures.samplers import fid_by_sampler
 from studies.figures.sweep_2d import sweep_points
@@ -283,6 +283,8 @@ def test_the_aggregate_posterior_is_a_density_and_its_moments_fall(axes_of, tmp_
     values, edges, _ = left.patches[0].get_data()
     assert values @ np.diff(edges) == pytest.approx(1) and edges[[0, -1]].tolist() == [-4, 4]
     assert right.lines[0].get_ydata().tolist() == sorted(load_arrays(run / "metrics.npz")["second_moment"][-1])[::-1]
+    edit_arrays(run / "metrics.npz", aggregate_histogram=np.full((5, 80), np.nan))
+    assert [text.get_text() for text in axes_of(latents.aggregate_posterior, run)[0].texts] == ["no latent is active"]
 
 
 def test_pictures_stand_where_their_numbers_say(axes_of, tmp_path):

@@ -78,6 +78,8 @@ def aggregate_posterior(runs, save):
             edges = np.linspace(-4, 4, len(share) + 1)
             left.stairs(share / np.diff(edges), edges, fill=True, alpha=0.4, color=color)
             right.plot(np.arange(1, len(moment) + 1), moment, ".-", ms=4, lw=0.8, color=color)
+        if not any(np.nansum(arrays["aggregate_histogram"][-1]) for arrays in members):
+            left.text(0.5, 0.7, "no latent is active", transform=left.transAxes, ha="center", fontsize=8)
         z = np.linspace(-4, 4, 200)
         left.plot(z, np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi), "k--", lw=1)
         left.set(xlabel="$z$, active latents", ylabel="density", xlim=(-4, 4))
