@@ -1,6 +1,6 @@
 """Tables and figures from image runs, beside the paper's numbers (Tables 1 and 2; Figures 4, 8-17).
 
-Evaluate every run, each against the whole test set of its data:
+Evaluate every run, each against the test images that it has, all or its --test-limit:
     python evaluate.py runs/images/*
 Fit other laws of z than the prior to the latents of training images, and measure their samples too:
     python evaluate.py runs/images/* --sampler gaussian mixture

@@ -33,7 +33,8 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("figure", choices=NAMES, metavar="FIGURE", help=" | ".join(NAMES))
     add_run_flags(parser)
-    parser.add_argument("--save", help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder)")
+    parser.add_argument("--save", help="the .png, .pdf or .svg to write (default: FIGURE.png in the first run's folder, or "
+                        "PACK_FIGURE.png beside a pack)")
     args = parser.parse_args(argv)
     if args.save and Path(args.save).suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--save {args.save} must end in .png, .pdf or .svg")

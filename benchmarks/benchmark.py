@@ -24,6 +24,7 @@ from objectives import INFER, LEARN, label
 from training import ImageTrainer
 from vsm.cli import Parser, add_output, command_line, positive
 from vsm.device import keep_freed_memory, pick_device, set_precision, synchronise
+from vsm.names import run_name
 from vsm.runs import Run
 from vsm.tables import markdown_table
 
@@ -126,7 +127,7 @@ def parse_args(argv=None):
     flag("--batch", type=positive, default=100, help="images per minibatch")
     add_output(flag, "runs/benchmark")
     args = parser.parse_args(argv)
-    args.out = args.out or "runs/benchmark/images"
+    args.out = args.out or f"runs/benchmark/{run_name(args, ('net', 'image', 'precision'), vars(parser.parse_args([])))}"
     return args
 
 

@@ -4,9 +4,10 @@
     python -m examples.own_pictures folder:my_pictures --width 64     # a GPU: minutes
     python -m examples.own_pictures glyphs                            # drawn digits, without any files: about six minutes
 
-It writes the run's folder under runs/own and a picture there, own_pictures.png, in four rows: pictures that the model has not
-seen, with the training noise; their reconstructions; samples with z from the prior; and samples with z from a mixture of
-Gaussians that is fitted to the latents. Running it again goes on where it was stopped.
+It trains in the folder runs/own (--out) and draws a picture there, own_pictures.png, in four rows: pictures that the model has
+not seen, with the training noise; their reconstructions; samples with z from the prior; and samples with z from a mixture of
+Gaussians that is fitted to the latents. The same command again goes on where it was stopped. Other pictures and other flags, but
+for --components, need another --out.
 """
 
 import os

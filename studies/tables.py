@@ -2,8 +2,8 @@
 
     python -m studies.tables runs/synthetic/* --save runs/study.md
 
-A row has final values, means over seeds with their intervals, paired differences from the ELBO, and what tells whether training
-has converged.
+A row has final values, means over seeds with their intervals, comparisons with the ELBO paired by seed (differences of NLL,
+ratios of FID), and what tells whether training has converged.
 """
 
 import math
