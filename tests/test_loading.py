@@ -329,7 +329,7 @@ def test_evaluate_measures_every_sampler(run, cache, tmp_path, capsys):
     assert 0.5 < arrays["precision_floor"] <= 1
     assert {f"samples{ending}.png" for ending in endings} <= {file.name for file in (tmp_path / "out").iterdir()}
     text = (tmp_path / "out" / "table.md").read_text()
-    assert all(f" {name} |" in text for name in ("prior", "gaussian", "mixture of 3", "two-stage", "training images"))
+    assert all(f"| {name} " in text for name in ("prior", "gaussian", "mixture of 3", "two-stage", "training images"))
     assert text in capsys.readouterr().out
     main(evaluate, *argv)  # it measures nothing again, and loses nothing
     assert "evaluated before" in capsys.readouterr().out and "fid_two_stage" in load_arrays(run / "eval.npz")
