@@ -16,16 +16,14 @@ from vsm.cli import Parser, UserError, command_line
 from vsm.fid import FIDS
 from vsm.image_table import settings_notes
 from vsm.names import (
-    NOT_IDENTITY,
     in_order,
     objectives_name,
     pair_name,
     pair_order,
-    panels_of,
     refuse_twins,
+    settings_in_panels,
     settings_of,
     short_name,
-    usual_flags,
 )
 from vsm.runs import write_atomic
 from vsm.stored_runs import add_run_flags, chosen_runs, measured_by, refuse_other_scripts
@@ -149,8 +147,10 @@ def table_of_image_runs(loaded):
     groups, elbos, measured = {}, {}, {key for arrays in loaded for key in arrays}
     changing = "fid" if any(len(arrays.get("fid", ())) > 1 for arrays in loaded) else "negative_elbo"
     several_n = names_samples([arrays["config"] for arrays in loaded])
-    for setting, arrays in with_settings(loaded):
+    texts = settings_in_panels([arrays["config"] for arrays in loaded], IN_NAME, leave_out_usual=True)
+    for settings, arrays in zip(texts, loaded):
         flags, config = arrays["config"]["flags"], arrays["config"]
+        setting = flags["data"], flags["net"], settings
         name = pair_name(config, one_sample=True) if several_n else objectives_name(config)
         groups.setdefault((*setting, name), []).append(arrays)
         if config["label"] == "KLD-ELBO" and arrays["status"] == "ok":
@@ -173,19 +173,6 @@ def table_of_image_runs(loaded):
                      "n": f"{len(members)}{f' (+{failures})' if failures else ''}",
                      **image_columns(members, theirs, measured, changing)})
     return table_of(rows, names=4)
-
-
-def with_settings(loaded):
-    """[((data, net, settings), arrays)] of image runs, with settings that leave out the usual ones of this data and network."""
-    found = []
-    for (data, net), members in panels_of([arrays["config"] for arrays in loaded]).items():
-        panel = [loaded[i] for i in members]
-        configs = [arrays["config"] for arrays in panel]
-        flags = dict.fromkeys(key for config in configs for key in config["flags"])  # older runs lack some
-        apart = [key for key in flags if key not in (*NOT_IDENTITY, *IN_NAME, "seed")]
-        found += [((data, net, settings), arrays)
-                  for settings, arrays in zip(settings_of(configs, apart, usual_flags(configs)), panel)]
-    return found
 
 
 def elbo_of(arrays, elbos):

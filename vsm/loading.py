@@ -62,7 +62,7 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
 
     For a 2-D run, `member` i gives the model of seed --seed + i, for x [B, 2] and z [N, B, 2]; None gives the ensemble of all S,
     for x [S, B, 2]. `checkpoint` names another file of the folder, such as an earlier copy. Raises UserError for a folder, flag,
-    member or checkpoint that is missing, damaged or of another version.
+    member or checkpoint that is missing, damaged or of another version, and for a device that is not there.
     """
     folder, config = Path(folder), load_config(folder)
     flags, saved, is_image_run = flags_of(config), load_checkpoint(folder / checkpoint), config["script"] == "train_images"
@@ -80,6 +80,8 @@ def load_vae(folder, device="cpu", member=None, checkpoint="checkpoint.pt"):
         vae = member_of(vae, member)
     try:
         vae = vae.eval().requires_grad_(False).to(device)
+    except torch.OutOfMemoryError:
+        raise
     except (AssertionError, RuntimeError) as error:  # PyTorch's for a device that is not there
         raise UserError(f"the device {device} is not available here ({str(error).splitlines()[0]})") from error
     return to_channels_last(vae, flags["learn"], flags["infer"]) if is_image_run else vae

@@ -140,6 +140,20 @@ def panels_of(configs):
     return panels
 
 
+def settings_in_panels(configs, named, leave_out_usual=False):
+    """For each image run the text of `settings_of` among the runs of its data and network, without the flags `named` elsewhere.
+
+    With leave_out_usual, it is without the values of `usual_flags` there.
+    """
+    texts = {}
+    for members in panels_of(configs).values():
+        mine = [configs[i] for i in members]
+        keys = dict.fromkeys(key for config in mine for key in config["flags"])  # older runs lack some
+        keys = [key for key in keys if key not in (*NOT_IDENTITY, *named, "seed")]
+        texts |= zip(members, settings_of(mine, keys, usual_flags(mine) if leave_out_usual else None))
+    return [texts[i] for i in range(len(configs))]
+
+
 def group_by_seed(runs, configs, leave_out_usual=False):
     """Group runs that differ in their seed alone: a list of (name, settings, indices into `runs` and their `configs`).
 
@@ -147,16 +161,10 @@ def group_by_seed(runs, configs, leave_out_usual=False):
     differs from others of the same data and network, "N = 5, width 8", if asked without those of `usual_flags` there. Raises
     UserError if a group has a seed twice, which would make its spread too small.
     """
-    groups, settings = {}, {}
+    groups, settings = {}, settings_in_panels(configs, ("learn", "infer", "estimator"), leave_out_usual)
     for i, config in enumerate(configs):
         flags = {key: value for key, value in config["flags"].items() if key not in (*NOT_IDENTITY, "seed")}
         groups.setdefault(json.dumps([config["label"], flags], sort_keys=True), []).append(i)
-    for members in panels_of(configs).values():
-        mine = [configs[i] for i in members]
-        keys = dict.fromkeys(key for config in mine for key in config["flags"])
-        texts = settings_of(mine, [key for key in keys if key not in (*NOT_IDENTITY, "seed", "learn", "infer", "estimator")],
-                            usual_flags(mine) if leave_out_usual else None)
-        settings |= dict(zip(members, texts))
     for members in groups.values():
         refuse_twins([(runs[i], [configs[i]["flags"]["seed"]]) for i in members])
     return [(objectives_name(configs[members[0]]), settings[members[0]], members) for members in groups.values()]
