@@ -47,7 +47,7 @@ def main(args):
         raise UserError(f"--components {args.components} is more than the {len(images.train)} pictures to train on")
     batch = min(50, max(2, len(images.train) // 2))
     epochs = -(-args.updates // (len(images.train) // batch))
-    # The ELBO with one sample, one forward pass, and steps that halve each quarter of the epochs, whose sum over 7200 is about 4.9.
+    # The ELBO, one sample, one forward pass, and steps that halve each quarter of the epochs; 7200 of them sum to about 4.9.
     train_images.main(train_images.parse_args([
         "--data", args.data, "--data-root", args.data_root, "--out", args.out, "--learn", "elbo", "--samples", "1",
         "--inner-steps", "1", "--one-pass", "--width", str(args.width), "--dim-z", "32", "--batch", str(batch), "--epochs",
